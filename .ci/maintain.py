@@ -1,0 +1,89 @@
+"""Chores of a maintainer, called by the Makefile: stored outputs, the README's figure, the pinned versions."""
+
+import base64
+import re
+import subprocess
+import sys
+from importlib.metadata import distributions
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKED = "nbval-check-output"
+
+
+def outputs() -> None:
+    """Run every chapter, and keep the outputs of the checked cells alone."""
+    for path in sorted((ROOT / "chapters").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": path.parent}}).execute()
+        notebook.metadata = {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+        count = 0
+        for cell in notebook.cells:
+            cell.metadata.pop("execution", None)
+            if cell.cell_type == "code":
+                checked = CHECKED in cell.metadata.get("tags", [])
+                count += checked
+                cell.outputs = cell.outputs if checked else []
+                # nbval lets a cell without a count pass unseen
+                cell.execution_count = count if checked else None
+                for output in cell.outputs:
+                    if "execution_count" in output:
+                        output["execution_count"] = count
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {count} checked cells")
+
+
+def figure() -> None:
+    """Write the figure of the cell tagged ``readme-figure`` from the last build."""
+    for path in sorted((ROOT / "_build" / "jupyter_execute" / "chapters").glob("*.ipynb")):
+        for cell in nbformat.read(path, as_version=4).cells:
+            if "readme-figure" in cell.metadata.get("tags", []):
+                images = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+                target = ROOT / "_static" / "readme.png"
+                target.write_bytes(base64.b64decode(images[0]))
+                print(f"{target.relative_to(ROOT)} from {path.name}")
+                return
+    sys.exit("no built chapter has a cell tagged readme-figure; run make book first")
+
+
+def lock() -> None:
+    """Write the versions of this environment to constraints.txt and environment.yml."""
+    pins = {}
+    for distribution in distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"]).lower()
+        # CUDA libraries come with torch where it needs them; they are not the same on every machine.
+        if name not in {"scbmlp", "pip", "setuptools"} and not name.startswith(("nvidia-", "cuda-", "triton")):
+            pins[name] = distribution.version.split("+")[0]
+    lines = [f"{name}=={version}" for name, version in sorted(pins.items())]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    (ROOT / "constraints.txt").write_text(
+        f"# Every version that the book was last proven with, on Python {python}. Written by make lock.\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+    head = [
+        "# Binder's environment: the versions of constraints.txt, with conda's CPU build of torch, since Binder has",
+        "# 2 GB of memory and no GPU. Written by make lock; postBuild adds the package.",
+        "name: scbmlp",
+        "channels: [conda-forge, nodefaults]",
+        "dependencies:",
+        f"  - python={python}",
+        "  - pip",
+        f"  - numpy={pins['numpy']}",
+        f"  - pytorch-cpu={pins['torch']}",
+        "  - pip:",
+    ]
+    tail = [f"      - {line}" for line in lines if not line.startswith("torch==")]
+    (ROOT / "environment.yml").write_text("\n".join(head + tail) + "\n")
+    subprocess.run(["git", "diff", "--stat", "constraints.txt", "environment.yml"], cwd=ROOT, check=False)
+
+
+if __name__ == "__main__":
+    chores = {"outputs": outputs, "figure": figure, "lock": lock}
+    chores[sys.argv[1]]()

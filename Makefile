@@ -1,0 +1,45 @@
+# Two commands, each of which does its own set-up on a fresh machine: make book, make test.
+# The rest is for maintainers; CONTRIBUTING.md says when.
+SHELL := /bin/bash -o pipefail
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# A kernel of the user's own must not stand in for the one of the virtual environment.
+export JUPYTER_PREFER_ENV_PATH := 1
+# Chapters run in their own folder, so a path relative to this one is made absolute.
+ifdef SCBMLP_DATA_DIR
+export SCBMLP_DATA_DIR := $(abspath $(SCBMLP_DATA_DIR))
+endif
+
+.PHONY: book test outputs figure lock clean
+
+book: $(INSTALLED) ## build the site; every chapter is executed, and any error or warning stops the build
+	rm -rf _build
+	$(BIN)/jupyter-book build . -n -W --keep-going
+	@echo "The book is at $(CURDIR)/_build/html/index.html"
+
+test: $(INSTALLED) ## lint, unit tests, and every chapter on simulated cells against its stored results
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	SCBMLP_DATA_SOURCE=simulated $(BIN)/python -m pytest tests chapters \
+	  --nbval-lax --nbval-current-env --nbval-cell-timeout=900
+
+outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print on simulated cells
+	SCBMLP_DATA_SOURCE=simulated $(BIN)/python .ci/maintain.py outputs
+
+figure: $(INSTALLED) ## take the figure of the README out of the book built last
+	$(BIN)/python .ci/maintain.py figure
+
+lock: ## resolve every version anew, and write constraints.txt and environment.yml
+	rm -rf .venv
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -e ".[book,test]"
+	$(BIN)/python .ci/maintain.py lock
+
+clean: ## remove the virtual environment and the site
+	rm -rf .venv _build
+
+$(INSTALLED): constraints.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	touch $@

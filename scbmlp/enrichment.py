@@ -1,0 +1,127 @@
+"""Gene sets over modules, tested against the genes that the model could see."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import gseapy
+import numpy as np
+import pandas as pd
+from scipy.stats import false_discovery_control
+
+from scbmlp.modules import GeneModules
+
+GeneSets = str | Path | Mapping[str, Iterable[str]]
+
+
+def read_gene_sets(gene_sets: GeneSets) -> dict[str, list[str]]:
+    """Return gene sets as a dictionary of lists.
+
+    Parameters
+    ----------
+    gene_sets
+        Path of a GMT file, a dictionary, or the name of an Enrichr library: ``<name>.gmt`` in
+        ``$SCBMLP_DATA_DIR/gene_sets`` if it is there, else the download.
+
+    Raises
+    ------
+    ValueError
+        There is no such file, and the library cannot be had.
+    """
+    if isinstance(gene_sets, Mapping):
+        return {term: list(genes) for term, genes in gene_sets.items()}
+    path = Path(gene_sets)
+    if path.suffix != ".gmt" and "SCBMLP_DATA_DIR" in os.environ:
+        local = Path(os.environ["SCBMLP_DATA_DIR"], "gene_sets", f"{gene_sets}.gmt")
+        path = local if local.is_file() else path
+    try:
+        return gseapy.read_gmt(str(path)) if path.suffix == ".gmt" else gseapy.get_library(str(path))
+    except Exception as error:  # gseapy raises plain Exception, requests and OSError for one and the same cause
+        raise ValueError(
+            f"gene_sets={str(gene_sets)!r} is neither a GMT file that can be read nor an Enrichr library that can be "
+            f"downloaded ({error}); pass the path of a .gmt file or a dictionary."
+        ) from error
+
+
+def enrich(
+    modules: GeneModules | Mapping[str, GeneModules],
+    gene_sets: GeneSets,
+    background: Iterable[str] | None = None,
+    *,
+    n_top: int = 50,
+    min_size: int = 5,
+    max_size: int = 500,
+) -> pd.DataFrame:
+    """Test gene sets for over-representation among the top genes of each pole of each module.
+
+    Hypergeometric tests by gseapy :cite:p:`fang2023gseapy`, one Benjamini-Hochberg correction
+    :cite:p:`benjamini1995` over all that is tested in the call. Symbols are matched whatever their case, so that
+    mouse genes meet human sets.
+
+    Parameters
+    ----------
+    modules
+        Modules of one output, or of several by name.
+    gene_sets
+        As in :func:`read_gene_sets`.
+    background
+        Genes that could have been found; those of the modules if None.
+    n_top
+        Number of genes taken from each pole.
+    min_size, max_size
+        Gene sets are tested if that many of their genes are in the background.
+
+    Returns
+    -------
+    A row a test: ``output``, ``module``, ``pole``, ``term``, ``overlap`` and ``size`` (genes), ``odds_ratio``,
+    ``p``, ``q``, ``genes``; the most significant first. ``attrs["n_terms"]`` counts the sets tested and
+    ``attrs["n_unmatched"]`` the genes of the background that are in none of the sets given.
+
+    Raises
+    ------
+    ValueError
+        No gene set has `min_size` to `max_size` genes in the background.
+    """
+    named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
+    sets = {term: {str(gene).upper() for gene in genes} for term, genes in read_gene_sets(gene_sets).items()}
+    genes = background if background is not None else next(iter(named.values())).loadings.index
+    symbol = {str(gene).upper(): str(gene) for gene in genes}
+    seen = {term: members & symbol.keys() for term, members in sets.items()}
+    tested = {term: sorted(members) for term, members in seen.items() if min_size <= len(members) <= max_size}
+    if not tested:
+        raise ValueError(
+            f"none of {len(sets)} gene sets has {min_size} to {max_size} of the {len(symbol)} background genes; "
+            f"check the organism of the symbols, or lower min_size={min_size}."
+        )
+    tables = []
+    for output, module_set in named.items():
+        for module in module_set.loadings:
+            for pole in "+-":
+                top = [gene.upper() for gene in map(str, module_set.top_genes(module, n_top, pole=pole).index)]
+                table = _over_representation(top, tested, list(symbol))
+                tables.append(table.assign(output=output, module=module, pole=pole))
+    table = pd.concat(tables, ignore_index=True)
+    table["q"] = false_discovery_control(table["p"])
+    table["genes"] = [", ".join(symbol[gene] for gene in row) for row in table["genes"]]
+    columns = ["output", "module", "pole", "term", "overlap", "size", "odds_ratio", "p", "q", "genes"]
+    table = table.sort_values(["p", "output", "module", "pole", "term"], ignore_index=True)[columns]
+    table.attrs = {"n_terms": len(tested), "n_unmatched": len(symbol.keys() - set().union(*sets.values()))}
+    return table
+
+
+def _over_representation(genes: list[str], sets: dict[str, list[str]], background: list[str]) -> pd.DataFrame:
+    """Test one list; gseapy leaves out sets without a hit, which were tested all the same."""
+    table = pd.DataFrame({"term": list(sets), "size": [len(members) for members in sets.values()]})
+    found = gseapy.enrich(genes, sets, background=background, outdir=None, no_plot=True, verbose=False).results
+    if len(found) == 0:
+        found = pd.DataFrame({"Term": [], "P-value": [], "Odds Ratio": [], "Genes": []})
+    found = found.set_index("Term").reindex(table["term"])
+    hits = [row.split(";") if isinstance(row, str) else [] for row in found["Genes"]]
+    return table.assign(
+        overlap=[len(row) for row in hits],
+        odds_ratio=found["Odds Ratio"].fillna(0.0).to_numpy(np.float64),
+        p=found["P-value"].fillna(1.0).to_numpy(np.float64),
+        genes=hits,
+    )

@@ -1,0 +1,204 @@
+"""From computed tables to matplotlib axes: nothing here fits, tests or opens a figure of its own."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+
+# Paul Tol's "muted" scheme :cite:p:`tol2021`: its nine hues stay apart under every common colour blindness.
+MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#DDCC77", "#882255", "#AA4499", "#999933")
+POSITIVE, NEGATIVE, NEUTRAL = "#CC6677", "#332288", "#888888"
+
+
+def palette(categories: Iterable[str]) -> dict[str, str]:
+    """Return a colour for every category, safe for colour-blind readers for up to nine of them.
+
+    Parameters
+    ----------
+    categories
+        Names, in order.
+
+    Returns
+    -------
+    Name to hexadecimal colour; ``adata.uns["<key>_colors"] = list(colors.values())`` makes scanpy use them too.
+    """
+    names = list(categories)
+    colors = MUTED if len(names) <= len(MUTED) else sns.color_palette("husl", len(names)).as_hex()
+    return dict(zip(names, colors, strict=False))
+
+
+def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
+    """Draw one quantity of a fit over the epochs, for training and validation cells.
+
+    Parameters
+    ----------
+    history
+        What ``fit`` returned, a row an epoch.
+    metric
+        ``"loss"``, or the model's metric.
+    ax
+        Where to draw.
+    """
+    for stage, color, label in (("train", NEUTRAL, "training"), ("val", POSITIVE, "validation")):
+        if f"{stage}_{metric}" in history:
+            ax.plot(history.index, history[f"{stage}_{metric}"], color=color, label=label)
+    ax.set(xlabel="epoch", ylabel=metric)
+    ax.legend(frameon=False)
+    return ax
+
+
+def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
+    """Draw a confusion matrix with its counts, shaded by the share of the true class.
+
+    Parameters
+    ----------
+    table
+        Cells by true class (rows) and predicted class (columns).
+    ax
+        Where to draw.
+    """
+    share = table.div(table.sum(axis=1), axis=0)
+    sns.heatmap(share, annot=table, fmt="d", cmap="Greys", vmin=0, vmax=1, square=True, cbar=False, ax=ax)
+    ax.set(xlabel="predicted", ylabel="true")
+    ax.tick_params(axis="x", rotation=45)
+    for label in ax.get_xticklabels():
+        label.set_horizontalalignment("right")
+    return ax
+
+
+def spectrum(eigenvalues: pd.Series, *, ax: Axes) -> Axes:
+    """Draw eigenvalues as bars, those that push the output up apart from those that push it down.
+
+    Parameters
+    ----------
+    eigenvalues
+        Eigenvalues, strongest first (comp).
+    ax
+        Where to draw.
+    """
+    rank = np.arange(1, len(eigenvalues) + 1)
+    ax.bar(rank, eigenvalues, color=np.where(eigenvalues > 0, POSITIVE, NEGATIVE))
+    ax.axhline(0, color="black", linewidth=0.8)
+    ax.set(xlabel="module", ylabel="eigenvalue")
+    return ax
+
+
+def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
+    """Draw the strongest genes of both poles of a module.
+
+    Parameters
+    ----------
+    values
+        Loadings of one module (gene).
+    n
+        Genes of each pole.
+    ax
+        Where to draw.
+    """
+    ordered = values.sort_values()
+    shown = pd.concat([ordered[:n], ordered[-n:]])
+    ax.barh(shown.index, shown, color=np.where(shown > 0, POSITIVE, NEGATIVE))
+    ax.axvline(0, color="black", linewidth=0.8)
+    ax.set(xlabel="loading", ylabel="")
+    ax.margins(y=0.01)
+    return ax
+
+
+def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, str], *, ax: Axes) -> Axes:
+    """Draw histograms of a module's score, one class above the other, each scaled to the same height.
+
+    Parameters
+    ----------
+    scores
+        Score of every cell (cell).
+    labels
+        Class of every cell (cell).
+    colors
+        Class to colour, from top to bottom.
+    ax
+        Where to draw.
+    """
+    edges = np.linspace(scores.min(), scores.max(), 61)
+    for row, (name, color) in enumerate(colors.items()):
+        counts, _ = np.histogram(scores[np.asarray(labels == name)], edges)
+        ax.stairs(0.9 * counts / max(counts.max(), 1) - row, edges, baseline=-row, fill=True, color=color)
+        ax.axhline(-row, color=color, linewidth=0.8)
+    ax.set(xlabel="module score", yticks=-np.arange(len(colors)), yticklabels=colors, xlim=(edges[0], edges[-1]))
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def enrichment(table: pd.DataFrame, n: int = 8, *, ax: Axes) -> Axes:
+    """Draw the most significant gene sets, with the corrected p-value and the genes found.
+
+    Parameters
+    ----------
+    table
+        Rows of :func:`scbmlp.enrichment.enrich`.
+    n
+        Number of gene sets.
+    ax
+        Where to draw.
+    """
+    shown = table.nsmallest(n, "p").iloc[::-1]
+    # The accession at the end of a GO term is for the table.
+    names = [textwrap.fill(term.split(" (GO:")[0], 44) for term in shown["term"]]
+    ax.barh(names, -np.log10(shown["q"]), color=np.where(shown["pole"] == "+", POSITIVE, NEGATIVE))
+    ax.axvline(-np.log10(0.05), color="black", linestyle=":", linewidth=1)
+    for y, (overlap, size) in enumerate(zip(shown["overlap"], shown["size"], strict=True)):
+        ax.annotate(f" {overlap} of {size}", (-np.log10(shown["q"].iloc[y]), y), va="center", fontsize="small")
+    ax.margins(x=0.2)
+    ax.set(xlabel="-log10 q", ylabel="")
+    return ax
+
+
+def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
+    """Draw the linear and the quadratic part's share of the variance of every output, on a log scale.
+
+    Parameters
+    ----------
+    table
+        What :func:`scbmlp.interactions.audit` returned.
+    ax
+        Where to draw.
+    """
+    y = np.arange(len(table))
+    ax.hlines(y, table["quadratic"], table["linear"], color="#dddddd", zorder=0)
+    ax.scatter(table["linear"], y, color=NEUTRAL, label="linear")
+    ax.scatter(table["quadratic"], y, color=POSITIVE, marker="D", label="quadratic (interactions)")
+    ax.set(xscale="log", xlabel="share of the variance over cells", yticks=y, yticklabels=table.index)
+    ax.invert_yaxis()
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    return ax
+
+
+def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
+    """Draw the interactions of a few genes as a heatmap, red where two genes together push the output up.
+
+    Parameters
+    ----------
+    table
+        What ``InteractionMatrix.between`` returned.
+    ax
+        Where to draw.
+    """
+    limit = np.abs(table.to_numpy()).max()
+    colors = sns.diverging_palette(272, 10, s=80, l=45, as_cmap=True)
+    bar = {"label": "interaction", "shrink": 0.7}
+    sns.heatmap(
+        table,
+        cmap=colors,
+        vmin=-limit,
+        vmax=limit,
+        square=True,
+        xticklabels=True,
+        yticklabels=True,
+        cbar_kws=bar,
+        ax=ax,
+    )
+    return ax

@@ -1,0 +1,379 @@
+"""Simulated cells whose programs and interactions are known, for offline builds, tests and planted truth.
+
+Nothing here is a measurement: ``uns["scbmlp_source"]`` of every AnnData says so, and ``uns["truth"]`` keeps its truth.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from scipy.special import expit, ndtri
+
+# Marker symbols of each program, strongest first; expression at full activity falls along the list.
+MOUSE_PROGRAMS = {
+    "ductal": "Spp1 Krt18 Mt1 Dbi Mdk Sox9 Anxa2 Krt19 Ccnd1 Clu Krt8 Mt2 Vim Sparc Cldn6 Bicc1 Cldn10 Sdf2l1 Hes1",
+    "s_phase": "Pcna Mcm5 Mcm6 Tyms Mcm2 Mcm3 Slbp Gins2 Rrm2 Uhrf1 Cdc6",
+    "g2m_phase": "Top2a Ube2c Mki67 Cenpf Cdk1 Birc5 Tubb4b Ccnb1 Cdc20 Aurka Nusap1 Ccnb2",
+    "progenitor": "Neurog3 Sox4 Gadd45a Btbd17 Mfng Hes6 Cdkn1a Neurod2 Btg2 Smarcd2 Gadd45g Numbl Tead2 Dll1",
+    "pre_endocrine": "Fev Cck Tmsb4x Vwa5b2 Pax4 Neurod1 Runx1t1 Cryba2 Aplp1 Celf3",
+    "endocrine": "Chgb Chga Pyy Cpe Pcsk1n Ttr Scg2 Fam183b Tm4sf4 Scg3 Isl1 Pax6 Scgn Meis2",
+    "beta": "Ins1 Iapp Ins2 Nnat Ppp1r1a Pcsk2 Gng12 Sytl4 Mafb Pdx1 Nkx6-1 G6pc2 Ero1lb Adra2a Dlk1 Mnx1 Slc30a8",
+    "alpha": "Gcg Peg10 Slc38a5 Irx2 Smarca1 Tmem27 Arx Gast Irx1 Wnk3 Pou3f4 Rnf130",
+    "delta": "Sst Rbp4 Hhex Cd24a Arg1 Mest Spock3 Frzb",
+    "epsilon": "Ghrl Maged2 Anpep Irs4 Mboat4 Arhgap36 Lurap1l Acsl1 Card19 Bex2",
+}
+CLUSTER_SIZES = {
+    "Ductal": 916, "Ngn3 low EP": 262, "Ngn3 high EP": 642, "Pre-endocrine": 592,
+    "Beta": 591, "Alpha": 481, "Delta": 70, "Epsilon": 142,
+}  # fmt: skip
+TRUNK = ("Ductal", "Ngn3 low EP", "Ngn3 high EP", "Pre-endocrine")
+FATES = ("Beta", "Alpha", "Delta", "Epsilon")
+BORDERS = (0.0, 0.26, 0.38, 0.58, 0.76, 1.0)  # pseudotime at which each cluster of the trunk, then the fates, begin
+FORK = 0.68  # pseudotime at which a pre-endocrine cell leaves the trunk
+
+HUMAN_PROGRAMS = {
+    "hdac_response": "DHRS2 CALN1 COL26A1 RGL1 ACSBG1 TENM1 KCNAB1 ATP1A3 SYT11 KIF5C GNG7 CRISPLD2",
+    "sterol_synthesis": "INSIG1 HMGCS1 IDI1 HMGCR LDLR SQLE SREBF1 FDFT1 SC5D MSMO1",
+    "growth_arrest": "CDKN1A GDF15 MDM2 BTG2 SESN1 TP53INP1 PHLDA3 BTG1 FAS",
+    "cell_cycle": "TOP2A AURKA CCNB1 MKI67 CENPF CDK1 PLK1 BIRC5 UBE2C TPX2 CDC20 CCNB2 AURKB",
+    "heat_shock": "HSPA1A HSP90AA1 HSPA8 HSPH1 DNAJB1 HSPD1 HSPA1B HSP90AB1 BAG3 HSPE1 AHSA1 HSPB1",
+    "mapk_output": "DUSP6 SPRY2 FOSL1 ETV4 ETV5 SPRY4 PHLDA1 EGR1 IER3 CCND1 SPRED2 DUSP4",
+    "glucocorticoid": "FKBP5 TSC22D3 ZBTB16 PER1 ANGPTL4 KLF9 CEBPD MT2A SCNN1A ERRFI1",
+    "line_A549": "AKR1B10 AKR1C1 ALDH1A1 TXNRD1 G6PD NQO1 FGG SERPINA1",
+    "line_K562": "HBG1 HBZ HBG2 GYPA ALAS2 GATA1 LMO2 BLVRB TFR2",
+    "line_MCF7": "TFF1 KRT19 GREB1 PGR ESR1 GATA3 TFF3 XBP1 AREG",
+}
+LINES = {"A549": 0.25, "K562": 0.25, "MCF7": 0.5}  # share of the cells
+DOSES = np.array([10.0, 100.0, 1000.0, 10000.0])  # nM
+# Target -> pathway, what full effect does to each program (+ raises, - silences), the lines that respond, and each
+# compound's EC50 in nM (invented values, in the order of known potencies). Compounds not listed here are inert.
+MECHANISMS = {
+    "HDAC": (
+        "Epigenetic regulation",
+        {"hdac_response": 1, "sterol_synthesis": 0.8, "growth_arrest": 0.8, "cell_cycle": -0.9}, "A549 K562 MCF7",
+        {"Quisinostat": 10, "CUDC-907": 50, "Trichostatin A": 60, "Panobinostat": 90, "Dacinostat": 150,
+         "Abexinostat": 210, "CUDC-101": 300, "Givinostat": 500, "Belinostat": 800, "AR-42": 900, "Resminostat": 1300,
+         "Pracinostat": 1500, "M344": 3000, "Mocetinostat": 4500, "Entinostat": 6000, "Tacedinaline": 20000},
+    ),
+    "Aurora Kinase": ("Cell cycle regulation", {"growth_arrest": 1, "cell_cycle": -0.7}, "A549 K562 MCF7",
+                      {"Hesperadin": 100, "Barasertib": 150, "Alisertib": 250, "Danusertib": 300, "Tozasertib": 600}),
+    "PLK": ("Cell cycle regulation", {"growth_arrest": 0.5, "cell_cycle": 0.8}, "A549 K562 MCF7",
+            {"BI 2536": 40, "Volasertib": 60}),  # cells pile up in mitosis
+    "CDK": ("Cell cycle regulation", {"growth_arrest": 0.4, "cell_cycle": -1}, "A549 K562 MCF7",
+            {"Flavopiridol": 150, "SNS-032": 400}),
+    "HSP90": ("Protein folding & Protein degradation", {"heat_shock": 1, "mapk_output": -0.5}, "A549 K562 MCF7",
+              {"Luminespib": 30, "Alvespimycin": 200, "Tanespimycin": 400}),
+    "MEK": ("Tyrosine kinase signaling", {"mapk_output": -1, "cell_cycle": -0.4}, "A549 K562", {"Trametinib": 20}),
+    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1}, "A549",
+                                {"Triamcinolone Acetonide": 15}),
+}  # fmt: skip
+INERT = {
+    "JAK": ("JAK/STAT signaling", "Ruxolitinib Tofacitinib Baricitinib Filgotinib Momelotinib AZD1480 Decernotinib"),
+    "PARP": ("DNA damage & DNA repair", "Olaparib Veliparib Rucaparib"),
+    "Sirtuin": ("Epigenetic regulation", "Resveratrol Sirtinol Selisistat"),
+}
+N_COMPOUNDS = 188
+
+
+def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnData:
+    """Simulate the developing mouse pancreas: a lineage from ductal cells to four endocrine fates.
+
+    Stands in for the embryonic day 15.5 endocrinogenesis cells, with their clusters in their proportions. Cells lie
+    continuously along the tree, programs switch on and off along it, and some ductal cells cycle. Four background
+    programs are unrelated to cell type; two sets of target genes rise only where both programs of a pair are active.
+
+    Parameters
+    ----------
+    seed
+        Seed of everything random.
+    n_cells, n_genes
+        Number of cells and of genes: about 130 real marker symbols, the others are called ``Sim0001`` and so on.
+
+    Returns
+    -------
+    Negative-binomial counts (cell x gene, sparse) with ``clusters`` and ``clusters_coarse`` in ``obs``.
+    ``uns["truth"]`` has ``programs`` (name: genes), ``interactions`` (name: ``programs`` pair and target ``genes``),
+    ``activities`` (cell x program, columns in ``program_names``), ``pseudotime`` and ``branch`` (cell); ``cells`` names
+    their rows.
+
+    Raises
+    ------
+    ValueError
+        `n_cells` is too small for every cluster, or `n_genes` for every marker.
+    """
+    _check_at_least("n_cells", n_cells, 80, "are needed for a handful of cells in every cluster")
+    rng = np.random.default_rng(seed)
+    clusters, pseudotime, branch = _lineage(rng, n_cells)
+
+    # Programs of one cell are not in lock step: each reads the pseudotime with an error of its own.
+    def switch(middle: float, width: float = 0.022) -> np.ndarray:
+        return expit((pseudotime + rng.normal(0, 0.015, n_cells) - middle) / width)
+
+    phase = 2 * np.pi * rng.random(n_cells)
+    cycling = rng.random(n_cells) < 0.5 * (1 - switch(0.33))
+    activities = {
+        "ductal": 1 - switch(0.35, 0.035),
+        "s_phase": cycling * np.maximum(np.sin(phase), 0),
+        "g2m_phase": cycling * np.maximum(-np.sin(phase), 0),
+        "progenitor": switch(0.345, 0.03) * (1 - switch(0.60)),
+        "pre_endocrine": switch(0.60) * (1 - switch(0.81, 0.03)),
+        "endocrine": switch(0.64),
+    }
+    activities |= {fate.lower(): (branch == fate) * switch(0.81, 0.045) for fate in FATES}
+    # Background programs are mostly off or on, so that the four corners of each pair are well filled.
+    activities |= {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 5)}
+    pairs = {"background_1 x background_2": ("background_1", "background_2"),
+             "endocrine x background_3": ("endocrine", "background_3")}  # fmt: skip
+    adata = _counts_of_programs(rng, n_genes, MOUSE_PROGRAMS, activities, pairs)
+    categories = list(CLUSTER_SIZES)
+    adata.obs["clusters"] = pd.Categorical(clusters, categories)
+    coarse = np.where(np.isin(clusters, FATES), "Endocrine", clusters)
+    adata.obs["clusters_coarse"] = pd.Categorical(coarse, [*TRUNK, "Endocrine"])
+    adata.uns["truth"] |= {"pseudotime": pseudotime, "branch": branch}
+    adata.uns["scbmlp_source"] = {"name": "pancreas", "kind": "simulated", "seed": seed}
+    return adata
+
+
+def planted_interactions(
+    seed: int = 0, n_cells: int = 3000, n_genes: int = 2000, n_programs: int = 20, genes_per_program: int = 25
+) -> AnnData:
+    """Simulate cells whose label is the exclusive-or of two gene programs, so that only an interaction predicts it.
+
+    All programs are equally strong, independent, and on in half of the cells; neither program of the pair says
+    anything about the label alone. Single genes are noisy, the mean of a program's genes is not.
+
+    Parameters
+    ----------
+    seed
+        Seed of everything random.
+    n_cells, n_genes
+        Number of cells and of genes; genes in no program are noise.
+    n_programs, genes_per_program
+        Number of programs, two of which, drawn at random, make the label; number of genes that each raises, its own.
+
+    Returns
+    -------
+    Non-negative continuous expression (cell x gene, float32, like log-normalised counts) with the balanced label,
+    ``off`` or ``on``, in ``obs["label"]``. ``uns["truth"]`` has ``programs`` (name: genes), ``pair`` (the two
+    programs' names), ``genes`` (the genes of the pair), ``state`` (cell x program, 0 or 1, columns in
+    ``program_names``) and ``cells``.
+
+    Raises
+    ------
+    ValueError
+        A number is too small: cells for the four states of a pair, programs for a pair, genes for the programs.
+    """
+    _check_at_least("n_cells", n_cells, 8, "are needed to fill the four states of the pair")
+    _check_at_least("n_programs", n_programs, 2, "are needed for a pair")
+    _check_at_least("genes_per_program", genes_per_program, 1, "is needed")
+    _check_at_least("n_genes", n_genes, n_programs * genes_per_program, "are needed by n_programs x genes_per_program")
+    rng = np.random.default_rng(seed)
+    names = _numbered("program_", n_programs, width=2)
+    genes = _numbered("Sim", n_genes)
+    members = rng.permutation(n_genes)[: n_programs * genes_per_program].reshape(n_programs, genes_per_program)
+    pair = np.sort(rng.choice(n_programs, 2, replace=False))
+    state = np.stack([rng.permutation(n_cells) % 2 for _ in names], axis=1)
+    # The four states of the pair are equally frequent: the label is balanced, and independent of each program.
+    corner = rng.permutation(n_cells) % 4
+    state[:, pair] = np.stack([corner // 2, corner % 2], axis=1)
+
+    # One standard deviation between off and on, for each gene: weak alone, clear in the mean of 25.
+    noise_sd = 0.5
+    x = rng.normal(rng.uniform(1, 2, n_genes), noise_sd, (n_cells, n_genes))
+    for program, columns in enumerate(members):
+        x[:, columns] += noise_sd * state[:, [program]]
+    label = np.array(["off", "on"])[state[:, pair[0]] ^ state[:, pair[1]]]
+    obs = pd.DataFrame({"label": pd.Categorical(label, ["off", "on"])}, index=_numbered("sim-", n_cells))
+    adata = AnnData(np.maximum(x, 0).astype(np.float32), obs=obs, var=pd.DataFrame(index=genes))
+    adata.uns["truth"] = {
+        "programs": {name: genes[np.sort(columns)] for name, columns in zip(names, members, strict=True)},
+        "pair": names[pair],
+        "genes": genes[np.sort(members[pair].ravel())],
+        "program_names": names,
+        "state": state,
+        "cells": adata.obs_names.to_numpy(str),
+    }
+    adata.uns["scbmlp_source"] = {"name": "planted_interactions", "kind": "simulated", "seed": seed}
+    return adata
+
+
+def sciplex3(seed: int = 0, n_cells: int = 5000, n_genes: int = 2000) -> AnnData:
+    """Simulate a chemical screen with the design of sci-Plex3: 3 lines, 188 compounds, 4 doses, 2 replicates, vehicle.
+
+    Every compound has a mechanism; active ones change that mechanism's programs along a Hill curve of the dose, with
+    a potency of their own, in the lines that respond to it. Most compounds do nothing. One set of target genes rises
+    only where the response to HDAC inhibitors meets a background program that has nothing to do with treatment.
+
+    Parameters
+    ----------
+    seed
+        Seed of everything random.
+    n_cells
+        Number of cells; each draws its condition at random, so few cells leave some conditions empty.
+    n_genes
+        Number of genes: about 100 real symbols, the others are called ``Sim0001`` and so on.
+
+    Returns
+    -------
+    Negative-binomial counts (cell x gene, sparse) with ``perturbation`` (vehicle is ``control``), ``dose_value``,
+    ``dose_unit``, ``cell_line``, ``pathway``, ``target`` and ``replicate`` in ``obs``. ``uns["truth"]`` has
+    ``programs``, ``interactions``, ``activities``, ``program_names`` and ``cells`` as in :func:`pancreas`,
+    ``compounds`` (arrays ``name``, ``mechanism``, ``active``, ``ec50`` in nM, infinite for an inert compound) and
+    ``responding_lines`` (mechanism: cell lines).
+
+    Raises
+    ------
+    ValueError
+        `n_cells` is too small for vehicle cells of every line, or `n_genes` for every marker.
+    """
+    _check_at_least("n_cells", n_cells, 100, "are needed for vehicle cells and treated cells")
+    rng = np.random.default_rng(seed)
+    compounds = _compounds()
+    lines = np.array(list(LINES))
+    line = rng.choice(lines, n_cells, p=list(LINES.values()))
+    drug = rng.integers(len(compounds), size=n_cells)
+    dose = np.where(rng.random(n_cells) < 0.08, 0.0, rng.choice(DOSES, n_cells))  # 8% vehicle
+    treated = compounds.iloc[drug]
+
+    # Hill curve of each cell's compound, weaker or stronger from cell to cell, only in lines that respond.
+    responds = {target: np.array(spec[2].split()) for target, spec in MECHANISMS.items()}
+    effect = dose / (dose + treated["ec50"].to_numpy()) * rng.uniform(0.6, 1, n_cells)
+    activities = {name: np.zeros(n_cells) for name in HUMAN_PROGRAMS}
+    # Untreated cells are anywhere in the cell cycle, and signal.
+    activities["cell_cycle"] = rng.beta(1, 1.5, n_cells)
+    activities["mapk_output"] = rng.uniform(0.5, 0.8, n_cells)
+    activities |= {f"line_{name}": (line == name).astype(float) for name in lines}
+    for target, (_, changes, _, _) in MECHANISMS.items():
+        strength = effect * (treated["target"] == target).to_numpy() * np.isin(line, responds[target])
+        for program, change in changes.items():
+            # A raise moves the activity towards 1, a silencing towards 0: it never leaves [0, 1].
+            goal = float(change > 0)
+            activities[program] += abs(change) * strength * (goal - activities[program])
+    activities |= {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 3)}
+    pairs = {"hdac_response x background_1": ("hdac_response", "background_1")}
+    adata = _counts_of_programs(rng, n_genes, HUMAN_PROGRAMS, activities, pairs)
+
+    vehicle = dose == 0
+    adata.obs["perturbation"] = pd.Categorical(np.where(vehicle, "control", treated.index))
+    adata.obs["dose_value"] = dose
+    adata.obs["dose_unit"] = pd.Categorical(["nM"] * n_cells)
+    adata.obs["cell_line"] = pd.Categorical(line, lines)
+    for column in ("pathway", "target"):
+        adata.obs[column] = pd.Categorical(np.where(vehicle, "Vehicle", treated[column]))
+    adata.obs["replicate"] = pd.Categorical(rng.choice(["rep1", "rep2"], n_cells))
+    adata.uns["truth"] |= {
+        "compounds": {
+            "name": compounds.index.to_numpy(str),
+            "mechanism": compounds["target"].to_numpy(str),
+            "active": np.isfinite(compounds["ec50"].to_numpy()),
+            "ec50": compounds["ec50"].to_numpy(),
+        },
+        "responding_lines": responds,
+    }
+    adata.uns["scbmlp_source"] = {"name": "sciplex3", "kind": "simulated", "seed": seed}
+    return adata
+
+
+def _check_at_least(name: str, value: int, minimum: int, why: str) -> None:
+    if value < minimum:
+        raise ValueError(f"{name}={value} is too small: at least {minimum} {why}; pass {name}={minimum} or more.")
+
+
+def _numbered(prefix: str, n: int, width: int = 4) -> np.ndarray:
+    return np.array([f"{prefix}{i:0{max(width, len(str(n)))}d}" for i in range(1, n + 1)])
+
+
+def _lineage(rng: np.random.Generator, n_cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the cluster, the pseudotime and the branch of every cell, in random order."""
+    share = np.array(list(CLUSTER_SIZES.values())) / sum(CLUSTER_SIZES.values())
+    rare = n_cells * share < 8  # a handful each; the others share what is left
+    sizes = np.where(rare, 8.0, (n_cells - 8 * rare.sum()) * share / share[~rare].sum())
+    ends = np.round(np.cumsum(sizes)).astype(int)
+    clusters = rng.permutation(np.repeat(list(CLUSTER_SIZES), np.diff(ends, prepend=0)))
+
+    committed = np.isin(clusters, FATES)
+    stage = np.where(committed, len(TRUNK), np.argmax(clusters[:, None] == TRUNK, axis=1))
+    # Annotators draw borders where cells are continuous: the true position scatters around the labelled one.
+    pseudotime = rng.uniform(np.take(BORDERS, stage), np.take(BORDERS, stage + 1)) + rng.normal(0, 0.008, n_cells)
+    fate = np.where(committed, clusters, rng.choice(FATES, n_cells, p=share[4:] / share[4:].sum()))
+    branch = np.where(committed | (pseudotime > FORK), fate, "trunk")
+    return clusters, np.clip(pseudotime, 0, 1), branch
+
+
+def _compounds() -> pd.DataFrame:
+    """Return ``target``, ``pathway`` and ``ec50`` of the compounds; those beyond the well-known ones are made up."""
+    rows = [(name, target, pathway, float(ec50)) for target, (pathway, _, _, potencies) in MECHANISMS.items()
+            for name, ec50 in potencies.items()]  # fmt: skip
+    rows += [(name, target, pathway, np.inf) for target, (pathway, names) in INERT.items() for name in names.split()]
+    rows += [(f"Compound {i}", "Simulated", "Other", np.inf) for i in range(len(rows) + 1, N_COMPOUNDS + 1)]
+    return pd.DataFrame(rows, columns=["name", "target", "pathway", "ec50"]).set_index("name")
+
+
+def _counts_of_programs(
+    rng: np.random.Generator,
+    n_genes: int,
+    named: dict[str, str],
+    activities: dict[str, np.ndarray],
+    pairs: dict[str, tuple[str, str]],
+) -> AnnData:
+    """Turn activities (cell) of programs into counts: log rate = gene's base + activities + products of the pairs."""
+    terms = activities | {name: activities[a] * activities[b] for name, (a, b) in pairs.items()}
+    markers = {name: named.get(name, "").split() for name in terms}
+    n_named = sum(map(len, markers.values()))
+    minimum = n_named + 3 * len(terms)
+    why = f"are needed for the {n_named} named marker genes and 3 simulated genes in each of {len(terms)} sets"
+    _check_at_least("n_genes", n_genes, minimum, why)
+
+    # Each set also takes simulated genes, 1% of them. Columns are in random order, so that position tells nothing.
+    n_sim = n_genes - n_named
+    n_each = max(3, n_sim // 100)
+    column = rng.permutation(n_genes)
+    symbols = np.empty(n_genes, dtype=object)
+    symbols[column[:n_named]] = [symbol for genes in markers.values() for symbol in genes]
+    symbols[np.sort(column[n_named:])] = _numbered("Sim", n_sim)
+    # Heavy-tailed means: log-normal quantiles in random order, so that one lucky gene does not set a seed's depth.
+    base = -3.65 + 2.4 * ndtri((rng.permutation(n_genes) + 0.5) / n_genes)
+    loading = np.zeros((len(terms), n_genes))
+    sets, next_marker, next_sim = {}, 0, n_named
+    for term, (name, genes) in enumerate(markers.items()):
+        own = column[next_marker : next_marker + len(genes)]
+        on = 25 * 0.82 ** np.arange(len(genes))
+        base[own] = np.log(0.02 * on + 0.01)  # never quite off: ambient RNA
+        loading[term, own] = np.log(on) - base[own]
+        other = column[next_sim : next_sim + n_each]
+        base[other] = rng.normal(-2.3, 1, n_each)
+        loading[term, other] = rng.uniform(1.5, 2.5, n_each) if name in pairs else rng.uniform(0.3, 1.5, n_each)
+        sets[name] = symbols[np.concatenate([own, np.sort(other)])].astype(str)
+        next_marker, next_sim = next_marker + len(genes), next_sim + n_each
+
+    depth = rng.lognormal(0, 0.35, len(next(iter(terms.values()))))
+    counts = _negative_binomial(rng, depth, base, np.stack(list(terms.values()), axis=1), loading)
+    obs = pd.DataFrame(index=_numbered("sim-", len(depth)))
+    adata = AnnData(counts, obs=obs, var=pd.DataFrame(index=symbols))
+    adata.uns["truth"] = {
+        "programs": {name: sets[name] for name in activities},
+        "interactions": {name: {"programs": np.array(pair), "genes": sets[name]} for name, pair in pairs.items()},
+        "program_names": np.array(list(activities)),
+        "activities": np.stack(list(activities.values()), axis=1).astype(np.float32),
+        "cells": adata.obs_names.to_numpy(str),
+    }
+    return adata
+
+
+def _negative_binomial(
+    rng: np.random.Generator, depth: np.ndarray, base: np.ndarray, activity: np.ndarray, loading: np.ndarray
+) -> sparse.csr_matrix:
+    """Draw counts (cell x gene) of log rate ``base + activity @ loading`` in blocks: no dense matrix of all cells."""
+    size = 3.0  # of the negative binomial: variance = mean + mean^2 / size
+    loaded = np.flatnonzero(loading.any(axis=0))
+    rows = max(1, 2_000_000 // len(base))
+    blocks = []
+    for start in range(0, len(depth), rows):
+        cells = slice(start, start + rows)
+        rate = depth[cells, None] * np.exp(base)
+        rate[:, loaded] *= np.exp(activity[cells] @ loading[:, loaded])
+        rate *= rng.standard_gamma(size, rate.shape, dtype=np.float32) / size
+        blocks.append(sparse.csr_matrix(rng.poisson(rate), dtype=np.float32))
+    return sparse.vstack(blocks, format="csr")

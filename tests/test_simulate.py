@@ -1,0 +1,301 @@
+"""Simulated cells: are they what they claim, and is their recorded truth true of the counts?"""
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from sklearn.linear_model import LogisticRegression
+
+from scbmlp import simulate
+
+SIMULATORS = {"pancreas": simulate.pancreas, "planted_interactions": simulate.planted_interactions,
+              "sciplex3": simulate.sciplex3}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pancreas():
+    return simulate.pancreas(n_cells=2000, n_genes=3000)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return simulate.planted_interactions()
+
+
+@pytest.fixture(scope="module")
+def screen():
+    return simulate.sciplex3(n_cells=30_000, n_genes=300)
+
+
+def dense(adata):
+    return adata.X.toarray() if sparse.issparse(adata.X) else adata.X
+
+
+def mean_by(adata, key, genes):
+    """Mean expression of each gene in each group of cells."""
+    table = pd.DataFrame(dense(adata[:, genes]), columns=genes)
+    return table.groupby(adata.obs[key].to_numpy(str)).mean()
+
+
+def activity(adata, program):
+    truth = adata.uns["truth"]
+    return truth["activities"][:, list(truth["program_names"]).index(program)]
+
+
+def assert_same(a, b, where="truth"):
+    """Compare two nested dicts of arrays, strings and numbers."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}/{key}")
+    else:
+        np.testing.assert_array_equal(np.asarray(a).astype(str), np.asarray(b).astype(str), err_msg=where)
+
+
+@pytest.mark.parametrize("name", SIMULATORS)
+def test_seed_decides_everything_and_the_global_generator_is_left_alone(name):
+    simulator = SIMULATORS[name]
+    np.random.seed(7)
+    before = np.random.get_state()[1].copy()
+    first, again, other = (simulator(seed=seed, n_cells=200, n_genes=500) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+    np.testing.assert_array_equal(dense(first), dense(again))
+    pd.testing.assert_frame_equal(first.obs, again.obs)
+    assert_same(first.uns["truth"], again.uns["truth"])
+    assert not np.array_equal(dense(first), dense(other))
+
+
+@pytest.mark.parametrize("name", SIMULATORS)
+def test_shape_names_and_label_as_simulated(name):
+    adata = SIMULATORS[name](seed=5, n_cells=200, n_genes=500)
+    assert adata.shape == (200, 500)
+    assert adata.var_names.is_unique and adata.obs_names.is_unique
+    assert adata.obs_names.str.startswith("sim-").all()
+    assert adata.uns["scbmlp_source"] == {"name": name, "kind": "simulated", "seed": 5}
+    assert adata.X.dtype == np.float32 and dense(adata).min() >= 0
+    for genes in adata.uns["truth"]["programs"].values():
+        assert set(genes) <= set(adata.var_names)
+    np.testing.assert_array_equal(adata.uns["truth"]["cells"], adata.obs_names)
+
+
+@pytest.mark.parametrize("name", SIMULATORS)
+def test_truth_survives_a_file(name, tmp_path):
+    adata = SIMULATORS[name](n_cells=200, n_genes=500)
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    read = anndata.read_h5ad(tmp_path / "cells.h5ad")
+    assert_same(adata.uns["truth"], read.uns["truth"])
+    assert_same(adata.uns["scbmlp_source"], read.uns["scbmlp_source"])
+    assert list(read.obs) == list(adata.obs)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: simulate.pancreas(n_cells=79), "n_cells=79 is too small: at least 80"),
+        (
+            lambda: simulate.pancreas(n_genes=100),
+            r"n_genes=100 is too small: at least \d+ .* marker genes.*pass n_genes",
+        ),
+        (lambda: simulate.sciplex3(n_cells=10), "n_cells=10 is too small"),
+        (lambda: simulate.sciplex3(n_genes=100), "n_genes=100 is too small: .* marker genes"),
+        (lambda: simulate.planted_interactions(n_cells=4), "n_cells=4 is too small"),
+        (lambda: simulate.planted_interactions(n_programs=1), "n_programs=1 is too small"),
+        (lambda: simulate.planted_interactions(genes_per_program=0), "genes_per_program=0 is too small"),
+        (lambda: simulate.planted_interactions(n_genes=499), "n_genes=499 is too small: at least 500"),
+    ],
+)
+def test_too_small_is_an_error_that_says_how_much_is_needed(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_pancreas_at_its_default_size_has_the_counts_of_droplets():
+    adata = simulate.pancreas()
+    assert adata.shape == (3696, 10_000)
+    assert sparse.issparse(adata.X) and adata.X.format == "csr"
+    assert 0.85 < 1 - adata.X.nnz / np.prod(adata.shape) < 0.92
+    np.testing.assert_array_equal(adata.X.data, np.round(adata.X.data))
+    totals = np.asarray(adata.X.sum(axis=1)).ravel()
+    assert 3500 < np.median(totals) < 6500
+    assert 0.3 < np.log(totals).std() < 0.5
+    means = np.sort(np.asarray(adata.X.mean(axis=0)).ravel())
+    assert means[-100:].sum() > 0.3 * means.sum()  # heavy tail: 1% of the genes has a third of the counts
+    assert adata.obs["clusters"].value_counts().to_dict() == simulate.CLUSTER_SIZES
+
+
+def test_counts_are_negative_binomial_and_follow_depth_and_activity_across_blocks():
+    n_cells, n_genes = 5000, 1000  # three blocks
+    depth, activity = np.ones(n_cells), np.zeros((n_cells, 1))
+    depth[-1000:], activity[:1000] = 2, 1
+    loading = np.zeros((1, n_genes))
+    loading[:, :500] = np.log(3)
+    counts = simulate._negative_binomial(
+        np.random.default_rng(0), depth, np.full(n_genes, np.log(4)), activity, loading
+    ).toarray()
+    assert counts.shape == (n_cells, n_genes)
+    np.testing.assert_allclose(counts[1000:4000].mean(), 4, rtol=0.01)
+    np.testing.assert_allclose(counts[1000:4000].var(), 4 + 4**2 / 3, rtol=0.02)  # Poisson: 4
+    np.testing.assert_allclose(counts[-1000:].mean(), 8, rtol=0.02)
+    np.testing.assert_allclose(counts[:1000, :500].mean(), 12, rtol=0.02)
+    np.testing.assert_allclose(counts[:1000, 500:].mean(), 4, rtol=0.02)
+
+
+def test_pancreas_clusters(pancreas):
+    clusters = pancreas.obs["clusters"]
+    order = ["Ductal", "Ngn3 low EP", "Ngn3 high EP", "Pre-endocrine", "Beta", "Alpha", "Delta", "Epsilon"]
+    assert list(clusters.cat.categories) == order
+    expected = pd.Series(simulate.CLUSTER_SIZES) * 2000 / 3696
+    assert (clusters.value_counts()[expected.index] - expected).abs().max() <= 1
+    assert list(pancreas.obs["clusters_coarse"].cat.categories) == [*order[:4], "Endocrine"]
+    assert set(clusters[pancreas.obs["clusters_coarse"] == "Endocrine"]) == set(order[4:])
+    assert (clusters.cat.codes.diff() != 0).mean() > 0.5  # shuffled
+    smallest = simulate.pancreas(n_cells=80, n_genes=200).obs["clusters"].value_counts()
+    assert smallest.sum() == 80 and smallest.min() >= 8
+
+
+def test_pancreas_lies_along_a_tree(pancreas):
+    truth, clusters = pancreas.uns["truth"], pancreas.obs["clusters"].to_numpy(str)
+    median = pd.Series(truth["pseudotime"]).groupby(clusters).median()
+    trunk = ["Ductal", "Ngn3 low EP", "Ngn3 high EP", "Pre-endocrine"]
+    assert median[trunk].is_monotonic_increasing
+    for fate in simulate.FATES:
+        assert median[fate] > median["Pre-endocrine"]
+        assert set(truth["branch"][clusters == fate]) == {fate}
+    assert set(truth["branch"][clusters == "Ductal"]) == {"trunk"}
+    assert set(truth["branch"][clusters == "Pre-endocrine"]) == {"trunk", *simulate.FATES}
+    # Neighbours blend: no gap in pseudotime, neither on the trunk nor on the way to the largest fate.
+    way = np.isin(truth["branch"], ["trunk", "Beta"])
+    assert np.diff(np.sort(truth["pseudotime"][way])).max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("cluster", "genes"),
+    {
+        "Ductal": ["Spp1", "Sox9", "Anxa2"],
+        "Ngn3 high EP": ["Neurog3", "Btbd17", "Gadd45a"],
+        "Pre-endocrine": ["Fev", "Cck"],
+        "Beta": ["Ins1", "Ins2", "Pdx1", "Nkx6-1", "Mafb", "Nnat", "Gng12"],
+        "Alpha": ["Gcg", "Arx", "Irx2"],
+        "Delta": ["Sst", "Hhex"],
+        "Epsilon": ["Ghrl", "Maged2", "Anpep"],
+    }.items(),
+)
+def test_pancreas_markers_are_highest_in_their_cluster(pancreas, cluster, genes):
+    assert (mean_by(pancreas, "clusters", genes).idxmax() == cluster).all()
+
+
+def test_pancreas_cell_cycle_runs_in_a_share_of_the_ductal_cells(pancreas):
+    clusters = pancreas.obs["clusters"].to_numpy(str)
+    cycling = (activity(pancreas, "s_phase") + activity(pancreas, "g2m_phase")) > 0.1
+    assert 0.3 < cycling[clusters == "Ductal"].mean() < 0.6
+    assert 0.05 < cycling[clusters == "Ngn3 low EP"].mean() < 0.5
+    assert cycling[np.isin(clusters, simulate.FATES)].mean() < 0.02
+    for gene, program in {"Top2a": "g2m_phase", "Mki67": "g2m_phase", "Pcna": "s_phase", "Mcm5": "s_phase"}.items():
+        counts = dense(pancreas[:, gene]).ravel()
+        on = activity(pancreas, program) > 0.5
+        assert counts[on].mean() > 5 * counts[~cycling].mean()
+
+
+def test_pancreas_background_programs_are_unrelated_to_type(pancreas):
+    clusters = pancreas.obs["clusters"].to_numpy(str)
+    for i in range(1, 5):
+        mean = pd.Series(activity(pancreas, f"background_{i}")).groupby(clusters).mean()
+        assert np.abs(mean.drop("Delta") - 0.5).max() < 0.15
+
+
+@pytest.mark.parametrize("simulated", ["pancreas", "screen"])
+def test_interaction_targets_rise_only_where_both_programs_are_active(simulated, request):
+    adata = request.getfixturevalue(simulated)
+    assert adata.uns["truth"]["interactions"]
+    for interaction in adata.uns["truth"]["interactions"].values():
+        a, b = (activity(adata, program) for program in interaction["programs"])
+        targets = dense(adata[:, interaction["genes"]]).mean(axis=1)
+        low_a, high_a, low_b, high_b = a < 0.1, a > 0.8, b < 0.1, b > 0.8
+        neither = targets[low_a & low_b].mean()
+        assert targets[high_a & high_b].mean() > 2.5 * neither
+        assert targets[high_a & low_b].mean() < 1.4 * neither
+        assert targets[low_a & high_b].mean() < 1.4 * neither
+
+
+def test_planted_programs_are_disjoint_balanced_and_readable(planted):
+    truth = planted.uns["truth"]
+    assert planted.shape == (3000, 2000) and truth["state"].shape == (3000, 20)
+    genes = np.concatenate(list(truth["programs"].values()))
+    assert len(genes) == len(set(genes)) == 500
+    np.testing.assert_array_equal(truth["state"].mean(axis=0), 0.5)
+    for name, state in zip(truth["program_names"], truth["state"].T, strict=True):
+        x = planted[:, truth["programs"][name]].X
+        program = x.mean(axis=1)
+        assert ((program > np.median(program)) == state).mean() > 0.98
+        assert ((x > np.median(x, axis=0)) == state[:, None]).mean() < 0.75  # a gene alone
+
+
+def test_planted_label_is_the_exclusive_or_of_the_pair(planted):
+    truth, on = planted.uns["truth"], (planted.obs["label"] == "on").to_numpy()
+    assert list(planted.obs["label"].cat.categories) == ["off", "on"] and on.mean() == 0.5
+    a, b = (truth["state"][:, list(truth["program_names"]).index(name)] for name in truth["pair"])
+    np.testing.assert_array_equal(on, a != b)
+    assert on[a == 1].mean() == on[b == 1].mean() == 0.5
+    assert set(truth["genes"]) == {gene for name in truth["pair"] for gene in truth["programs"][name]}
+
+
+def test_planted_label_needs_the_product_of_the_pair(planted):
+    truth, on = planted.uns["truth"], (planted.obs["label"] == "on").to_numpy()
+    train, test = slice(0, 2100), slice(2100, None)
+    linear = LogisticRegression(C=0.01, max_iter=500).fit(planted.X[train], on[train])
+    assert abs(linear.score(planted.X[test], on[test]) - 0.5) < 0.06
+    programs = np.stack([planted[:, truth["programs"][name]].X.mean(axis=1) for name in truth["pair"]])
+    a, b = programs - programs[:, train].mean(axis=1, keepdims=True)
+    product = (a * b)[:, None]
+    assert LogisticRegression(C=1e4).fit(product[train], on[train]).score(product[test], on[test]) > 0.95
+
+
+def test_sciplex3_has_the_design_of_the_screen(screen):
+    obs, compounds = screen.obs, screen.uns["truth"]["compounds"]
+    assert set(obs) == {"perturbation", "dose_value", "dose_unit", "cell_line", "pathway", "target", "replicate"}
+    assert set(obs["perturbation"]) == {"control", *compounds["name"]} and len(compounds["name"]) == 188
+    vehicle = obs["perturbation"] == "control"
+    assert 0.05 < vehicle.mean() < 0.1
+    assert set(obs.loc[vehicle, "dose_value"]) == {0} and set(obs.loc[vehicle, "target"]) == {"Vehicle"}
+    assert set(obs.loc[~vehicle, "dose_value"]) == {10, 100, 1000, 10000} and set(obs["dose_unit"]) == {"nM"}
+    assert set(obs["cell_line"]) == {"A549", "K562", "MCF7"} and set(obs["replicate"]) == {"rep1", "rep2"}
+    assert obs.groupby("perturbation", observed=True)["pathway"].nunique().max() == 1
+    assert compounds["active"].sum() < 188 / 4  # most do nothing
+    np.testing.assert_array_equal(compounds["active"], np.isfinite(compounds["ec50"]))
+    acting = list(screen.uns["truth"]["responding_lines"])
+    np.testing.assert_array_equal(compounds["active"], np.isin(compounds["mechanism"], acting))
+
+
+def test_sciplex3_activities_stay_between_off_and_on(screen):
+    activities = screen.uns["truth"]["activities"]
+    assert activities.min() >= 0 and activities.max() <= 1
+
+
+def by_dose(screen, cells, gene):
+    counts = pd.Series(dense(screen[:, gene]).ravel(), index=screen.obs_names)[cells]
+    return counts.groupby(screen.obs.loc[cells, "dose_value"]).mean()
+
+
+def test_sciplex3_hdac_inhibitors_act_by_dose_and_inert_compounds_do_not(screen):
+    vehicle = screen.obs["perturbation"] == "control"
+    hdac = by_dose(screen, vehicle | (screen.obs["target"] == "HDAC"), "CDKN1A")
+    assert hdac.is_monotonic_increasing and hdac.iloc[-1] > 5 * hdac.iloc[0]
+    aurka = by_dose(screen, vehicle | (screen.obs["target"] == "HDAC"), "AURKA")
+    assert aurka.is_monotonic_decreasing and aurka.iloc[-1] < 0.5 * aurka.iloc[0]
+    for gene in ("CDKN1A", "AURKA"):
+        inert = by_dose(screen, vehicle | screen.obs["target"].isin(["JAK", "PARP", "Sirtuin", "Simulated"]), gene)
+        assert np.abs(inert / inert.iloc[0] - 1).max() < 0.15
+
+
+def test_sciplex3_potency_orders_compounds(screen):
+    response = pd.Series(activity(screen, "hdac_response"), index=screen.obs_names)
+    middle = screen.obs["dose_value"] == 1000
+    mean = response[middle].groupby(screen.obs.loc[middle, "perturbation"], observed=True).mean()
+    assert mean["Quisinostat"] > 0.6 and mean["Entinostat"] < 0.3
+
+
+def test_sciplex3_glucocorticoid_answers_in_one_line_only(screen):
+    treated = (screen.obs["perturbation"] == "Triamcinolone Acetonide") & (screen.obs["dose_value"] >= 1000)
+    means = mean_by(screen[treated], "cell_line", ["FKBP5", "TSC22D3"])
+    assert (means.loc["A549"] > 5 * means.drop("A549").max()).all()
