@@ -87,10 +87,14 @@ def match_genes(x: AnnData | ExpressionDataset | Any, gene_names: pd.Index) -> A
     KeyError
         AnnData or a dataset lacks some of the genes.
     ValueError
-        A matrix does not have that many columns.
+        A matrix does not have that many columns, or AnnData is backed by a file.
     """
-    names = x.var_names if isinstance(x, AnnData) else getattr(x, "gene_names", None)
-    x = x.X if isinstance(x, AnnData) else getattr(x, "x", x)
+    if isinstance(x, AnnData):
+        _check_in_memory(x)
+        names, x = x.var_names, x.X
+    else:
+        names, x = getattr(x, "gene_names", None), getattr(x, "x", x)
+    x = x.tocsr() if sparse.issparse(x) else x
     if names is not None and not isinstance(gene_names, pd.RangeIndex) and not names.equals(gene_names):
         missing = gene_names.difference(names)
         if len(missing):
@@ -224,28 +228,29 @@ def _check_fractions(train_split: float, val_split: float) -> None:
 def _split(adata, y, output_names, train_split, val_split, random_state, layer):
     """Cut the checked expression and `y` into three sets; integer targets are stratified."""
     x = _expression(adata, layer)
-    # The held-out cells are split once more, so the second fraction is relative to what the first has left.
-    strata = y if y.ndim == 1 else None
-    train, rest = train_test_split(
-        np.arange(adata.n_obs), train_size=train_split, stratify=strata, random_state=random_state
-    )
-    val, test = train_test_split(
-        rest,
-        train_size=val_split / (1 - train_split),
-        stratify=None if strata is None else strata[rest],
-        random_state=random_state,
-    )
+
+    def cut(cells, fraction):
+        strata = y[cells] if y.ndim == 1 else None
+        size = round(fraction * adata.n_obs)
+        return train_test_split(cells, train_size=size, stratify=strata, random_state=random_state)
+
+    train, rest = cut(np.arange(adata.n_obs), train_split)
+    val, test = cut(rest, val_split)
     return tuple(
         ExpressionDataset(x[i], y[i], adata.var_names, output_names, i) for i in map(np.sort, (train, val, test))
     )
+
+
+def _check_in_memory(adata: AnnData) -> None:
+    if adata.isbacked:
+        raise ValueError("adata is backed by a file; take the cells to work on into memory: adata.to_memory().")
 
 
 def _expression(adata: AnnData, layer: str | None) -> sparse.csr_matrix | np.ndarray:
     """Return the expression as float32, rows first, after checking that it is log-normalised expression."""
     if layer is not None and layer not in adata.layers:
         raise KeyError(f"layer={layer!r} is not in adata.layers; there are: {', '.join(adata.layers) or 'none'}.")
-    if adata.isbacked:
-        raise ValueError("adata is backed by a file; take the cells to train on into memory: adata.to_memory().")
+    _check_in_memory(adata)
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
     x = adata.X if layer is None else adata.layers[layer]

@@ -114,9 +114,9 @@ def enrich(
 def _over_representation(genes: list[str], sets: dict[str, list[str]], background: list[str]) -> pd.DataFrame:
     """Test one list; gseapy leaves out sets without a hit, which were tested all the same."""
     table = pd.DataFrame({"term": list(sets), "size": [len(members) for members in sets.values()]})
+    if not set().union(*sets.values()).intersection(genes):
+        return table.assign(overlap=0, odds_ratio=0.0, p=1.0, genes=[[] for _ in sets])
     found = gseapy.enrich(genes, sets, background=background, outdir=None, no_plot=True, verbose=False).results
-    if len(found) == 0:
-        found = pd.DataFrame({"Term": [], "P-value": [], "Odds Ratio": [], "Genes": []})
     found = found.set_index("Term").reindex(table["term"])
     hits = [row.split(";") if isinstance(row, str) else [] for row in found["Genes"]]
     return table.assign(

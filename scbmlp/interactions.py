@@ -183,12 +183,11 @@ def _float64(*tensors: Any) -> tuple[np.ndarray, ...]:
 
 
 class Parts(NamedTuple):
-    """Three parts of the outputs (cell x out) that add up to them, and the slope of the linear one (out x gene)."""
+    """Three parts of the outputs, each cell x out, that add up to them."""
 
     constant: np.ndarray
     linear: np.ndarray
     quadratic: np.ndarray
-    axis: np.ndarray
 
 
 def decompose(model: Model, x: Any, reference: np.ndarray, *, batch_size: int = 1024) -> Parts:
@@ -208,35 +207,70 @@ def decompose(model: Model, x: Any, reference: np.ndarray, *, batch_size: int = 
     batch_size
         Cells made dense at a time.
 
+    Returns
+    -------
+    ``constant``, ``linear`` and ``quadratic`` (each cell x out).
+
     Raises
     ------
     ValueError
         `reference` does not have the model's genes.
     """
     x = match_genes(x, model.gene_names)
+    constant, axis = _expand(model, reference)
+    left, right, p = _float64(model.w_l, model.w_r, model.w_p)
+    linear, quadratic = [], []
+    for start in range(0, x.shape[0], batch_size):
+        d = dense_tensor(x[start : start + batch_size]).numpy() - np.ravel(reference)
+        linear.append(d @ axis.T)
+        quadratic.append(((d @ left.T) * (d @ right.T)) @ p.T)
+    linear, quadratic = np.vstack(linear), np.vstack(quadratic)
+    return Parts(np.broadcast_to(constant, linear.shape), linear, quadratic)
+
+
+def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Series:
+    """Return the slope of an output at a reference cell: what each gene does alone (gene).
+
+    Parameters
+    ----------
+    model
+        A classifier or regressor.
+    output
+        As in :func:`direction`.
+    reference
+        Expression of the reference cell (gene).
+
+    Raises
+    ------
+    KeyError
+        An output is unknown.
+    ValueError
+        `reference` does not have the model's genes.
+    """
+    return pd.Series(direction(model, output) @ _expand(model, reference)[1], model.gene_names)
+
+
+def _expand(model: Model, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the outputs (out) and their slopes (out x gene) at a reference cell."""
     reference = np.asarray(reference, dtype=np.float64).ravel()
-    if reference.shape != (x.shape[1],):
-        raise ValueError(f"reference has {len(reference)} values; one for each of the {x.shape[1]} genes is needed.")
+    if reference.shape != (model.cfg.d_input,):
+        raise ValueError(
+            f"reference has {len(reference)} values; one for each of the model's {model.cfg.d_input} genes is needed."
+        )
     left, right, p, center = _float64(model.w_l, model.w_r, model.w_p, model.center)
     origin = reference - center if model.cfg.linear else reference
     # The hidden branches at the reference; biases, where there are any, only shift them.
     at_left, at_right = left @ origin, right @ origin
     if model.branches.bias is not None:
-        (bias,) = _float64(model.branches.bias)
-        at_left, at_right = at_left + bias[: len(left)], at_right + bias[len(left) :]
-    constant, axis = p @ (at_left * at_right), (p * at_right) @ left + (p * at_left) @ right
+        bias_left, bias_right = np.split(*_float64(model.branches.bias), 2)
+        at_left, at_right = at_left + bias_left, at_right + bias_right
+    outputs, slopes = p @ (at_left * at_right), (p * at_right) @ left + (p * at_left) @ right
     if model.direct is not None:
         (direct,) = _float64(model.direct.weight)
-        constant, axis = constant + direct @ origin, axis + direct
+        outputs, slopes = outputs + direct @ origin, slopes + direct
     if model.project.bias is not None:
-        constant = constant + _float64(model.project.bias)[0]
-    linear, quadratic = [], []
-    for start in range(0, x.shape[0], batch_size):
-        d = dense_tensor(x[start : start + batch_size]).numpy() - reference
-        linear.append(d @ axis.T)
-        quadratic.append(((d @ left.T) * (d @ right.T)) @ p.T)
-    linear, quadratic = np.vstack(linear), np.vstack(quadratic)
-    return Parts(np.broadcast_to(constant, linear.shape), linear, quadratic, axis)
+        outputs = outputs + _float64(model.project.bias)[0]
+    return outputs, slopes
 
 
 def audit(model: Model, dataset: ExpressionDataset, reference: np.ndarray | None = None) -> pd.DataFrame:
@@ -256,7 +290,13 @@ def audit(model: Model, dataset: ExpressionDataset, reference: np.ndarray | None
     A row an output: ``linear`` and ``quadratic``, each part's share of the variance over cells; ``covariance``,
     twice their covariance as a share (the three add up to 1); ``score`` of the model, ``score_linear`` without the
     quadratic part: recall of the class, or R2 of the target. ``attrs`` has both scores over all outputs.
+
+    Raises
+    ------
+    ValueError
+        `dataset` or `reference` does not fit the model.
     """
+    model.check(dataset)
     if reference is None:
         reference = np.asarray(match_genes(dataset, model.gene_names).mean(axis=0)).ravel()
     parts = decompose(model, dataset, reference)

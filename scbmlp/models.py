@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +70,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Config({name}={getattr(self, name)}): a whole number of at least 1 is needed.")
-        if self.lr <= 0 or self.weight_decay < 0 or not 0 <= self.dropout_rate < 1:
+            value = getattr(self, name)
+            if not (value >= 1 and value == int(value)):
+                raise ValueError(f"Config({name}={value}): a whole number of at least 1 is needed.")
+        if not (self.lr > 0 and self.weight_decay >= 0 and 0 <= self.dropout_rate < 1):
             raise ValueError(
                 f"Config(lr={self.lr}, weight_decay={self.weight_decay}, dropout_rate={self.dropout_rate}): "
                 f"lr must be positive, weight_decay at least 0, dropout_rate at least 0 and below 1."
@@ -159,10 +161,16 @@ class _BilinearMLP(nn.Module):
         Raises
         ------
         ValueError
-            The data do not have ``cfg.d_input`` genes and ``cfg.d_output`` outputs.
+            The data do not have ``cfg.d_input`` genes and ``cfg.d_output`` outputs, or `val` has others than `train`.
         """
         for dataset in (train,) if val is None else (train, val):
-            self._check_size(dataset)
+            self.check(dataset, names=False)
+        if val is not None and not (
+            val.gene_names.equals(train.gene_names) and val.output_names.equals(train.output_names)
+        ):
+            raise ValueError(
+                "val does not have the genes and outputs of train, in its order; cut both from one AnnData."
+            )
         self._reset()
         self.gene_names, self.output_names = train.gene_names, train.output_names
         if self.cfg.linear:
@@ -170,15 +178,16 @@ class _BilinearMLP(nn.Module):
         generator = torch.Generator().manual_seed(self.cfg.seed)
         loaders = [_loader(train, self.cfg.batch_size, generator)]
         loaders += [] if val is None else [_loader(val, max(self.cfg.batch_size, 1024))]
-        defaults = {"logger": False, "enable_checkpointing": "default_root_dir" in trainer_kwargs}
+        defaults = {
+            "max_epochs": self.cfg.n_epochs,
+            "logger": False,
+            "enable_checkpointing": "default_root_dir" in trainer_kwargs,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            **_accelerator(self.cfg.device),
+        }
         with _seeded(self.cfg.seed), _quiet_lightning():
-            trainer = lightning.Trainer(
-                max_epochs=self.cfg.n_epochs,
-                num_sanity_val_steps=0,
-                enable_model_summary=False,
-                **_accelerator(self.cfg.device),
-                **(defaults | trainer_kwargs),
-            )
+            trainer = lightning.Trainer(**(defaults | trainer_kwargs))
             trainer.fit(_Training(self), *loaders, ckpt_path=ckpt_path)
         return self.history
 
@@ -187,15 +196,34 @@ class _BilinearMLP(nn.Module):
         """Losses and metrics of the last fit, a row an epoch."""
         return pd.DataFrame(self._rows, index=pd.RangeIndex(1, len(self._rows) + 1, name="epoch"))
 
-    def _check_size(self, dataset: ExpressionDataset) -> None:
-        data = {"d_input": len(dataset.gene_names), "d_output": len(dataset.output_names)}
-        for name, size in data.items():
+    def check(self, dataset: ExpressionDataset, *, names: bool = True) -> None:
+        """Raise an error if a dataset does not fit the model.
+
+        Parameters
+        ----------
+        dataset
+            Cells with their targets.
+        names
+            Whether the outputs must also have the model's names, in its order.
+
+        Raises
+        ------
+        ValueError
+            The number of genes or outputs is not the model's, or the outputs are others.
+        """
+        for name, what in (("d_input", "genes"), ("d_output", "outputs")):
+            size = len(dataset.gene_names if name == "d_input" else dataset.output_names)
             if getattr(self.cfg, name) != size:
-                what = "genes" if name == "d_input" else "outputs"
                 raise ValueError(
                     f"Config({name}={getattr(self.cfg, name)}) does not match the data, which have {size} {what}; "
                     f"build the model with Config({name}={size})."
                 )
+        named = names and not isinstance(self.output_names, pd.RangeIndex)
+        if named and not self.output_names.equals(dataset.output_names):
+            raise ValueError(
+                f"the outputs of the data ({', '.join(map(str, dataset.output_names))}) are not those of the model in "
+                f"their order ({', '.join(map(str, self.output_names))}); reorder the categories or columns."
+            )
 
     def _options(self) -> dict[str, Any]:
         """Arguments of the constructor beside the configuration."""
@@ -236,6 +264,22 @@ class _BilinearMLP(nn.Module):
             ]
         self.train(was_training)
         return torch.cat(parts).numpy() if parts else np.empty((0, self.cfg.d_output), np.float32)
+
+    def score(self, dataset: ExpressionDataset) -> float:
+        """Return the accuracy of a classifier, or R2 averaged over the outputs of a regressor.
+
+        Parameters
+        ----------
+        dataset
+            Cells with their targets.
+
+        Raises
+        ------
+        ValueError
+            The dataset does not fit the model, as in :meth:`check`.
+        """
+        self.check(dataset)
+        return self._measure(self.outputs(dataset), dataset.y.numpy())
 
     # --------------------------------------------------------------------------------------------------- storage
 
@@ -278,7 +322,10 @@ class _BilinearMLP(nn.Module):
         ValueError
             The file holds another class of model, or no model.
         """
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError, RuntimeError):  # not written by torch, empty, or cut short
+            stored = None
         kind = stored.get("class") if isinstance(stored, dict) else None
         if kind != cls.__name__:
             raise ValueError(f"{Path(path).name} holds {kind or 'no scbmlp model'}, not {cls.__name__}.")
@@ -341,17 +388,6 @@ class ScBMLPClassifier(_BilinearMLP):
         """
         return torch.as_tensor(self.outputs(x)).softmax(dim=1).numpy()
 
-    def score(self, dataset: ExpressionDataset) -> float:
-        """Return the accuracy, the fraction of cells put into their class.
-
-        Parameters
-        ----------
-        dataset
-            Cells with their classes.
-        """
-        self._check_size(dataset)
-        return self._measure(self.outputs(dataset), dataset.y.numpy())
-
 
 class ScBMLPRegressor(_BilinearMLP):
     """Bilinear MLP that predicts continuous targets, after :cite:t:`pearce2025bilinear`.
@@ -407,17 +443,6 @@ class ScBMLPRegressor(_BilinearMLP):
             Cells, as in :meth:`outputs`.
         """
         return self.outputs(x)
-
-    def score(self, dataset: ExpressionDataset) -> float:
-        """Return R2, averaged over the outputs.
-
-        Parameters
-        ----------
-        dataset
-            Cells with their targets.
-        """
-        self._check_size(dataset)
-        return self._measure(self.outputs(dataset), dataset.y.numpy())
 
 
 class _Training(lightning.LightningModule):

@@ -101,7 +101,7 @@ def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
         Where to draw.
     """
     ordered = values.sort_values()
-    shown = pd.concat([ordered[:n], ordered[-n:]])
+    shown = pd.concat([ordered[:n], ordered[n:][-n:]])
     ax.barh(shown.index, shown, color=np.where(shown > 0, POSITIVE, NEGATIVE))
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(xlabel="loading", ylabel="")
@@ -148,12 +148,13 @@ def enrichment(table: pd.DataFrame, n: int = 8, *, ax: Axes) -> Axes:
     shown = table.nsmallest(n, "p").iloc[::-1]
     # The accession at the end of a GO term is for the table.
     names = [textwrap.fill(term.split(" (GO:")[0], 44) for term in shown["term"]]
-    ax.barh(names, -np.log10(shown["q"]), color=np.where(shown["pole"] == "+", POSITIVE, NEGATIVE))
+    y, x = np.arange(len(shown)), -np.log10(shown["q"])
+    ax.barh(y, x, color=np.where(shown["pole"] == "+", POSITIVE, NEGATIVE))
     ax.axvline(-np.log10(0.05), color="black", linestyle=":", linewidth=1)
-    for y, (overlap, size) in enumerate(zip(shown["overlap"], shown["size"], strict=True)):
-        ax.annotate(f" {overlap} of {size}", (-np.log10(shown["q"].iloc[y]), y), va="center", fontsize="small")
+    for row, at, overlap, size in zip(y, x, shown["overlap"], shown["size"], strict=True):
+        ax.annotate(f" {overlap} of {size}", (at, row), va="center", fontsize="small")
     ax.margins(x=0.2)
-    ax.set(xlabel="-log10 q", ylabel="")
+    ax.set(xlabel="-log10 q", yticks=y, yticklabels=names)
     return ax
 
 

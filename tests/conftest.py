@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+from scipy import sparse
+
+from scbmlp import simulate
+from scbmlp.datasets import get_classification_datasets
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine make small fits many times slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cells():
+    """Simulated cells, 10,000 counts each, log1p, sparse; copy before changing anything."""
+    adata = simulate.pancreas(seed=0, n_cells=400, n_genes=300)
+    depth = np.asarray(adata.X.sum(axis=1))
+    adata.X = sparse.csr_matrix(adata.X.multiply(1e4 / depth)).log1p().astype(np.float32)
+    return adata
+
+
+@pytest.fixture(scope="session")
+def sets(cells):
+    """Train, validation and test set of `cells`; not to be changed."""
+    return get_classification_datasets(cells, "clusters")
+
+
+@pytest.fixture
+def rows_made_dense(monkeypatch):
+    """How many rows each conversion from sparse to dense had, from here to the end of the test."""
+    seen = []
+    for kind in (sparse.csr_matrix, sparse.csr_array, sparse.csc_matrix, sparse.csc_array):
+
+        def counted(self, *args, _toarray=kind.toarray, **kwargs):
+            seen.append(self.shape[0])
+            return _toarray(self, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "toarray", counted)
+    return seen

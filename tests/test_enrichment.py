@@ -1,0 +1,162 @@
+"""Are the tests those that were announced, against the right background, and corrected for all of them?"""
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import false_discovery_control, fisher_exact, hypergeom
+
+from scbmlp.enrichment import enrich, read_gene_sets
+from scbmlp.modules import GeneModules
+
+GENES = [f"Gene{i:02d}" for i in range(60)]
+
+
+def modules_of(n_modules=2, seed=0, genes=GENES, output="Beta"):
+    names = [f"module_{i + 1}" for i in range(n_modules)]
+    loadings = np.random.default_rng(seed).normal(size=(len(genes), n_modules))
+    return GeneModules(
+        pd.Series(1.0, names), pd.DataFrame(loadings, genes, names), pd.Series(1.0, pd.Index(genes)), output
+    )
+
+
+def expected_tests(named, sets, background, n_top):
+    """Every test by its own formula: (output, module, pole, term) -> overlap, size and p, then q over all of them."""
+    background, rows = {gene.upper() for gene in background}, {}
+    for output, modules in named.items():
+        for module, loading in modules.loadings.items():
+            for pole, order in (("+", -loading.to_numpy()), ("-", loading.to_numpy())):
+                top = {gene.upper() for gene in loading.index[np.argsort(order, kind="stable")[:n_top]]} & background
+                for term, members in sets.items():
+                    members = {gene.upper() for gene in members} & background
+                    overlap = len(top & members)
+                    p = hypergeom.sf(overlap - 1, len(background), len(members), len(top))
+                    rows[output, module, pole, term] = overlap, len(members), p
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=["overlap", "size", "p"])
+    table.index = pd.MultiIndex.from_tuples(table.index, names=["output", "module", "pole", "term"])
+    return table.assign(q=false_discovery_control(table["p"]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    members=st.lists(st.sets(st.sampled_from(GENES + ["Other1", "Other2"]), min_size=1), min_size=1, max_size=6),
+    background=st.none() | st.sets(st.sampled_from(GENES), min_size=30).map(sorted),
+    n_top=st.integers(1, 60),
+    seed=st.integers(0, 1000),
+)
+def test_every_test_is_hypergeometric_and_q_is_over_all_of_them(members, background, n_top, seed):
+    named = {"Beta": modules_of(2, seed), "Alpha": modules_of(1, seed + 1, output="Alpha")}
+    sets = {f"set {i}": {gene.upper() for gene in genes} | set(GENES[:1]) for i, genes in enumerate(members)}
+    seen = {gene.upper() for gene in background or GENES}
+    sets = {term: genes for term, genes in sets.items() if {gene.upper() for gene in genes} & seen}
+    if not sets:
+        return
+    table = enrich(named, sets, background, n_top=n_top, min_size=1)
+    expected = expected_tests(named, sets, background or GENES, n_top)
+    assert len(table) == 2 * 3 * len(sets) and table["p"].is_monotonic_increasing
+    keyed = table.set_index(["output", "module", "pole", "term"]).reindex(expected.index)
+    np.testing.assert_array_equal(keyed[["overlap", "size"]], expected[["overlap", "size"]])
+    np.testing.assert_allclose(keyed[["p", "q"]], expected[["p", "q"]], rtol=1e-9)
+
+
+def test_planted_set_is_found_at_its_pole_by_fishers_test():
+    modules = modules_of()
+    planted = modules.top_genes("module_2", 8, pole="-").index.str.upper()
+    sets = {"planted": [*planted, *(gene.upper() for gene in modules.top_genes("module_2", 4).index)],
+            "chance": [gene.upper() for gene in GENES[10:25]]}  # fmt: skip
+    table = enrich(modules, sets, n_top=10)
+    best = table.iloc[0]
+    assert (best["output"], best["module"], best["pole"], best["term"]) == ("Beta", "module_2", "-", "planted")
+    # 8 of 12 members among the 10 genes, 2 of the others; 4 and 46 are not among them.
+    assert best["p"] == pytest.approx(fisher_exact([[8, 4], [2, 46]], alternative="greater").pvalue)
+    assert best["q"] == pytest.approx(best["p"] * 8) and best["odds_ratio"] > 10
+    assert set(best["genes"].split(", ")) == set(modules.top_genes("module_2", 8, pole="-").index)
+
+
+@pytest.mark.parametrize("case", [str.upper, str.lower, str.title], ids=["upper", "lower", "title"])
+def test_symbols_are_matched_whatever_their_case(case):
+    mouse = ["Ins1", "Iapp", "Gcg", "Nkx6-1", "Pdx1", "Mafb", *GENES]
+    table = enrich(modules_of(genes=mouse), {"islet": [case(gene) for gene in mouse[:6]]}, n_top=66)
+    assert (
+        set(table["overlap"]) == {6} and table["genes"].map(lambda text: set(text.split(", "))).eq(set(mouse[:6])).all()
+    )
+
+
+def test_background_decides_what_could_have_been_found():
+    modules, sets = modules_of(), {"set": GENES[:20]}
+    wide, narrow = (enrich(modules, sets, background, n_top=10) for background in (None, GENES[:30]))
+    assert set(wide["size"]) == {20} and set(narrow["size"]) == {20}
+    assert (narrow.sort_index()["p"].min() > wide["p"].min()) and narrow["p"].nunique() > 1
+    assert set(enrich(modules, sets, GENES[10:40], n_top=10)["size"]) == {10}
+    shown = enrich(modules, sets, GENES[10:40], n_top=60)
+    assert set(shown["genes"].iloc[0].split(", ")) == set(GENES[10:20])
+
+
+def test_list_without_a_hit_has_a_p_of_one():
+    modules = modules_of()
+    sets = {"out of reach": list(modules.loadings["module_1"].abs().nsmallest(6).index)}
+    table = enrich(modules, sets, n_top=5).query("module == 'module_1'")
+    assert (table[["overlap", "odds_ratio"]] == 0).all(axis=None) and (table[["p", "q"]] == 1).all(axis=None)
+    assert list(table["genes"]) == ["", ""]
+
+
+def test_sets_of_other_sizes_are_not_tested_but_their_genes_are_known():
+    sets = {"small": GENES[:4], "right": GENES[4:9], "large": GENES[9:30]}
+    table = enrich(modules_of(), sets, min_size=5, max_size=20)
+    assert set(table["term"]) == {"right"}
+    assert table.attrs == {"n_terms": 1, "n_unmatched": 30}
+    # A set is as large as what the background has of it.
+    assert set(enrich(modules_of(), sets, GENES[5:], min_size=5, max_size=21)["term"]) == {"large"}
+
+
+def test_no_set_of_the_right_size_is_an_error():
+    with pytest.raises(ValueError, match="none of 2 gene sets has 5 to 500 of the 60 background genes; .*min_size=5"):
+        enrich(modules_of(), {"fly": ["vg", "ap", "wg", "en", "hh"], "small": GENES[:4]})
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_gmt_file_is_read(tmp_path, kind):
+    path = tmp_path / "my sets.gmt"
+    rows = {"insulin secretion (GO:0030073)": GENES[:6], "cell cycle": GENES[6:12]}
+    path.write_text("".join("\t".join([term, "a note", *genes]) + "\n" for term, genes in rows.items()))
+    assert read_gene_sets(kind(path)) == rows
+    pd.testing.assert_frame_equal(enrich(modules_of(), kind(path)), enrich(modules_of(), rows))
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No local folder, and a download that fails but says what was asked for."""
+
+    def refuse(name, *args, **kwargs):
+        raise Exception(f"no connection for {name}")
+
+    monkeypatch.delenv("SCBMLP_DATA_DIR", raising=False)
+    monkeypatch.setattr("gseapy.get_library", refuse)
+
+
+def test_library_is_taken_from_the_local_folder_first(tmp_path, monkeypatch, offline):
+    (tmp_path / "gene_sets").mkdir()
+    (tmp_path / "gene_sets" / "Some_Library.v1.gmt").write_text("term\t\tINS1\tINS2\n")
+    monkeypatch.setenv("SCBMLP_DATA_DIR", str(tmp_path))
+    assert read_gene_sets("Some_Library.v1") == {"term": ["INS1", "INS2"]}
+    with pytest.raises(ValueError, match="no connection for Other"):
+        read_gene_sets("Other")
+    monkeypatch.setattr("gseapy.get_library", lambda name: {name: ["INS1"]})
+    assert read_gene_sets("Other") == {"Other": ["INS1"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"), [("KEGG_2019_Mouse", "no connection for KEGG_2019_Mouse"), ("absent.gmt", "absent.gmt")]
+)
+def test_gene_sets_that_cannot_be_had_are_an_error_with_advice(offline, name, cause):
+    with pytest.raises(ValueError, match=rf"gene_sets='{name}' is neither .*{cause}.*; pass the path of a \.gmt file"):
+        read_gene_sets(name)
+
+
+def test_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    enrich(modules_of(), {"set": GENES[:20]})
+    assert list(tmp_path.iterdir()) == []

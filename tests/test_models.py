@@ -1,0 +1,461 @@
+"""Do the models compute and train what they say, the same each time, and leave everything else alone?"""
+
+import logging
+import random
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, fields
+
+import lightning
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy import sparse
+from scipy.special import huber
+from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, mean_squared_error, r2_score, recall_score
+from torch.nn.functional import cross_entropy
+
+from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+
+QUIET = {"enable_progress_bar": False}
+SIZES = {"d_input": 300, "d_hidden": 8, "d_output": 8, "n_epochs": 3, "device": "cpu"}
+TOY = {"d_input": 6, "d_hidden": 5, "d_output": 3, "n_epochs": 3, "batch_size": 16, "device": "cpu"}
+
+
+def toy(d_input=6, d_output=3, n_cells=40):
+    """Cells whose class is their strongest of the first genes."""
+    x = np.random.default_rng(0).gamma(2.0, size=(n_cells, d_input)).astype(np.float32)
+    genes, classes = ([f"{kind} {i}" for i in range(n)] for kind, n in (("gene", d_input), ("class", d_output)))
+    return ExpressionDataset(x, x[:, :d_output].argmax(axis=1), pd.Index(genes), pd.Index(classes))
+
+
+def fitted_to_toy(**changes):
+    cfg = Config(**(TOY | changes))
+    model = ScBMLPClassifier(cfg)
+    model.fit(toy(cfg.d_input, cfg.d_output), **QUIET)
+    return model
+
+
+def assert_same_weights(a, b, **tolerance):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, weights in a.state_dict().items():
+        np.testing.assert_allclose(weights, b.state_dict()[name], err_msg=name, **({"rtol": 0} | tolerance))
+
+
+@pytest.fixture(scope="module")
+def classifier(sets):
+    model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 10})))
+    model.fit(sets[0], sets[1], **QUIET)
+    return model
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """Cells whose label, and one of whose targets, is an interaction: neither gene alone says anything of it."""
+    x = np.random.default_rng(0).uniform(0, 2, (1000, 8)).astype(np.float32)
+    product = (x[:, 0] - 1) * (x[:, 1] - 1)
+    obs = pd.DataFrame({"label": np.where(product > 0, "same", "different")}, index=[f"cell {i}" for i in range(1000)])
+    targets = pd.DataFrame({"product": 5 * product, "difference": x[:, 2] - x[:, 3]}, index=obs.index)
+    return AnnData(x, obs=obs, obsm={"target": targets})
+
+
+# ----------------------------------------------------------------------------------------------------- the model
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_forward_is_the_formula(bias, linear):
+    model = ScBMLPClassifier(Config(**TOY, bias=bias, linear=linear)).double()
+    rng = np.random.default_rng(1)
+    x, center = rng.normal(size=(7, 6)), rng.normal(size=6)
+    model.center.copy_(torch.as_tensor(center))
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    left, right, p = (w.numpy() for w in (model.w_l, model.w_r, model.w_p))
+    b_l, b_r = np.split(weights.get("branches.bias", np.zeros(10)), 2)
+    d = x - center * linear
+    # A bias is the weight of a gene that is 1 in every cell.
+    ones, left, right = np.c_[d, np.ones(7)], np.c_[left, b_l], np.c_[right, b_r]
+    expected = np.einsum("oh,hg,hk,cg,ck->co", p, left, right, ones, ones) + weights.get("project.bias", 0)
+    if linear:
+        expected += np.einsum("og,cg->co", weights["direct.weight"], d)
+    assert ("project.bias" in weights) == (bias or linear) and ("branches.bias" in weights) == bias
+    with torch.no_grad():
+        np.testing.assert_allclose(model(torch.as_tensor(x)), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_weights_are_detached_and_shaped_by_hidden_gene_and_out():
+    model = ScBMLPClassifier(Config(**TOY))
+    assert [tuple(w.shape) for w in (model.w_l, model.w_r, model.w_p)] == [(5, 6), (5, 6), (3, 5)]
+    assert not any(w.requires_grad for w in (model.w_l, model.w_r, model.w_p))
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_training_is_adam_along_a_cosine_on_the_cross_entropy(linear):
+    cfg = Config(**(TOY | {"batch_size": 100, "n_epochs": 5, "lr": 0.03, "weight_decay": 0.1}), linear=linear)
+    model, start, data = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg), toy()
+    history = model.fit(data, **QUIET)  # a batch larger than the training set: one step an epoch
+    x = torch.as_tensor(data.x - data.x.mean(axis=0) if linear else data.x)
+    left, right, p = (w.clone().requires_grad_() for w in (start.w_l, start.w_r, start.w_p))
+    extra = [start.direct.weight.detach().clone(), start.project.bias.detach().clone()] if linear else []
+    extra = [w.requires_grad_() for w in extra]
+    optimizer = torch.optim.Adam([left, right, p, *extra], lr=0.03, weight_decay=0.1)
+    losses = []
+    for epoch in range(5):
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 + np.cos(np.pi * epoch / 5)) / 2
+        y = ((x @ left.T) * (x @ right.T)) @ p.T + (x @ extra[0].T + extra[1] if linear else 0)
+        loss = cross_entropy(y, data.y)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    np.testing.assert_allclose(history["train_loss"], losses, rtol=1e-5)
+    for actual, expected in zip((model.w_l, model.w_r, model.w_p), (left, right, p), strict=True):
+        np.testing.assert_allclose(actual, expected.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_the_seed_alone_decides_the_weights():
+    changes = {"dropout_rate": 0.3, "linear": True}
+    torch.manual_seed(1)
+    first = fitted_to_toy(**changes)
+    torch.manual_seed(2)
+    torch.rand(5)
+    again = fitted_to_toy(**changes)
+    assert_same_weights(first, again)
+    history = again.history
+    again.fit(toy(), **QUIET)  # from the start, not from where it was
+    assert_same_weights(first, again)
+    pd.testing.assert_frame_equal(again.history, history)
+    assert not torch.equal(first.w_l, fitted_to_toy(**changes, seed=1).w_l)
+    assert_same_weights(ScBMLPClassifier(Config(**TOY)), ScBMLPClassifier(Config(**TOY)))
+
+
+CHANGES = {
+    "d_input": 7, "d_hidden": 4, "d_output": 4, "bias": True, "linear": True, "n_epochs": 4, "batch_size": 8,
+    "lr": 0.01, "dropout_rate": 0.5, "weight_decay": 0.5, "seed": 1,
+}  # fmt: skip
+SEEN = {"d_input": "genes", "d_hidden": "hidden", "d_output": "outputs", "bias": "names", "linear": "names",
+        "n_epochs": "epochs"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(Config) if field.name != "device"])
+def test_every_field_of_the_configuration_does_something(name):
+    def seen(model):
+        weights = model.state_dict()
+        return {
+            "genes": model.w_r.shape[1],
+            "hidden": model.w_l.shape[0],
+            "outputs": model.w_p.shape[0],
+            "names": list(weights),
+            "epochs": len(model.history),
+            "weights": round(float(model.w_l.abs().sum()), 5),
+        }
+
+    before, after = seen(fitted_to_toy()), seen(fitted_to_toy(**{name: CHANGES[name]}))
+    kind = SEEN.get(name, "weights")
+    assert before[kind] != after[kind]
+    # Only a size or a kind of weight may change the shape of anything.
+    assert {key for key in before if before[key] != after[key]} <= {kind, "weights"}
+
+
+def test_the_device_is_the_one_asked_for():
+    class Look(lightning.Callback):
+        def on_train_start(self, trainer, module):
+            self.device = trainer.strategy.root_device
+
+    look = Look()
+    ScBMLPClassifier(Config(**TOY)).fit(toy(), callbacks=[look], **QUIET)
+    assert look.device == torch.device("cpu")
+    with pytest.raises(RuntimeError, match="nonsense"):
+        fitted_to_toy(device="nonsense")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_what_the_cpu_gives(sets):
+    outputs = []
+    for device in ("cpu", "cuda:0"):
+        model = ScBMLPClassifier(Config(**(SIZES | {"device": device})))
+        model.fit(*sets[:2], **QUIET)
+        outputs.append(model.outputs(sets[2]))
+    np.testing.assert_allclose(*outputs, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size") for value in (0, -1)),
+        ("d_hidden", 2.5), ("lr", 0.0), ("lr", -1e-3), ("lr", np.nan), ("weight_decay", -1e-9),
+        ("weight_decay", np.nan), ("dropout_rate", 1.0), ("dropout_rate", -0.1), ("dropout_rate", np.nan),
+    ],
+)  # fmt: skip
+def test_a_size_or_rate_out_of_range_is_refused(name, value):
+    with pytest.raises(ValueError, match=rf"Config\(.*{name}={value}.*(is needed|must be)"):
+        Config(**(TOY | {name: value}))
+
+
+@pytest.mark.parametrize(("name", "what", "size"), [("d_input", "genes", 6), ("d_output", "outputs", 3)])
+def test_data_of_another_size_are_refused_with_both_numbers(name, what, size):
+    model, train = ScBMLPClassifier(Config(**TOY)), toy()
+    match = (
+        rf"Config\({name}={size}\) does not match the data, which have {size + 1} {what}; .*Config\({name}={size + 1}"
+    )
+    for use in (model.fit, model.score, lambda data: model.fit(train, data)):
+        with pytest.raises(ValueError, match=match):
+            use(toy(**{name: size + 1}))
+
+
+@pytest.mark.parametrize("axis", ["genes", "outputs"])
+def test_validation_and_test_cells_with_other_names_are_refused(axis):
+    model, train, other = fitted_to_toy(), toy(), toy()
+    names = "gene_names" if axis == "genes" else "output_names"
+    setattr(other, names, getattr(other, names)[::-1])
+    with pytest.raises(ValueError, match=axis):
+        ScBMLPClassifier(Config(**TOY)).fit(train, other, **QUIET)
+    if axis == "outputs":  # genes are put in order by name
+        with pytest.raises(ValueError, match=axis):
+            model.score(other)
+
+
+def test_history_has_a_row_an_epoch_and_its_last_is_the_fitted_model(classifier, sets):
+    history = classifier.history
+    assert list(history.columns) == ["train_loss", "train_accuracy", "val_loss", "val_accuracy"]
+    assert history.index.tolist() == list(range(1, 11)) and history.index.name == "epoch"
+    assert np.isfinite(history.to_numpy()).all()
+    assert history["train_loss"].iloc[-1] < 0.5 * history["train_loss"].iloc[0]
+    assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0]
+    last = history.iloc[-1]
+    val = sets[1]
+    assert last["val_loss"] == pytest.approx(log_loss(val.y, classifier.predict_proba(val), labels=range(8)), rel=1e-4)
+    assert last["val_accuracy"] == pytest.approx(accuracy_score(val.y, classifier.outputs(val).argmax(axis=1)))
+
+
+def test_without_validation_cells_the_history_is_of_training_alone():
+    assert list(fitted_to_toy().history.columns) == ["train_loss", "train_accuracy"]
+
+
+def test_centre_is_the_training_mean_with_a_linear_part_alone(sets):
+    for linear in (True, False):
+        model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1}), linear=linear))
+        model.fit(sets[0], **QUIET)
+        expected = sets[0].x.toarray().mean(axis=0) * linear
+        np.testing.assert_allclose(model.center, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_interaction_is_learned(planted):
+    train, val, test = get_classification_datasets(planted, "label")
+    model = ScBMLPClassifier(Config(8, 8, 2, linear=True, n_epochs=25, lr=0.01, device="cpu"))
+    model.fit(train, val, **QUIET)
+    assert model.score(test) > 0.9
+
+
+@pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
+def test_regressor_learns_an_interaction_by_its_loss(planted, loss):
+    train, val, test = get_regression_datasets(planted, "target")
+    model = ScBMLPRegressor(Config(8, 8, 2, linear=True, n_epochs=25, lr=0.01, device="cpu"), loss_fn=loss)
+    history = model.fit(train, val, **QUIET)
+    formula = {"mse": mean_squared_error, "l1": mean_absolute_error, "huber": lambda y, p: huber(1, y - p).mean()}
+    y, predicted = val.y.numpy(), model.predict(val)
+    assert history["val_loss"].iloc[-1] == pytest.approx(formula[loss](y, predicted), rel=1e-4)
+    assert history["val_r2"].iloc[-1] == pytest.approx(model.score(val)) == pytest.approx(r2_score(y, predicted))
+    assert model._measure_each(model.outputs(test), test.y.numpy()).min() > 0.9
+    assert list(model.output_names) == ["product", "difference"]
+
+
+def test_unknown_loss_is_refused():
+    with pytest.raises(ValueError, match="loss_fn='hinge' is unknown; choose one of mse, l1, huber"):
+        ScBMLPRegressor(Config(**TOY), loss_fn="hinge")
+
+
+def test_fitting_and_predicting_make_only_a_batch_dense(sets, rows_made_dense):
+    model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1}), batch_size=20, linear=True))
+    model.fit(sets[0], **QUIET)
+    assert max(rows_made_dense) == 20 and sum(rows_made_dense) == 280
+    rows_made_dense.clear()
+    model.outputs(sets[0], batch_size=50)
+    assert rows_made_dense == [50] * 5 + [30]
+
+
+# -------------------------------------------------------------------------------- what is left alone, and is kept
+
+STATE = """
+import contextlib, logging, random
+import matplotlib, numpy, torch
+with contextlib.suppress(ImportError):
+    import rich.style  # draws a number when it is imported
+def state():
+    root = logging.getLogger()
+    return {"torch": torch.get_rng_state().tolist(), "numpy": repr(numpy.random.get_state()),
+            "random": random.getstate(), "grad": torch.is_grad_enabled(), "level": root.level,
+            "handlers": list(root.handlers), "threads": torch.get_num_threads(), "dtype": torch.get_default_dtype(),
+            "style": dict(matplotlib.rcParams)}
+before = state()
+import scbmlp.datasets, scbmlp.enrichment, scbmlp.interactions, scbmlp.models, scbmlp.modules, scbmlp.plotting
+import scbmlp.simulate, scbmlp.sources
+after = state()
+print(*(key for key in before if before[key] != after[key]))
+"""
+
+
+def test_importing_changes_nothing_global():
+    result = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=False)
+    assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
+
+
+def test_fitting_changes_nothing_global_and_writes_nothing(sets, tmp_path, monkeypatch):
+    def state():
+        return {
+            "torch": torch.get_rng_state().tolist(),
+            "numpy": repr(np.random.get_state()),
+            "random": random.getstate(),
+            "grad": torch.is_grad_enabled(),
+            "threads": torch.get_num_threads(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "warnings": list(warnings.filters),
+            "levels": [logging.getLogger(name).level for name in (None, "lightning", "lightning.pytorch")],
+            "handlers": list(logging.getLogger().handlers),
+            "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+            "style": dict(matplotlib.rcParams),
+        }
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.INFO)
+    before = state()
+    model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1, "dropout_rate": 0.2})))
+    model.fit(sets[0], sets[1], **QUIET)
+    model.predict(sets[2])
+    after = state()
+    assert [key for key in before if before[key] != after[key]] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+class _StopAt(lightning.Callback):
+    """End the second epoch of a fit by asking for the end, or its start by an interrupt."""
+
+    def __init__(self, interrupt):
+        self.interrupt = interrupt
+
+    def on_train_epoch_start(self, trainer, module):
+        if self.interrupt and trainer.current_epoch == 1:
+            raise KeyboardInterrupt
+
+    def on_train_epoch_end(self, trainer, module):
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_interrupted_fit_keeps_its_weights_and_rows():
+    model, whole = ScBMLPClassifier(Config(**TOY)), fitted_to_toy()
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        model.fit(toy(), callbacks=[_StopAt(interrupt=True)], **QUIET)
+    pd.testing.assert_frame_equal(model.history, whole.history.iloc[:1])
+    assert not torch.equal(model.w_l, ScBMLPClassifier(Config(**TOY)).w_l)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
+    cfg = Config(**(TOY | {"n_epochs": 4, "batch_size": 40, "lr": 0.03}), linear=linear)
+    whole, stopped, resumed = (ScBMLPClassifier(cfg) for _ in range(3))
+    whole.fit(toy(), **QUIET)
+    stopped.fit(toy(), default_root_dir=tmp_path, callbacks=[_StopAt(interrupt=False)], **QUIET)
+    assert len(stopped.history) == 2
+    (checkpoint,) = tmp_path.rglob("*.ckpt")
+    history = resumed.fit(toy(), default_root_dir=tmp_path, ckpt_path=checkpoint, **QUIET)
+    assert history.index.tolist() == [1, 2, 3, 4]
+    pd.testing.assert_frame_equal(history, whole.history, rtol=1e-5)
+    assert_same_weights(resumed, whole, rtol=1e-3, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------- prediction, storage
+
+
+def test_predictions_are_the_names_of_the_most_probable_classes(classifier, cells, sets):
+    test = sets[2]
+    outputs = classifier.outputs(test)
+    np.testing.assert_array_equal(classifier.predict(test), test.output_names[outputs.argmax(axis=1)])
+    shares = np.exp(outputs.astype(float))
+    np.testing.assert_allclose(
+        classifier.predict_proba(test), shares / shares.sum(axis=1, keepdims=True), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(classifier.predict_proba(test).sum(axis=1), 1, rtol=1e-5)
+    true = cells.obs["clusters"].iloc[test.indices].astype(str)
+    assert classifier.score(test) == pytest.approx(accuracy_score(true, classifier.predict(test)))
+    recalls = recall_score(true, classifier.predict(test), labels=list(test.output_names), average=None)
+    np.testing.assert_allclose(classifier._measure_each(outputs, test.y.numpy()), recalls)
+    assert classifier.score(test) > true.value_counts(normalize=True).max()
+
+
+def test_outputs_do_not_depend_on_format_order_of_genes_or_batch(classifier, cells):
+    expected = classifier.outputs(cells)
+    order = np.random.default_rng(0).permutation(300)
+    extra = AnnData(np.ones((400, 1), np.float32), obs=cells.obs, var=pd.DataFrame(index=["Extra"]))
+    more = AnnData(sparse.hstack([extra.X, cells.X[:, order]], format="csr"), obs=cells.obs)
+    more.var_names = ["Extra", *cells.var_names[order]]
+    same = [cells[:, order], cells[:, order].copy(), more, cells.X.toarray(), sparse.csc_matrix(cells.X)]
+    same += [sparse.csr_array(cells.X), torch.as_tensor(cells.X.toarray())]
+    for x in same:
+        np.testing.assert_array_equal(classifier.outputs(x), expected)
+    np.testing.assert_allclose(classifier.outputs(cells, batch_size=7), expected, rtol=1e-4, atol=1e-4)
+    assert classifier.outputs(cells[:0]).shape == (0, 8)
+    with torch.no_grad():
+        np.testing.assert_allclose(classifier(torch.as_tensor(cells.X.toarray())), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_is_for_training_alone(cells):
+    model = ScBMLPClassifier(Config(**SIZES, dropout_rate=0.5))
+    np.testing.assert_array_equal(model.outputs(cells), model.outputs(cells))
+    assert model.training  # as it was
+
+
+def test_lacking_genes_are_refused(classifier, cells):
+    lacking = cells.var_names[[3, 5]]
+    with pytest.raises(KeyError, match="lacks 2 of the 300 genes needed"):
+        classifier.predict(cells[:, ~cells.var_names.isin(lacking)])
+    with pytest.raises(ValueError, match=r"shape \(400, 299\).* 300 genes"):
+        classifier.predict(cells.X[:, 1:])
+
+
+def test_saved_model_comes_back(classifier, planted, cells, tmp_path):
+    regressor = ScBMLPRegressor(Config(8, 4, 2, linear=True, bias=True, n_epochs=2, device="cpu"), "huber")
+    regressor.fit(*get_regression_datasets(planted, "target")[:2], **QUIET)
+    for model, adata in ((classifier, cells), (regressor, planted)):
+        model.save(tmp_path / "model.pt")
+        loaded = type(model).load(tmp_path / "model.pt")
+        np.testing.assert_array_equal(loaded.outputs(adata), model.outputs(adata))
+        np.testing.assert_array_equal(loaded.predict(adata), model.predict(adata))
+        assert asdict(loaded.cfg) == asdict(model.cfg)
+        assert loaded.gene_names.equals(model.gene_names) and loaded.output_names.equals(model.output_names)
+        pd.testing.assert_frame_equal(loaded.history, model.history)
+    assert loaded.loss_fn == "huber"
+    with pytest.raises(ValueError, match=r"model\.pt holds ScBMLPRegressor, not ScBMLPClassifier"):
+        ScBMLPClassifier.load(tmp_path / "model.pt")
+
+
+def test_saved_model_without_names_takes_unnamed_genes(tmp_path):
+    model = ScBMLPClassifier(Config(**TOY))
+    model.save(tmp_path / "model.pt")
+    loaded = ScBMLPClassifier.load(str(tmp_path / "model.pt"))
+    np.testing.assert_array_equal(loaded.predict(toy()), model.outputs(toy()).argmax(axis=1))
+
+
+@pytest.mark.parametrize("content", ["text", "nothing", "half a model", "another object"])
+def test_file_without_a_model_is_refused(tmp_path, content):
+    path = tmp_path / "model.pt"
+    ScBMLPClassifier(Config(**TOY)).save(path)
+    if content == "another object":
+        torch.save([1, 2], path)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes(
+            {"text": b"no model at all", "nothing": b"", "half a model": whole[: len(whole) // 2]}[content]
+        )
+    with pytest.raises(ValueError, match=r"model\.pt holds no scbmlp model, not ScBMLPClassifier"):
+        ScBMLPClassifier.load(path)

@@ -1,0 +1,185 @@
+"""Do the figures show the numbers of their tables, on the axes given, and change nothing else?"""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import is_color_like, to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from scbmlp import plotting
+
+GENES = [f"Gene{i}" for i in range(30)]
+LOADINGS = pd.Series(np.random.default_rng(0).permutation(np.linspace(-1, 1, 30)), GENES)
+HISTORY = pd.DataFrame(
+    {"train_loss": [3.0, 2, 1], "val_loss": [4.0, 3, 2], "train_accuracy": [0.2, 0.5, 0.6]},
+    index=pd.RangeIndex(1, 4, name="epoch"),
+)
+COUNTS = pd.DataFrame([[5, 0, 1], [2, 7, 0], [0, 3, 11]], list("abc"), list("abc"))
+EIGENVALUES = pd.Series([2.0, -1.5, 1.0, -0.2])
+LABELS = pd.Series(np.repeat(["Alpha", "Beta"], [40, 60]))
+SCORES = pd.Series(np.random.default_rng(1).normal(size=100) + 2 * (LABELS == "Beta"))
+COLORS = {"Alpha": "#117733", "Beta": "#332288"}
+SHARES = pd.DataFrame({"linear": [0.9, 0.5, 0.99], "quadratic": [0.05, 0.4, 0.001]}, list("abc"))
+BETWEEN = pd.DataFrame([[0.5, -2.0], [1.0, 0.0], [0.1, 0.2]], list("abc"), list("xy"))
+ENRICHED = pd.DataFrame(
+    {
+        "term": [
+            "insulin secretion (GO:0030073)",
+            "a set whose name is far too long to be put beside a bar of the figure",
+            "third",
+        ],
+        "pole": ["+", "-", "+"],
+        "overlap": [8, 4, 1],
+        "size": [12, 30, 9],
+        "p": [1e-6, 1e-3, 0.5],
+        "q": [3e-6, 1.5e-3, 0.5],
+    }
+)
+DRAW = {
+    "learning_curve": lambda ax: plotting.learning_curve(HISTORY, "loss", ax=ax),
+    "confusion": lambda ax: plotting.confusion(COUNTS, ax=ax),
+    "spectrum": lambda ax: plotting.spectrum(EIGENVALUES, ax=ax),
+    "loadings": lambda ax: plotting.loadings(LOADINGS, ax=ax),
+    "score_histogram": lambda ax: plotting.score_histogram(SCORES, LABELS, COLORS, ax=ax),
+    "enrichment": lambda ax: plotting.enrichment(ENRICHED, ax=ax),
+    "shares": lambda ax: plotting.shares(SHARES, ax=ax),
+    "interactions": lambda ax: plotting.interactions(BETWEEN, ax=ax),
+}
+
+
+@pytest.fixture
+def ax():
+    return Figure(layout="constrained").add_subplot()
+
+
+def names(axis):
+    """Names along an axis, by position."""
+    return dict(zip(axis.get_ticklocs(), (label.get_text() for label in axis.get_ticklabels()), strict=True))
+
+
+def middles(ax):
+    return [bar.get_y() + bar.get_height() / 2 for bar in ax.patches]
+
+
+def colors(artists):
+    return [to_hex(artist.get_facecolor()) for artist in artists]
+
+
+def signed(values):
+    return [(plotting.POSITIVE if value > 0 else plotting.NEGATIVE).lower() for value in values]
+
+
+@pytest.mark.parametrize("name", DRAW)
+def test_figure_is_drawn_on_the_given_axes_alone(name, ax):
+    other = ax.figure.add_subplot(3, 3, 1)
+    style, figures = dict(matplotlib.rcParams), plt.get_fignums()
+    assert DRAW[name](ax) is ax
+    assert ax.has_data() and not other.has_data()
+    assert ax.get_xlabel() or name == "interactions"
+    ax.figure.canvas.draw()
+    assert dict(matplotlib.rcParams) == style and plt.get_fignums() == figures
+
+
+def test_every_public_function_of_figures_is_tested():
+    public = {name for name, value in vars(plotting).items() if getattr(value, "__module__", "") == plotting.__name__}
+    assert public - {"palette"} == set(DRAW)
+
+
+@pytest.mark.parametrize("n", [1, 8, 9, 10, 25])
+def test_every_category_has_a_colour_of_its_own(n):
+    categories = [f"class {i}" for i in range(n)]
+    palette = plotting.palette(iter(categories))
+    assert list(palette) == categories and all(is_color_like(color) for color in palette.values())
+    rgb = np.array([to_rgb(color) for color in palette.values()])
+    distance = np.abs(rgb[:, None] - rgb).sum(axis=2) + 9 * np.eye(n)
+    assert distance.min() > 0.04
+
+
+def test_learning_curve_has_a_line_a_stage(ax):
+    plotting.learning_curve(HISTORY, "loss", ax=ax)
+    lines = {line.get_label(): line.get_xydata() for line in ax.lines}
+    np.testing.assert_array_equal(lines["training"], np.c_[[1, 2, 3], [3, 2, 1]])
+    np.testing.assert_array_equal(lines["validation"], np.c_[[1, 2, 3], [4, 3, 2]])
+
+
+def test_learning_curve_does_without_validation(ax):
+    plotting.learning_curve(HISTORY, "accuracy", ax=ax)
+    assert [line.get_label() for line in ax.lines] == ["training"] and ax.get_ylabel() == "accuracy"
+
+
+def test_confusion_annotates_counts_and_shades_shares_of_the_true_class(ax):
+    plotting.confusion(COUNTS, ax=ax)
+    assert [text.get_text() for text in ax.texts] == [str(count) for count in COUNTS.to_numpy().ravel()]
+    shares = COUNTS.to_numpy() / COUNTS.to_numpy().sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(np.ravel(ax.collections[0].get_array()), shares.ravel())
+    assert list(names(ax.xaxis).values()) == list(names(ax.yaxis).values()) == list("abc")
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("predicted", "true")
+
+
+def test_spectrum_has_a_bar_an_eigenvalue_coloured_by_sign(ax):
+    plotting.spectrum(EIGENVALUES, ax=ax)
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], EIGENVALUES)
+    np.testing.assert_allclose([bar.get_x() + bar.get_width() / 2 for bar in ax.patches], [1, 2, 3, 4])
+    assert colors(ax.patches) == signed(EIGENVALUES)
+
+
+@pytest.mark.parametrize("n", [1, 5, 15, 20])
+def test_loadings_shows_the_strongest_genes_of_both_poles_each_once(ax, n):
+    plotting.loadings(LOADINGS, n, ax=ax)
+    ordered = LOADINGS.sort_values()
+    shown = pd.concat([ordered[:n], ordered[n:][-n:]])
+    labels = names(ax.yaxis)
+    drawn = [(labels[round(y)], bar.get_width()) for y, bar in zip(middles(ax), ax.patches, strict=True)]
+    assert drawn == list(shown.items())
+    assert colors(ax.patches) == signed(shown)
+
+
+def test_score_histogram_has_a_row_a_class_of_one_height_from_the_top(ax):
+    plotting.score_histogram(SCORES, LABELS, COLORS | {"No cells": "#88ccee"}, ax=ax)
+    assert names(ax.yaxis) == {0: "Alpha", -1: "Beta", -2: "No cells"}
+    assert colors(ax.patches) == [*COLORS.values(), "#88ccee"]
+    for row, (name, patch) in enumerate(zip([*COLORS, "No cells"], ax.patches, strict=True)):
+        tops, edges, base = patch.get_data()
+        assert base == -row and (edges[0], edges[-1]) == (SCORES.min(), SCORES.max())
+        expected, _ = np.histogram(SCORES[LABELS == name], edges)
+        np.testing.assert_allclose((tops - base) * max(expected.max(), 1), 0.9 * expected, atol=1e-12)
+
+
+def test_enrichment_draws_the_most_significant_sets_first_from_the_top(ax):
+    plotting.enrichment(ENRICHED.sample(frac=1, random_state=0), 2, ax=ax)
+    ax.figure.canvas.draw()
+    widths = dict(zip(middles(ax), [bar.get_width() for bar in ax.patches], strict=True))
+    labels = {y: " ".join(name.split()) for y, name in names(ax.yaxis).items()}  # long ones are broken into lines
+    lower, upper = sorted(widths)
+    assert widths[upper] == pytest.approx(-np.log10(3e-6)) and labels[round(upper)] == "insulin secretion"
+    assert widths[lower] == pytest.approx(-np.log10(1.5e-3)) and labels[round(lower)] == ENRICHED["term"][1]
+    assert {round(text.xy[1]): text.get_text().strip() for text in ax.texts} == {0: "4 of 30", 1: "8 of 12"}
+    assert colors(sorted(ax.patches, key=lambda bar: bar.get_y())) == signed([-1, 1])
+
+
+def test_enrichment_keeps_two_rows_of_one_set_apart(ax):
+    table = pd.concat([ENRICHED.iloc[:1].assign(pole=pole, overlap=overlap) for pole, overlap in (("+", 8), ("-", 2))])
+    plotting.enrichment(table, ax=ax)
+    np.testing.assert_allclose(sorted(middles(ax)), [0, 1], atol=1e-9)
+    np.testing.assert_allclose(sorted(text.xy[1] for text in ax.texts), [0, 1])
+
+
+def test_shares_puts_points_at_the_values_of_the_table(ax):
+    plotting.shares(SHARES, ax=ax)
+    points = {artist.get_label(): artist for artist in ax.collections}
+    np.testing.assert_allclose(points["linear"].get_offsets(), np.c_[SHARES["linear"], [0, 1, 2]])
+    np.testing.assert_allclose(points["quadratic (interactions)"].get_offsets(), np.c_[SHARES["quadratic"], [0, 1, 2]])
+    assert names(ax.yaxis) == {0: "a", 1: "b", 2: "c"} and ax.get_xscale() == "log"
+    assert ax.yaxis_inverted()  # the first output is on top
+
+
+def test_interactions_are_shaded_around_zero(ax):
+    plotting.interactions(BETWEEN, ax=ax)
+    mesh = ax.collections[0]
+    np.testing.assert_allclose(np.ravel(mesh.get_array()), BETWEEN.to_numpy().ravel())
+    assert mesh.get_clim() == (-2, 2)
+    red, blue = mesh.cmap(1.0), mesh.cmap(0.0)
+    assert red[0] > red[2] and blue[2] > blue[0]
+    assert list(names(ax.yaxis).values()) == list("abc") and list(names(ax.xaxis).values()) == list("xy")

@@ -1,0 +1,68 @@
+"""One truth for versions, one direction for imports, and the public names that users rely on."""
+
+import ast
+import importlib
+import re
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
+ORDER = ["simulate", "sources", "datasets", "models", "interactions", "modules", "enrichment", "plotting"]
+PUBLIC = {
+    "sources": ["pancreas", "data_card"],
+    "simulate": ["pancreas", "sciplex3", "planted_interactions"],
+    "datasets": ["get_classification_datasets", "get_regression_datasets"],
+    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor"],
+    "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit"],
+    "modules": ["gene_modules", "GeneModules"],
+    "enrichment": ["enrich"],
+}
+
+
+def test_binder_has_the_versions_of_the_constraints():
+    text = (ROOT / "environment.yml").read_text()
+    pip = dict(re.findall(r"^      - ([\w.-]+)==(\S+)$", text, flags=re.M))
+    conda = dict(re.findall(r"^  - ([\w.-]+)=(\S+)$", text, flags=re.M))
+    assert conda == {"python": "3.11", "numpy": PINS["numpy"], "pytorch-cpu": PINS["torch"]}
+    assert pip == {name: pin for name, pin in PINS.items() if name != "torch"}
+
+
+def test_these_tests_run_with_the_versions_of_the_constraints():
+    installed = {name: version(name).split("+")[0] for name in PINS}
+    assert installed == PINS
+
+
+def test_every_declared_dependency_is_pinned():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
+    names = {re.match(r"[\w.-]+", line)[0].lower() for line in declared}
+    assert names <= PINS.keys()
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_imports_run_one_way(module):
+    tree = ast.parse((ROOT / "scbmlp" / f"{module}.py").read_text())
+    imported = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "scbmlp":
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scbmlp."):
+            imported.add(node.module.split(".")[1])
+    assert imported <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize(("module", "names"), PUBLIC.items(), ids=PUBLIC)
+def test_public_names_exist_and_are_documented(module, names):
+    loaded = importlib.import_module(f"scbmlp.{module}")
+    for name in names:
+        assert getattr(loaded, name).__doc__
+    assert f"scbmlp.{module}" in (ROOT / "api.md").read_text()
+
+
+def test_validation_is_never_by_assert():
+    for path in (ROOT / "scbmlp").glob("*.py"):
+        assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path.name

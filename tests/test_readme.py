@@ -1,0 +1,63 @@
+"""The README's own programs, taken from the file and run on simulated cells."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scvelo
+import torch
+
+from scbmlp import simulate
+from scbmlp.interactions import interaction_matrix
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+# A dense eigendecomposition at 10,000 genes takes minutes a class: the same program, smaller.
+SMALLER = {"10000": "300", "n_epochs=100": "n_epochs=3", "lr=1e-4": "lr=1e-2"}
+
+
+@pytest.fixture(scope="module")
+def ran():
+    program = "".join(BLOCKS)
+    for size, smaller in SMALLER.items():
+        assert size in program
+        program = program.replace(size, smaller)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scvelo.datasets, "pancreas", lambda: simulate.pancreas(n_cells=800, n_genes=500))
+        names = {}
+        exec(compile(program, "README.md", "exec"), names)
+    return names
+
+
+def test_quick_start_trains_a_model(ran):
+    model = ran["model"]
+    assert model.w_l.shape == (128, 300) and model.w_p.shape == (8, 128)
+    assert model.score(ran["test"]) > 0.5  # the largest type is a quarter of the cells
+    assert model.gene_names.equals(ran["adata"].var_names)
+
+
+def test_quick_start_decomposes_a_symmetric_matrix(ran):
+    q, vecs, values = ran["q"], ran["vecs"], ran["values"]
+    assert torch.equal(q, q.mT)
+    leading = values[values.abs().argmax()]
+    torch.testing.assert_close(q[-1] @ vecs[:, 0], leading * vecs[:, 0], atol=1e-4, rtol=1e-3)
+
+
+def test_package_finds_the_same_modules_as_the_plain_way(ran):
+    for i, name in enumerate(ran["train"].output_names):
+        expected = np.sort(np.abs(np.linalg.eigvalsh(ran["q"][i].double().numpy())))[::-1][:5]
+        values, _ = interaction_matrix(ran["model"], {name: 1.0}).eigh(5)
+        np.testing.assert_allclose(np.abs(values), expected, rtol=1e-3)
+
+
+def test_commands_of_the_readme_are_in_the_makefile():
+    commands = set(re.findall(r"^make (\w+)", README, flags=re.M))
+    assert commands == {"book", "test"}
+    assert commands <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
+
+
+def test_files_of_the_readme_exist():
+    for path in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / path).is_file(), path

@@ -1,0 +1,228 @@
+"""Are the cells those that were asked for, is it said where they are from, and are simulated ones never mistaken?"""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+
+from scbmlp import simulate, sources
+
+
+@pytest.fixture(scope="module")
+def small():
+    return simulate.pancreas(seed=1, n_cells=80, n_genes=250)
+
+
+@pytest.fixture(scope="module")
+def h5ad(small, tmp_path_factory):
+    """A file of cells that says nothing of its source, as one from elsewhere would."""
+    adata = small.copy()
+    adata.uns.clear()
+    path = tmp_path_factory.mktemp("elsewhere") / "cells.h5ad"
+    adata.write_h5ad(path)
+    return path
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("SCBMLP_DATA_DIR", str(tmp_path / "data"))
+    (tmp_path / "data").mkdir()
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return tmp_path / "home" / "cache"
+
+
+class Download:
+    """Stands in for the network: gives what it is told to, and counts how often."""
+
+    def __init__(self, source):
+        self.calls, self.source = 0, source
+
+    def __call__(self, path):
+        self.calls += 1
+        if isinstance(self.source, BaseException):
+            path.write_bytes(b"half a file")
+            raise self.source
+        shutil.copy(self.source, path)
+
+
+@pytest.fixture
+def download(monkeypatch, h5ad):
+    replacement = Download(h5ad)
+    monkeypatch.setattr(sources, "_download_pancreas", replacement)
+    return replacement
+
+
+@pytest.fixture(autouse=True)
+def closed_world(monkeypatch, cache, small, download):
+    monkeypatch.delenv("SCBMLP_DATA_DIR", raising=False)
+    monkeypatch.delenv("SCBMLP_DATA_SOURCE", raising=False)
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *args, **kwargs: str(cache))
+    monkeypatch.setattr(simulate, "pancreas", small.copy)
+
+
+@pytest.mark.parametrize("forced", [None, "local"])
+def test_local_file_comes_first_and_is_recorded(folder, h5ad, download, small, monkeypatch, forced):
+    shutil.copy(h5ad, folder / "pancreas.h5ad")
+    if forced:
+        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
+    adata = sources.pancreas()
+    np.testing.assert_array_equal(adata.X.toarray(), small.X.toarray())
+    digest = hashlib.sha256(h5ad.read_bytes()).hexdigest()
+    expected = {"name": "pancreas", "kind": "local", "file": "pancreas.h5ad", "sha256": digest}
+    assert adata.uns["scbmlp_source"] == expected
+    assert download.calls == 0
+
+
+@pytest.mark.parametrize("forced", [None, "download"])
+def test_download_comes_second_and_once(folder, cache, download, monkeypatch, forced):
+    if forced:
+        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
+    for _ in range(2):
+        source = sources.pancreas().uns["scbmlp_source"]
+        assert (source["kind"], source["file"]) == ("download", "pancreas.h5ad")
+    assert download.calls == 1
+    assert [path.name for path in cache.iterdir()] == ["pancreas.h5ad"]
+    assert source["sha256"] == hashlib.sha256((cache / "pancreas.h5ad").read_bytes()).hexdigest()
+
+
+def test_empty_variables_are_as_if_unset(monkeypatch, download):
+    monkeypatch.setenv("SCBMLP_DATA_DIR", "")
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "")
+    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "download"
+
+
+def test_simulation_comes_last_with_a_warning_at_the_caller(cache, download):
+    download.source = ConnectionError("no network")
+    with pytest.warns(UserWarning, match=r"no download \(no network\): these are SIMULATED cells") as record:
+        adata = sources.pancreas()
+    assert [warning.filename for warning in record] == [__file__]
+    assert adata.uns["scbmlp_source"] == {"name": "pancreas", "kind": "simulated", "seed": 1}
+    assert list(cache.iterdir()) == []
+
+
+def test_forced_simulation_looks_nowhere_else(folder, h5ad, download, monkeypatch, recwarn):
+    shutil.copy(h5ad, folder / "pancreas.h5ad")
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "simulated")
+    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "simulated"
+    assert download.calls == 0 and not recwarn.list
+
+
+def test_forced_download_passes_over_the_local_file(folder, h5ad, download, monkeypatch):
+    shutil.copy(h5ad, folder / "pancreas.h5ad")
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
+    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "download"
+
+
+@pytest.mark.parametrize("with_folder", [True, False])
+def test_forced_local_file_that_is_not_there_is_an_error(request, download, monkeypatch, with_folder):
+    where = request.getfixturevalue("folder") / "pancreas.h5ad" if with_folder else "$SCBMLP_DATA_DIR/pancreas.h5ad"
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    with pytest.raises(FileNotFoundError, match=r"SCBMLP_DATA_SOURCE=local, but .*; set SCBMLP_DATA_DIR") as error:
+        sources.pancreas()
+    assert str(where) in str(error.value) and download.calls == 0
+
+
+def test_forced_download_that_fails_is_an_error(folder, h5ad, download, monkeypatch):
+    shutil.copy(h5ad, folder / "pancreas.h5ad")
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
+    download.source = ConnectionError("no network")
+    with pytest.raises(OSError, match=r"download of pancreas failed \(no network\); try again, or put pancreas.h5ad"):
+        sources.pancreas()
+
+
+def test_unknown_source_is_an_error(monkeypatch):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "web")
+    with pytest.raises(ValueError, match="SCBMLP_DATA_SOURCE='web' is unknown; set it to local, download, simulated"):
+        sources.pancreas()
+
+
+def test_interrupted_download_leaves_nothing_behind(cache, download, h5ad):
+    download.source = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        sources.pancreas()
+    assert list(cache.iterdir()) == []
+    download.source = h5ad
+    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "download"
+
+
+@pytest.mark.parametrize(("kind", "advice"), [("download", "delete it and try again"), ("local", "a whole copy")])
+def test_file_cut_short_is_an_error_that_names_it(folder, cache, h5ad, monkeypatch, kind, advice):
+    path = (folder if kind == "local" else cache) / "pancreas.h5ad"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(h5ad.read_bytes()[:5000])
+    with pytest.raises(OSError, match=f"cannot be read .*{advice}") as error:
+        sources.pancreas()
+    assert str(path) in str(error.value)
+
+
+def test_card_of_simulated_cells_says_so_before_anything_else(small):
+    card = sources.data_card(small)
+    assert card.simulated
+    assert repr(card).startswith("SIMULATED CELLS\n")
+    assert card._repr_html_().startswith('<div role="alert"') and "SIMULATED CELLS" in card._repr_html_()
+    assert card.rows["Source"] == "simulation, seed 1"
+    assert card.rows["SHA-256"] == hashlib.sha256(small.X.data.tobytes()).hexdigest()
+
+
+@pytest.fixture
+def real_card(folder, h5ad):
+    shutil.copy(h5ad, folder / "pancreas.h5ad")
+    return sources.data_card(sources.pancreas())
+
+
+def test_card_of_real_cells_has_no_banner_and_its_numbers_are_right(real_card, small):
+    rows, counts = real_card.rows, small.X.toarray()
+    assert not real_card.simulated and real_card._repr_html_().startswith("<table>")
+    assert rows["Source"] == "real cells, local file pancreas.h5ad" and rows["Cells x genes"] == "80 x 250"
+    assert rows["Zeros"] == f"{(counts == 0).mean():.0%} of the entries"
+    depth = counts.sum(axis=1)
+    assert f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f}" in rows["Counts a cell"]
+    sizes = small.obs["clusters"].value_counts()
+    assert sorted(rows["Labels: clusters"].split(", ")) == sorted(f"{name} {size}" for name, size in sizes.items())
+
+
+@pytest.mark.parametrize("form", ["__repr__", "_repr_html_"])
+def test_card_shows_every_row_in_full(real_card, h5ad, form):
+    shown = getattr(real_card, form)()
+    assert "simula" not in shown.lower()
+    assert hashlib.sha256(h5ad.read_bytes()).hexdigest() in shown
+    for key, value in real_card.rows.items():
+        assert key in shown and value in shown
+
+
+def test_card_is_the_same_for_dense_and_stored_zeros(small):
+    dense = AnnData(small.X.toarray(), obs=small.obs, uns=small.uns)
+    stored = AnnData(small.X.copy(), obs=small.obs, uns=small.uns)
+    stored.X.data[:100] = 0
+    rows = [sources.data_card(adata).rows for adata in (small, dense, stored)]
+    assert rows[0].drop("SHA-256").equals(rows[1].drop("SHA-256"))
+    assert rows[2]["Zeros"] == f"{(stored.X.toarray() == 0).mean():.0%} of the entries"
+
+
+def test_card_escapes_labels():
+    adata = AnnData(sparse.csr_matrix(np.ones((2, 1))))
+    adata.obs["<i>kind</i>"] = pd.Categorical(["<b>T cell</b>", "A & B"])
+    adata.uns["scbmlp_source"] = {"name": "<u>", "kind": "local", "file": "a.h5ad", "sha256": "0"}
+    page = sources.data_card(adata)._repr_html_()
+    assert not any(tag in page for tag in ("<i>", "<b>", "<u>"))
+    assert "&lt;b&gt;T cell&lt;/b&gt; 1" in page and "A &amp; B 1" in page
+
+
+def test_cells_of_unknown_source_have_no_card(cells):
+    with pytest.raises(KeyError, match="has no 'scbmlp_source'"):
+        sources.data_card(AnnData(cells.X))
+
+
+def test_simulated_cells_saved_as_the_local_file_stay_simulated(folder, small):
+    small.write_h5ad(folder / "pancreas.h5ad")
+    adata = sources.pancreas()
+    assert adata.uns["scbmlp_source"]["kind"] == "simulated"
+    assert sources.data_card(adata).simulated
