@@ -143,7 +143,7 @@ class DataCard:
             "biology holds for that model alone.</div>"
         )
         cells = "".join(
-            f'<tr><th style="text-align:left;vertical-align:top;white-space:nowrap">{html.escape(str(key))}</th>'
+            f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(key))}</th>'
             f'<td style="text-align:left;overflow-wrap:anywhere">{html.escape(str(value))}</td></tr>'
             for key, value in self.rows.items()
         )
