@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy.linalg import block_diag
+from scipy.sparse.linalg import LinearOperator
 
 from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
@@ -42,15 +44,16 @@ def direction(model: Model, output: Output) -> np.ndarray:
         elif isinstance(name, int | np.integer) and -len(names) <= name < len(names):
             weights[name] += weight
         else:
-            raise KeyError(f"output={name!r} is unknown; the outputs are {', '.join(map(str, names))}.")
+            raise KeyError(
+                f"output={name!r} is unknown; the outputs are {', '.join(map(str, names))}{_nearest(name, names)}."
+            )
     if isinstance(model, ScBMLPClassifier) and not isinstance(output, Mapping):
         weights -= weights.mean()
     return weights
 
 
-@dataclass(frozen=True)
-class InteractionMatrix:
-    """A symmetric gene x gene matrix Q = B C B', held as its factors.
+class InteractionMatrix(LinearOperator):
+    """A symmetric gene x gene matrix Q = B C B', held as its factors: a linear operator of scipy's.
 
     Parameters
     ----------
@@ -60,19 +63,46 @@ class InteractionMatrix:
         C, symmetric, 2 hid x 2 hid.
     gene_names
         Names of the rows and columns (gene).
+    thin
+        Gives the thin QR decomposition of `basis`; matrices of one model share it.
     """
 
-    basis: np.ndarray
-    core: np.ndarray
-    gene_names: pd.Index
+    def __init__(
+        self,
+        basis: np.ndarray,
+        core: np.ndarray,
+        gene_names: pd.Index,
+        thin: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+    ) -> None:
+        super().__init__(np.dtype(np.float64), (len(basis), len(basis)))
+        self.basis, self.core, self.gene_names = basis, core, gene_names
+        self._thin = thin or cache(lambda: np.linalg.qr(basis))
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Genes x genes."""
-        return self.basis.shape[0], self.basis.shape[0]
+    def _matmat(self, x: np.ndarray) -> np.ndarray:
+        return self.basis @ (self.core @ (self.basis.T @ x))
 
-    def to_dense(self) -> np.ndarray:
-        """Return the whole matrix (gene x gene); 800 MB at 10,000 genes."""
+    def _adjoint(self) -> InteractionMatrix:
+        return self
+
+    def to_dense(self, *, max_gb: float = 4.0) -> np.ndarray:
+        """Return the whole matrix (gene x gene).
+
+        Parameters
+        ----------
+        max_gb
+            Largest size to make, in GB.
+
+        Raises
+        ------
+        ValueError
+            The matrix is larger.
+        """
+        size = 8e-9 * self.shape[0] ** 2
+        if size > max_gb:
+            raise ValueError(
+                f"the dense matrix of {self.shape[0]} genes takes {size:.1f} GB, more than max_gb={max_gb}; use "
+                f"eigh, between, top_pairs or quadratic_form, which do not form it, or allow more."
+            )
         return self.basis @ self.core @ self.basis.T
 
     def quadratic_form(self, x: Any) -> np.ndarray:
@@ -85,6 +115,19 @@ class InteractionMatrix:
         """
         projected = x @ self.basis
         return np.einsum("ci,ij,cj->c", projected, self.core, projected, optimize=True)
+
+    def diagonal(self) -> np.ndarray:
+        """Return what each gene does with itself (gene)."""
+        return np.einsum("gi,gi->g", self.basis @ self.core, self.basis)
+
+    def trace(self) -> float:
+        """Return the sum of the eigenvalues."""
+        return float(np.sum(self.core * (self.basis.T @ self.basis)))
+
+    def norm(self) -> float:
+        """Return the Frobenius norm, the root of the sum of all squared interactions."""
+        product = self.core @ (self.basis.T @ self.basis)
+        return float(np.sqrt(max(0.0, np.sum(product * product.T))))
 
     def between(self, genes_a: list[str], genes_b: list[str]) -> pd.DataFrame:
         """Return the interactions of two lists of genes (genes_a x genes_b).
@@ -104,12 +147,40 @@ class InteractionMatrix:
 
     def _positions(self, genes: list[str]) -> np.ndarray:
         positions = self.gene_names.get_indexer(genes)
-        if (positions < 0).any():
-            unknown = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
+        unknown = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
+        if unknown:
             raise KeyError(
-                f"{len(unknown)} of {len(genes)} genes are not the model's: {', '.join(map(str, unknown[:5]))}."
+                f"{len(unknown)} of {len(genes)} genes are not the model's: {', '.join(map(str, unknown[:5]))}"
+                f"{_nearest(unknown[0], self.gene_names)}."
             )
         return positions
+
+    def top_pairs(self, n: int = 20, *, block: int = 1024) -> pd.DataFrame:
+        """Return the `n` strongest interactions of two different genes, strongest first.
+
+        Parameters
+        ----------
+        n
+            Number of pairs.
+        block
+            Genes whose interactions with all others are in memory at a time.
+
+        Returns
+        -------
+        A row a pair: ``gene_a``, ``gene_b``, ``interaction`` (each of the two entries of Q).
+        """
+        genes = self.shape[0]
+        best = np.empty((3, 0))
+        for start in range(0, genes, block):
+            rows = self.basis[start : start + block] @ self.core @ self.basis[start:].T
+            i, j = np.triu_indices(rows.shape[0], 1, rows.shape[1])
+            values = rows[i, j]
+            strongest = np.argpartition(-np.abs(values), n)[:n] if len(values) > n else slice(None)
+            best = np.hstack([best, [i[strongest] + start, j[strongest] + start, values[strongest]]])
+            best = best[:, np.argsort(-np.abs(best[2]), kind="stable")[:n]]
+        names = self.gene_names.to_numpy()
+        a, b = best[:2].astype(int)
+        return pd.DataFrame({"gene_a": names[a], "gene_b": names[b], "interaction": best[2]})
 
     def scaled(self, scale: np.ndarray) -> InteractionMatrix:
         """Return S Q S with S = diag(scale), the matrix for genes measured in units of `scale`.
@@ -120,10 +191,6 @@ class InteractionMatrix:
             Unit of every gene (gene).
         """
         return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names)
-
-    @cached_property
-    def _orthogonal(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.linalg.qr(self.basis)
 
     def eigh(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the `k` strongest eigenvalues and their eigenvectors, by falling absolute value.
@@ -145,7 +212,7 @@ class InteractionMatrix:
         ValueError
             `k` is not between 1 and min(gene, 2 hid).
         """
-        u, t = self._orthogonal
+        u, t = self._thin()
         if k is not None and not 1 <= k <= t.shape[0]:
             raise ValueError(f"k={k} eigenpairs were asked for; 1 to {t.shape[0]} can be non-zero.")
         small = t @ self.core @ t.T
@@ -154,7 +221,7 @@ class InteractionMatrix:
         return values[order], u @ vectors[:, order]
 
 
-def interaction_matrix(model: Model, output: Output) -> InteractionMatrix:
+def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = False) -> InteractionMatrix:
     """Read the interaction matrix of an output off the weights, after :cite:t:`pearce2025bilinear`.
 
     Q_p = sym(L' diag(p) R), where p is the output's row of P. Without biases and without a linear part,
@@ -166,6 +233,31 @@ def interaction_matrix(model: Model, output: Output) -> InteractionMatrix:
         A classifier or regressor.
     output
         As in :func:`direction`.
+    homogeneous
+        Append a 1 to x and a row and column ``"(constant)"`` to Q, which take up biases and linear part: then
+        y = [x; 1]' Q [x; 1], whatever the model.
+
+    Raises
+    ------
+    KeyError
+        An output is unknown.
+    """
+    return interaction_matrices(model, [output], homogeneous=homogeneous)[0]
+
+
+def interaction_matrices(
+    model: Model, outputs: Iterable[Output] | None = None, *, homogeneous: bool = False
+) -> list[InteractionMatrix]:
+    """Read the interaction matrices of several outputs, with one QR decomposition for all.
+
+    Parameters
+    ----------
+    model
+        A classifier or regressor.
+    outputs
+        Each as in :func:`direction`; every output of the model if None.
+    homogeneous
+        As in :func:`interaction_matrix`.
 
     Raises
     ------
@@ -173,13 +265,59 @@ def interaction_matrix(model: Model, output: Output) -> InteractionMatrix:
         An output is unknown.
     """
     left, right, p = _float64(model.w_l, model.w_r, model.w_p)
-    half = np.diag(direction(model, output) @ p) / 2
-    zero = np.zeros_like(half)
-    return InteractionMatrix(np.hstack([left.T, right.T]), np.block([[zero, half], [half, zero]]), model.gene_names)
+    basis, genes = np.hstack([left.T, right.T]), model.gene_names
+    weights = [direction(model, output) for output in (model.output_names if outputs is None else outputs)]
+    if homogeneous:
+        # Around the cell 0, y = constant + slope' x + x' Q x: the biases are the hidden branches there.
+        at_zero = np.concatenate(_at(model, np.zeros(len(genes))))
+        genes = genes.append(pd.Index(["(constant)"]))
+        basis = np.vstack([basis, at_zero])
+        constant, slope = _beside_branches(model)
+        # Two more columns: the constant coordinate, and the direct weights; each output mixes them in its core.
+        unit = np.eye(len(genes))[:, -1:]
+        basis = np.hstack([basis, unit, np.vstack([slope.T, np.zeros(len(slope))])])
+    thin = cache(lambda: np.linalg.qr(basis))
+    matrices = []
+    for mix in weights:
+        half = np.diag(mix @ p) / 2
+        core = np.kron([[0, 1], [1, 0]], half)
+        if homogeneous:
+            beside = np.zeros((1 + len(mix), 1 + len(mix)))
+            beside[0, 0] = mix @ constant
+            beside[0, 1:] = beside[1:, 0] = mix / 2
+            core = block_diag(core, beside)
+        matrices.append(InteractionMatrix(basis, core, genes, thin))
+    return matrices
 
 
 def _float64(*tensors: Any) -> tuple[np.ndarray, ...]:
     return tuple(tensor.detach().cpu().numpy().astype(np.float64) for tensor in tensors)
+
+
+def _at(model: Model, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return both hidden branches (hid, hid) at a cell; biases, where there are any, only shift them."""
+    left, right, center = _float64(model.w_l, model.w_r, model.center)
+    d = x - center if model.cfg.linear else x
+    bias_left, bias_right = (0, 0) if model.branches.bias is None else np.split(*_float64(model.branches.bias), 2)
+    return left @ d + bias_left, right @ d + bias_right
+
+
+def _beside_branches(model: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Return what is added to the bilinear part: its value at the cell 0 (out) and its slope (out x gene)."""
+    constant, slope = np.zeros(model.cfg.d_output), np.zeros((model.cfg.d_output, model.cfg.d_input))
+    if model.direct is not None:
+        slope, center = _float64(model.direct.weight, model.center)
+        constant = -slope @ center
+    if model.project.bias is not None:
+        constant = constant + _float64(model.project.bias)[0]
+    return constant, slope
+
+
+def _nearest(name: Any, names: Iterable[Any]) -> str:
+    """Return what a mistyped name may have meant, to end a message with."""
+    lower = {str(candidate).lower(): str(candidate) for candidate in names}
+    matches = [lower[match] for match in get_close_matches(str(name).lower(), lower, n=3)]
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 class Parts(NamedTuple):
@@ -257,20 +395,11 @@ def _expand(model: Model, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray
         raise ValueError(
             f"reference has {len(reference)} values; one for each of the model's {model.cfg.d_input} genes is needed."
         )
-    left, right, p, center = _float64(model.w_l, model.w_r, model.w_p, model.center)
-    origin = reference - center if model.cfg.linear else reference
-    # The hidden branches at the reference; biases, where there are any, only shift them.
-    at_left, at_right = left @ origin, right @ origin
-    if model.branches.bias is not None:
-        bias_left, bias_right = np.split(*_float64(model.branches.bias), 2)
-        at_left, at_right = at_left + bias_left, at_right + bias_right
-    outputs, slopes = p @ (at_left * at_right), (p * at_right) @ left + (p * at_left) @ right
-    if model.direct is not None:
-        (direct,) = _float64(model.direct.weight)
-        outputs, slopes = outputs + direct @ origin, slopes + direct
-    if model.project.bias is not None:
-        outputs = outputs + _float64(model.project.bias)[0]
-    return outputs, slopes
+    left, right, p = _float64(model.w_l, model.w_r, model.w_p)
+    at_left, at_right = _at(model, reference)
+    constant, slope = _beside_branches(model)
+    outputs = p @ (at_left * at_right) + constant + slope @ reference
+    return outputs, (p * at_right) @ left + (p * at_left) @ right + slope
 
 
 def audit(model: Model, dataset: ExpressionDataset, reference: np.ndarray | None = None) -> pd.DataFrame:

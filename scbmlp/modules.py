@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ from scipy import sparse
 from sklearn.preprocessing import StandardScaler
 
 from scbmlp.datasets import ExpressionDataset, match_genes
-from scbmlp.interactions import Model, Output, direction, interaction_matrix
+from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,20 @@ class GeneModules:
     eigenvalues
         Strength of every module (comp); positive ones push the output up, negative ones down.
     loadings
-        Weight of every gene in every module, gene x comp, unit columns. A module has two poles, genes of
-        positive and of negative loading; the sign is such that the cells that the output is about score high.
+        Part of every gene in every module (gene x comp): eigenvectors, unit columns, or in metric ``covariance`` the
+        gene's correlation with the score. A module has two poles, genes of positive and of negative loading; the sign
+        is such that the cells that the output is about score high.
+    weights
+        What turns log-expression into scores (gene x comp).
     unit
-        What a gene is measured in before it is weighted (gene), log-expression.
+        Standard deviation of every gene, or 1 in metric ``identity`` (gene), log-expression.
     output
         What the modules are modules of.
     """
 
     eigenvalues: pd.Series
     loadings: pd.DataFrame
+    weights: pd.DataFrame
     unit: pd.Series
     output: Any
 
@@ -46,9 +51,8 @@ class GeneModules:
             AnnData or a dataset, whose genes are matched by name, or a matrix with the modules' genes in order.
         """
         index = x.obs_names if isinstance(x, AnnData) else None
-        x = match_genes(x, self.loadings.index)
-        weights = _per_unit(self.loadings.to_numpy(), self.unit.to_numpy())
-        return pd.DataFrame(x @ weights, index=index, columns=self.loadings.columns)
+        x = match_genes(x, self.weights.index)
+        return pd.DataFrame(x @ self.weights.to_numpy(), index=index, columns=self.weights.columns)
 
     def contributions(self, x: AnnData | ExpressionDataset | Any) -> pd.DataFrame:
         """Return what each module adds to the output of cells, eigenvalue times squared score (cell x comp).
@@ -84,19 +88,38 @@ class GeneModules:
         key = {"+": loading, "-": -loading, "both": loading.abs()}[pole]
         return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
 
+    def to_adata(self, adata: AnnData, *, key: str | None = None) -> None:
+        """Write the modules into AnnData, where scanpy finds them.
+
+        ``varm[key]`` has the loadings, NaN for genes the model did not see; ``obsm[f"X_{key}"]`` the scores, ready
+        for ``scanpy.pl.embedding``; ``uns[key]`` the eigenvalues and the output.
+
+        Parameters
+        ----------
+        adata
+            Cells with all genes of the modules; it is changed.
+        key
+            Where to write; ``modules_<output>`` if None.
+        """
+        key = (key or f"modules_{self.output}").replace("/", "_")  # a slash would open a folder in an h5ad file
+        adata.obsm[f"X_{key}"] = self.scores(adata).to_numpy()
+        adata.varm[key] = self.loadings.reindex(adata.var_names).to_numpy()
+        adata.uns[key] = {"eigenvalues": self.eigenvalues.to_numpy(), "output": str(self.output)}
+
 
 def gene_modules(
     model: Model,
     output: Output,
-    n_modules: int = 10,
-    metric: Literal["sd", "identity"] = "sd",
+    n_modules: int | None = 10,
+    metric: Literal["sd", "identity", "covariance"] = "sd",
     *,
     dataset: ExpressionDataset,
 ) -> GeneModules:
     """Take the leading eigenvectors of an interaction matrix as gene modules.
 
-    Eigenvectors depend on the units of the genes: Q V = V Lambda is solved for S Q S, where S holds the unit of
-    each gene. In raw units, barely expressed genes whose weights were hardly trained can lead.
+    Eigenvectors depend on the units of the genes: S Q S = V Lambda V' is solved, where S holds the unit of each gene.
+    In raw units, barely expressed genes whose weights were hardly trained can lead. In metric ``covariance``, S is
+    the root of the genes' covariance: scores are uncorrelated over the training cells, with variance 1.
 
     Parameters
     ----------
@@ -105,9 +128,10 @@ def gene_modules(
     output
         As in :func:`scbmlp.interactions.direction`.
     n_modules
-        Number of modules.
+        Number of modules; all that can be non-zero if None.
     metric
-        Genes in units of their standard deviation over the cells of `dataset`, or in log-expression as it is.
+        Genes in units of their standard deviation over the cells of `dataset`, in log-expression as it is, or in
+        units in which the data have no correlations.
     dataset
         Training cells: they give the units, and the sign of each module.
 
@@ -116,23 +140,97 @@ def gene_modules(
     ValueError
         `metric` is unknown, or there are fewer than `n_modules` modules.
     """
-    if metric not in ("sd", "identity"):
-        raise ValueError(f"metric={metric!r} is unknown; choose 'sd' or 'identity'.")
+    if metric not in ("sd", "identity", "covariance"):
+        raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
     x, genes = match_genes(dataset, model.gene_names), model.gene_names
-    unit = _standard_deviation(x) if metric == "sd" else np.ones(len(genes))
-    values, vectors = interaction_matrix(model, output).scaled(unit).eigh(n_modules)
+    matrix = interaction_matrix(model, output)
+    unit = np.ones(len(genes)) if metric == "identity" else _standard_deviation(x)
+    # A gene that never varied has neither unit nor loading.
+    inverse = np.divide(1, unit, out=np.zeros_like(unit), where=unit > 0)
+    if metric == "covariance":
+        values, weights = _uncorrelated(matrix, x, n_modules)
+        scores = x @ weights
+        vectors = inverse[:, None] * (x.T @ (scores - scores.mean(axis=0))) / len(scores)
+    else:
+        values, vectors = matrix.scaled(unit).eigh(n_modules)
+        weights = inverse[:, None] * vectors
+        scores = x @ weights
     # The cells that the output is about have a high target along its direction: they are to score high.
     y = dataset.y.numpy()
     about = (np.eye(model.cfg.d_output)[y] if y.ndim == 1 else y) @ direction(model, output)
-    weights = _per_unit(vectors, unit)
-    vectors = vectors * np.where((about - about.mean()) @ (x @ weights) < 0, -1.0, 1.0)
+    sign = np.where((about - about.mean()) @ scores < 0, -1.0, 1.0)
     names = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)])
-    return GeneModules(pd.Series(values, names), pd.DataFrame(vectors, genes, names), pd.Series(unit, genes), output)
+    return GeneModules(
+        pd.Series(values, names),
+        pd.DataFrame(vectors * sign, genes, names),
+        pd.DataFrame(weights * sign, genes, names),
+        pd.Series(unit, genes),
+        output,
+    )
 
 
-def _per_unit(vectors: np.ndarray, unit: np.ndarray) -> np.ndarray:
-    """Divide each gene's loadings by its unit; a gene that never varied has neither unit nor loading."""
-    return vectors / np.where(unit > 0, unit, np.inf)[:, None]
+def _uncorrelated(
+    matrix: InteractionMatrix, x: sparse.csr_matrix | np.ndarray, n_modules: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues (comp) and score weights (gene x comp) in the metric of the data's covariance.
+
+    B' Cov B is the covariance of the hidden pre-activations, so all of it happens in 2 hid dimensions.
+    """
+    variance, axes = np.linalg.eigh(np.cov(x @ matrix.basis, rowvar=False, bias=True))
+    kept = variance > 1e-10 * variance.max()
+    root, axes = np.sqrt(variance[kept]), axes[:, kept]
+    values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ matrix.core @ axes) * root)
+    if n_modules is not None and not 1 <= n_modules <= len(values):
+        raise ValueError(f"n_modules={n_modules} were asked for; there are {len(values)} uncorrelated modules.")
+    order = np.argsort(-np.abs(values), kind="stable")[:n_modules]
+    return values[order], matrix.basis @ (axes / root @ vectors[:, order])
+
+
+def truncation_curve(
+    model: Model, modules: Mapping[str, GeneModules], dataset: ExpressionDataset, ks: Iterable[int] | None = None
+) -> pd.DataFrame:
+    """Return the score that the model keeps with the `k` strongest modules of every output.
+
+    What biases and a direct linear part add to the outputs is always kept.
+
+    Parameters
+    ----------
+    model
+        A fitted classifier or regressor.
+    modules
+        Modules of every output, by name: ``{name: gene_modules(model, name, n_modules=None, dataset=train) ...}``.
+    dataset
+        Cells to score on, with their targets.
+    ks
+        Numbers of modules to keep; 0, 1, 2, 4, 8 and so on if None.
+
+    Returns
+    -------
+    A row a ``k``: ``score`` over all outputs, and a column for the recall or R2 of each output.
+
+    Raises
+    ------
+    ValueError
+        `dataset` does not fit the model.
+    KeyError
+        Modules of an output are missing.
+    """
+    model.check(dataset)
+    missing = [str(name) for name in model.output_names if name not in modules]
+    if missing:
+        raise KeyError(f"modules has none for the outputs {', '.join(missing)}; all outputs are needed for a score.")
+    most = min(len(modules[name].eigenvalues) for name in model.output_names)
+    ks = [0, *(2**i for i in range(most.bit_length()))] if ks is None else list(ks)
+    # Around the cell 0, the constant and the linear part are what the model has beside its interaction matrices.
+    constant, linear, _ = decompose(model, dataset, np.zeros(model.cfg.d_input))
+    kept = np.empty((len(ks), *linear.shape))
+    for i, name in enumerate(model.output_names):
+        contributions = modules[name].contributions(dataset).to_numpy()
+        for row, k in enumerate(ks):
+            kept[row, :, i] = (constant + linear) @ direction(model, name) + contributions[:, :k].sum(axis=1)
+    target = dataset.y.numpy()
+    rows = [[model._measure(y, target), *model._measure_each(y, target)] for y in kept]
+    return pd.DataFrame(rows, pd.Index(ks, name="k"), ["score", *model.output_names])
 
 
 def _standard_deviation(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from scipy import sparse
 from sklearn.metrics import accuracy_score, r2_score
 
 from scbmlp.datasets import ExpressionDataset
-from scbmlp.interactions import audit, decompose, direction, interaction_matrix, linear_axis
+from scbmlp.interactions import audit, decompose, direction, interaction_matrices, interaction_matrix, linear_axis
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 4), st.integers(0, 10_000))
@@ -98,10 +98,66 @@ def test_directions():
     np.testing.assert_allclose(direction(regressor, {0: 0.5, "out0": 0.5}), [1, 0, 0])
 
 
+@settings(deadline=None, max_examples=50)
+@given(sizes, st.booleans(), st.booleans())
+def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, linear):
+    model = random_model(*size, bias=bias, linear=linear).double()
+    x = np.random.default_rng(size[3]).random((7, size[0]))
+    expected = model(torch.as_tensor(x)).detach().numpy()
+    for i, matrix in enumerate(interaction_matrices(model, [{j: 1.0} for j in range(size[2])], homogeneous=True)):
+        assert matrix.gene_names[-1] == "(constant)"
+        form = matrix.quadratic_form(np.hstack([x, np.ones((7, 1))]))
+        np.testing.assert_allclose(form, expected[:, i], rtol=1e-8, atol=1e-8)
+        values, vectors = matrix.eigh()
+        np.testing.assert_allclose(vectors * values @ vectors.T, matrix.to_dense(), atol=1e-8)
+
+
+@settings(deadline=None, max_examples=50)
+@given(sizes)
+def test_operator_diagonal_trace_and_norm(size):
+    model = random_model(*size)
+    matrix = interaction_matrix(model, 0)
+    dense, x = matrix.to_dense(), np.random.default_rng(0).random((size[0], 3))
+    scale = max(1, np.abs(dense).max())
+    np.testing.assert_allclose(matrix @ x, dense @ x, atol=1e-10 * scale)
+    np.testing.assert_allclose(matrix.T @ x[:, 0], dense @ x[:, 0], atol=1e-10 * scale)
+    np.testing.assert_allclose(matrix.diagonal(), np.diag(dense), atol=1e-10 * scale)
+    assert matrix.trace() == pytest.approx(np.trace(dense), abs=1e-10 * scale)
+    assert matrix.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("block", [1, 7, 1000])
+def test_top_pairs_are_the_strongest_of_the_dense_matrix(block):
+    matrix = interaction_matrix(random_model(40, 6, 2, seed=5), 1)
+    dense = matrix.to_dense()
+    i, j = np.triu_indices(40, 1)
+    order = np.argsort(-np.abs(dense[i, j]))[:12]
+    pairs = matrix.top_pairs(12, block=block)
+    np.testing.assert_allclose(pairs["interaction"], dense[i, j][order], rtol=1e-10)
+    expected = [f"gene{a} gene{b}" for a, b in zip(i[order], j[order], strict=True)]
+    assert (pairs["gene_a"] + " " + pairs["gene_b"]).tolist() == expected
+    assert len(matrix.top_pairs(10_000, block=block)) == len(i)
+
+
+def test_matrices_of_one_model_share_one_decomposition(monkeypatch):
+    model = random_model(20, 3, 4, seed=0)
+    calls, qr = [], np.linalg.qr
+    monkeypatch.setattr(np.linalg, "qr", lambda basis: calls.append(1) or qr(basis))
+    matrices = list(interaction_matrices(model))
+    for name, matrix in zip(model.output_names, matrices, strict=True):
+        np.testing.assert_array_equal(matrix.eigh(2)[0], interaction_matrix(model, name).eigh(2)[0])
+    assert len(calls) == 1 + len(matrices)  # one for all of them, and one for each read alone
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m: direction(m, "Beta"), "'Beta' is unknown; the outputs are out0, out1"),
+        (lambda m: direction(m, "OUT"), r"did you mean out1 or out0\?"),
+        (
+            lambda m: interaction_matrix(m, 0).between(["Gene0"], ["gene0"]),
+            r"not the model's: Gene0; did you mean gene0",
+        ),
         (lambda m: direction(m, 2), "output=2 is unknown"),
         (lambda m: interaction_matrix(m, 0).between(["gene0"], ["Ins1"]), "1 of 1 genes are not the model's: Ins1"),
     ],
@@ -115,6 +171,8 @@ def test_impossible_requests():
     model = random_model(5, 2, 2, seed=0)
     with pytest.raises(ValueError, match=r"k=5 eigenpairs.*1 to 4"):
         interaction_matrix(model, 0).eigh(5)
+    with pytest.raises(ValueError, match="dense matrix of 5 genes takes 0.0 GB, more than max_gb=1e-07"):
+        interaction_matrix(model, 0).to_dense(max_gb=1e-7)
     with pytest.raises(ValueError, match="reference has 3 values"):
         decompose(model, np.ones((2, 5), np.float32), np.ones(3))
 

@@ -1,13 +1,15 @@
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from anndata import AnnData
+import scanpy as sc
+from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.interactions import interaction_matrix
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.modules import gene_modules
+from scbmlp.modules import gene_modules, truncation_curve
 from tests.test_interactions import random_model
 
 
@@ -59,6 +61,79 @@ def test_scores_are_projections_and_genes_are_matched_by_name(fitted):
         modules.scores(adata[:, 2:])
 
 
+@pytest.mark.parametrize("metric", ["sd", "identity", "covariance"])
+def test_truncation_ends_at_the_model_and_starts_without_it(fitted, metric):
+    model, dataset = fitted
+    dataset = ExpressionDataset(dataset.x.toarray(), dataset.y, dataset.gene_names, dataset.output_names)
+    modules = {name: gene_modules(model, name, None, metric, dataset=dataset) for name in model.output_names}
+    curve = truncation_curve(model, modules, dataset)
+    assert curve.index.tolist() == [0, 1, 2, 4, 8]
+    assert curve.loc[8, "score"] == model.score(dataset)
+    assert curve.loc[0, "score"] == np.mean(dataset.y.numpy() == 0)  # argmax of equal outputs
+    # The definition, from dense eigenvectors, for one k.
+    logits = []
+    for name in model.output_names:
+        unit = modules[name].unit.to_numpy()
+        values, vectors = np.linalg.eigh(unit[:, None] * interaction_matrix(model, name).to_dense() * unit)
+        order = np.argsort(-np.abs(values))[:2]
+        x = dataset.x / np.where(unit > 0, unit, np.inf)
+        logits.append((x @ vectors[:, order]) ** 2 @ values[order])
+    if metric != "covariance":
+        assert curve.loc[2, "score"] == np.mean(np.argmax(logits, axis=0) == dataset.y.numpy())
+
+
+def test_truncation_keeps_biases_and_the_linear_part(fitted):
+    _, dataset = fitted
+    model = random_model(12, 4, 2, seed=4, kind=ScBMLPRegressor, bias=True, linear=True)
+    names = model.gene_names, model.output_names
+    cells = ExpressionDataset(dataset.x, model.outputs(dataset.x), *names)
+    modules = {name: gene_modules(model, name, None, "identity", dataset=cells) for name in names[1]}
+    curve = truncation_curve(model, modules, cells, ks=[0, 8])
+    assert curve.loc[8].to_numpy() == pytest.approx(1, abs=1e-4)
+    assert curve.loc[0, "out0"] < 0.9
+    with pytest.raises(KeyError, match="none for the outputs out1"):
+        truncation_curve(model, {"out0": modules["out0"]}, cells)
+
+
+def test_covariance_metric(fitted):
+    model, dataset = fitted
+    modules = gene_modules(model, "out1", None, "covariance", dataset=dataset)
+    scores = modules.scores(dataset).to_numpy()
+    np.testing.assert_allclose(np.cov(scores, rowvar=False, bias=True), np.eye(8), atol=1e-5)
+    logits = model.outputs(dataset)
+    expected = logits[:, 1] - logits.mean(axis=1)
+    np.testing.assert_allclose(modules.contributions(dataset).sum(axis=1), expected, rtol=1e-3, atol=1e-3)
+    # Eigenvalues of Cov^(1/2) Q Cov^(1/2), dense.
+    cov = np.cov(dataset.x.toarray().astype(np.float64), rowvar=False, bias=True)
+    dense = np.linalg.eigvals(cov @ interaction_matrix(model, "out1").to_dense()).real
+    np.testing.assert_allclose(np.sort(modules.eigenvalues), np.sort(dense[np.argsort(-np.abs(dense))][:8]), rtol=1e-4)
+    gene = dataset.x.toarray()[:, 3]
+    assert modules.loadings.loc["gene3", "module_1"] == pytest.approx(np.corrcoef(gene, scores[:, 0])[0, 1], abs=1e-4)
+    with pytest.raises(ValueError, match="n_modules=9 were asked for; there are 8"):
+        gene_modules(model, "out1", 9, "covariance", dataset=dataset)
+
+
+def test_modules_in_anndata_survive_a_file_and_can_be_drawn(fitted, tmp_path):
+    model, dataset = fitted
+    modules = gene_modules(model, "out2", 3, dataset=dataset)
+    adata = AnnData(dataset.x, var=pd.DataFrame(index=dataset.gene_names))
+    wider = concat([adata, AnnData(np.ones((60, 1)), adata.obs, pd.DataFrame(index=["other"]))], axis=1)
+    modules.to_adata(wider)
+    modules.to_adata(wider, key="out/2")
+    wider.write_h5ad(tmp_path / "cells.h5ad")
+    stored = read_h5ad(tmp_path / "cells.h5ad")
+    np.testing.assert_allclose(stored.obsm["X_modules_out2"], modules.scores(dataset))
+    np.testing.assert_array_equal(stored.varm["modules_out2"][:-1], modules.loadings)
+    assert np.isnan(stored.varm["modules_out2"][-1]).all()
+    np.testing.assert_array_equal(stored.uns["modules_out2"]["eigenvalues"], modules.eigenvalues)
+    assert "out_2" in stored.varm
+    figure, ax = plt.subplots()
+    sc.pl.embedding(stored, "X_modules_out2", color="gene1", ax=ax, show=False)
+    offsets = ax.collections[0].get_offsets()
+    plt.close(figure)
+    np.testing.assert_allclose(np.sort(offsets[:, 0]), np.sort(modules.scores(dataset)["module_1"]), rtol=1e-5)
+
+
 def test_cells_the_output_is_about_score_high(fitted):
     model, dataset = fitted
     for i, name in enumerate(model.output_names):
@@ -99,7 +174,7 @@ def test_top_genes(fitted):
 
 def test_bad_requests(fitted):
     model, dataset = fitted
-    with pytest.raises(ValueError, match="metric='cosine' is unknown; choose 'sd' or 'identity'"):
+    with pytest.raises(ValueError, match="metric='cosine' is unknown; choose 'sd', 'identity' or 'covariance'"):
         gene_modules(model, 0, metric="cosine", dataset=dataset)
     with pytest.raises(ValueError, match=r"k=9 eigenpairs.*1 to 8"):
         gene_modules(model, 0, 9, dataset=dataset)
