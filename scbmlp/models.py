@@ -131,6 +131,11 @@ class _BilinearMLP(nn.Module):
         """Weights from the hidden products to the outputs (out x hid), detached."""
         return self.project.weight.detach()
 
+    @property
+    def origin(self) -> np.ndarray:
+        """Where the model is a quadratic form around (gene): the training mean if ``cfg.linear``, else 0."""
+        return (self.center * self.cfg.linear).cpu().numpy().astype(np.float64)
+
     # ------------------------------------------------------------------------------------------------- training
 
     def fit(

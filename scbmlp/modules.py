@@ -29,7 +29,9 @@ class GeneModules:
         gene's correlation with the score. A module has two poles, genes of positive and of negative loading; the sign
         is such that the cells that the output is about score high.
     weights
-        What turns log-expression into scores (gene x comp).
+        What turns log-expression, less `origin`, into scores (gene x comp).
+    origin
+        The training mean for a model with a linear part, whose modules hold interactions alone, else 0 (gene).
     unit
         Standard deviation of every gene, or 1 in metric ``identity`` (gene), log-expression.
     output
@@ -39,11 +41,12 @@ class GeneModules:
     eigenvalues: pd.Series
     loadings: pd.DataFrame
     weights: pd.DataFrame
+    origin: pd.Series
     unit: pd.Series
     output: Any
 
     def scores(self, x: AnnData | ExpressionDataset | Any) -> pd.DataFrame:
-        """Return the module scores x'v of cells (cell x comp).
+        """Return the module scores v'(x - origin) of cells (cell x comp).
 
         Parameters
         ----------
@@ -52,10 +55,14 @@ class GeneModules:
         """
         index = x.obs_names if isinstance(x, AnnData) else None
         x = match_genes(x, self.weights.index)
-        return pd.DataFrame(x @ self.weights.to_numpy(), index=index, columns=self.weights.columns)
+        weights = self.weights.to_numpy()
+        # The origin is taken off the scores, not the cells, so that sparse cells stay sparse.
+        return pd.DataFrame(x @ weights - self.origin.to_numpy() @ weights, index, self.weights.columns)
 
     def contributions(self, x: AnnData | ExpressionDataset | Any) -> pd.DataFrame:
         """Return what each module adds to the output of cells, eigenvalue times squared score (cell x comp).
+
+        All modules together add up to the output, or to its quadratic part where the model has biases or a linear part.
 
         Parameters
         ----------
@@ -164,6 +171,7 @@ def gene_modules(
         pd.Series(values, names),
         pd.DataFrame(vectors * sign, genes, names),
         pd.DataFrame(weights * sign, genes, names),
+        pd.Series(model.origin, genes),
         pd.Series(unit, genes),
         output,
     )
@@ -221,8 +229,8 @@ def truncation_curve(
         raise KeyError(f"modules has none for the outputs {', '.join(missing)}; all outputs are needed for a score.")
     most = min(len(modules[name].eigenvalues) for name in model.output_names)
     ks = [0, *(2**i for i in range(most.bit_length()))] if ks is None else list(ks)
-    # Around the cell 0, the constant and the linear part are what the model has beside its interaction matrices.
-    constant, linear, _ = decompose(model, dataset, np.zeros(model.cfg.d_input))
+    # Around the origin, the constant and the linear part are what the model has beside its interaction matrices.
+    constant, linear, _ = decompose(model, dataset, model.origin)
     kept = np.empty((len(ks), *linear.shape))
     for i, name in enumerate(model.output_names):
         contributions = modules[name].contributions(dataset).to_numpy()

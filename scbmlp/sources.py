@@ -138,9 +138,9 @@ class DataCard:
     def _repr_html_(self) -> str:
         banner = (
             '<div role="alert" style="border:3px solid #b00020;background:#fdecee;color:#7a0016;padding:.8em 1em;'
-            'margin-bottom:1em;font-size:1.1em"><strong>SIMULATED CELLS.</strong> No cell on this page is real: '
-            "counts, labels and gene programs were drawn from a model with a known truth. What the page says of "
-            "biology holds for that model alone.</div>"
+            'margin-bottom:1em;font-size:1.1em"><strong>SIMULATED CELLS.</strong> None of these cells is real: '
+            "expression, labels and gene programs were drawn from a model with a known truth. What the page says of "
+            "them holds for that model alone.</div>"
         )
         cells = "".join(
             f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(key))}</th>'
@@ -156,7 +156,7 @@ def data_card(adata: AnnData) -> DataCard:
     Parameters
     ----------
     adata
-        Cells from this module, with counts in ``X``.
+        Cells from this module or from ``simulate``.
 
     Raises
     ------
@@ -178,7 +178,7 @@ def data_card(adata: AnnData) -> DataCard:
         }[source["kind"]],
         "Cells x genes": f"{adata.n_obs:,} x {adata.n_vars:,}",
         "Zeros": f"{1 - np.count_nonzero(stored) / adata.n_obs / adata.n_vars:.0%} of the entries",
-        "Counts a cell": f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f} to "
+        "Total a cell": f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f} to "
         f"{np.quantile(depth, 0.95):,.0f}",
     }
     for key in adata.obs.select_dtypes("category"):

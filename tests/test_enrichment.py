@@ -19,7 +19,10 @@ def modules_of(n_modules=2, seed=0, genes=GENES, output="Beta"):
     names = [f"module_{i + 1}" for i in range(n_modules)]
     loadings = np.random.default_rng(seed).normal(size=(len(genes), n_modules))
     return GeneModules(
-        pd.Series(1.0, names), *2 * [pd.DataFrame(loadings, genes, names)], pd.Series(1.0, pd.Index(genes)), output
+        pd.Series(1.0, names),
+        *2 * [pd.DataFrame(loadings, genes, names)],
+        *2 * [pd.Series(1.0, pd.Index(genes))],
+        output,
     )
 
 

@@ -28,7 +28,7 @@ def random_model(gene, hid, out, seed, kind=ScBMLPRegressor, **options):
 
 
 def dense_q(model, p):
-    """Q as the sum over hidden units of outer products, in float64."""
+    """Q of eq-q as the sum over hidden units of outer products, in float64."""
     left, right = model.w_l.double().numpy(), model.w_r.double().numpy()
     q = np.einsum("h,hi,hj->ij", p, left, right)
     return (q + q.T) / 2
@@ -37,6 +37,7 @@ def dense_q(model, p):
 @settings(deadline=None, max_examples=50)
 @given(sizes)
 def test_factors_are_the_dense_matrix(size):
+    """eq-factors, eq-q."""
     model = random_model(*size)
     for i in range(size[2]):
         expected = dense_q(model, model.w_p[i].double().numpy())
@@ -71,6 +72,7 @@ def test_eigenpairs_agree_with_dense_eigh(size):
 
 
 def test_quadratic_form_is_the_output_of_a_model_without_biases():
+    """eq-form."""
     model = random_model(30, 5, 3, seed=0)
     x = sparse.random(20, 30, density=0.3, random_state=0, format="csr", dtype=np.float32)
     for i, name in enumerate(model.output_names):
@@ -101,6 +103,7 @@ def test_directions():
 @settings(deadline=None, max_examples=50)
 @given(sizes, st.booleans(), st.booleans())
 def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, linear):
+    """eq-homogeneous."""
     model = random_model(*size, bias=bias, linear=linear).double()
     x = np.random.default_rng(size[3]).random((7, size[0]))
     expected = model(torch.as_tensor(x)).detach().numpy()
@@ -180,6 +183,7 @@ def test_impossible_requests():
 @settings(deadline=None, max_examples=50)
 @given(sizes, st.booleans(), st.booleans(), st.integers(1, 7))
 def test_parts_add_up_around_any_reference(size, bias, linear, batch_size):
+    """eq-reference."""
     model = random_model(*size, bias=bias, linear=linear)
     rng = np.random.default_rng(size[3])
     x, reference = rng.random((9, size[0]), np.float32), rng.random(size[0])
@@ -191,6 +195,7 @@ def test_parts_add_up_around_any_reference(size, bias, linear, batch_size):
 @settings(deadline=None, max_examples=25)
 @given(sizes, st.booleans(), st.booleans())
 def test_axis_is_the_gradient_at_the_reference(size, bias, linear):
+    """The slope of eq-reference."""
     model = random_model(*size, bias=bias, linear=linear).double()
     reference = torch.rand(size[0], dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], reference)
@@ -228,10 +233,39 @@ def test_audit_against_its_definition(kind):
     if kind is ScBMLPClassifier:
         assert table.attrs["score"] == accuracy_score(y, outputs.argmax(1))
         assert table.attrs["score_linear"] == accuracy_score(y, linear_only.argmax(1))
+        quadratic_only = parts.constant + parts.quadratic
+        assert table.attrs["score_quadratic"] == accuracy_score(y, quadratic_only.argmax(1))
         assert table["score"].tolist() == [np.mean(outputs.argmax(1)[y == i] == i) for i in range(3)]
     else:
         np.testing.assert_allclose(table["score"], r2_score(y, outputs, multioutput="raw_values"), rtol=1e-4)
         np.testing.assert_allclose(table["score_linear"], r2_score(y, linear_only, multioutput="raw_values"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_rank_of_the_audit_is_the_smallest_that_keeps_the_score(linear):
+    model = random_model(6, 5, 2, seed=7, linear=linear)
+    x = np.random.default_rng(0).random((200, 6), np.float32)
+    y = model.outputs(x)
+    table = audit(model, ExpressionDataset(x, y, model.gene_names, model.output_names))
+    d = x - model.origin
+    for i, name in enumerate(model.output_names):
+        values, vectors = np.linalg.eigh(interaction_matrix(model, name).to_dense())
+        order = np.argsort(-np.abs(values))
+        terms = values[order] * (d @ vectors[:, order]) ** 2
+        beside = y[:, i] - terms.sum(axis=1)
+        kept = [r2_score(y[:, i], beside + terms[:, :k].sum(axis=1)) for k in range(7)]
+        assert table.loc[name, "rank_99"] == next(k for k in range(7) if min(kept[k:]) >= 0.99)
+    assert 0 < table.attrs["rank_99"] <= 6
+
+
+def test_audit_around_the_mean_of_a_class():
+    model = random_model(6, 4, 3, seed=2, kind=ScBMLPClassifier)
+    x, y = np.random.default_rng(0).random((30, 6), np.float32), np.arange(30) % 3
+    dataset = ExpressionDataset(x, y, model.gene_names, model.output_names)
+    named, given = audit(model, dataset, "out1"), audit(model, dataset, x[y == 1].mean(axis=0))
+    pd.testing.assert_frame_equal(named, given)
+    with pytest.raises(KeyError, match=r"reference='Out1' is not a class; did you mean out1"):
+        audit(model, dataset, "Out1")
 
 
 def test_audit_refuses_classes_in_another_order():

@@ -71,6 +71,7 @@ def planted():
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_is_the_formula(bias, linear):
+    """eq-forward, eq-linear."""
     model = ScBMLPClassifier(Config(**TOY, bias=bias, linear=linear)).double()
     rng = np.random.default_rng(1)
     x, center = rng.normal(size=(7, 6)), rng.normal(size=6)

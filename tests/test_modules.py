@@ -7,7 +7,7 @@ from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
 from scbmlp.datasets import ExpressionDataset
-from scbmlp.interactions import interaction_matrix
+from scbmlp.interactions import decompose, interaction_matrix
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.modules import gene_modules, truncation_curve
 from tests.test_interactions import random_model
@@ -28,6 +28,7 @@ def fitted():
 
 @pytest.mark.parametrize("metric", ["sd", "identity"])
 def test_modules_are_eigenvectors_in_the_metric(fitted, metric):
+    """eq-metric."""
     model, dataset = fitted
     modules = gene_modules(model, "out1", 8, metric, dataset=dataset)
     unit = dataset.x.toarray().astype(np.float64).std(axis=0) if metric == "sd" else np.ones(12)
@@ -43,9 +44,10 @@ def test_modules_are_eigenvectors_in_the_metric(fitted, metric):
 def test_contributions_of_all_modules_add_up_to_the_output(fitted, metric):
     model, dataset = fitted
     modules = gene_modules(model, "out0", 8, metric, dataset=dataset)
+    expected = interaction_matrix(model, "out0").quadratic_form(dataset.x.astype(np.float64))
+    np.testing.assert_allclose(modules.contributions(dataset).sum(axis=1), expected, rtol=1e-6, atol=1e-9)
     logits = model.outputs(dataset)
-    expected = logits[:, 0] - logits.mean(axis=1)
-    np.testing.assert_allclose(modules.contributions(dataset).sum(axis=1), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(expected, logits[:, 0] - logits.mean(axis=1), rtol=1e-4, atol=1e-4)
 
 
 def test_scores_are_projections_and_genes_are_matched_by_name(fitted):
@@ -82,6 +84,15 @@ def test_truncation_ends_at_the_model_and_starts_without_it(fitted, metric):
         assert curve.loc[2, "score"] == np.mean(np.argmax(logits, axis=0) == dataset.y.numpy())
 
 
+def test_modules_of_a_model_with_a_linear_part_hold_its_quadratic_part(fitted):
+    _, dataset = fitted
+    model = random_model(12, 4, 2, seed=4, kind=ScBMLPRegressor, bias=True, linear=True)
+    cells = ExpressionDataset(dataset.x, model.outputs(dataset.x), model.gene_names, model.output_names)
+    modules = gene_modules(model, "out0", None, "identity", dataset=cells)
+    quadratic = decompose(model, cells, model.origin).quadratic[:, 0]
+    np.testing.assert_allclose(modules.contributions(cells).sum(axis=1), quadratic, rtol=1e-6)
+
+
 def test_truncation_keeps_biases_and_the_linear_part(fitted):
     _, dataset = fitted
     model = random_model(12, 4, 2, seed=4, kind=ScBMLPRegressor, bias=True, linear=True)
@@ -96,6 +107,7 @@ def test_truncation_keeps_biases_and_the_linear_part(fitted):
 
 
 def test_covariance_metric(fitted):
+    """eq-covariance."""
     model, dataset = fitted
     modules = gene_modules(model, "out1", None, "covariance", dataset=dataset)
     scores = modules.scores(dataset).to_numpy()

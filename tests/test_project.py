@@ -18,7 +18,7 @@ PUBLIC = {
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor"],
     "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit"],
-    "modules": ["gene_modules", "GeneModules"],
+    "modules": ["gene_modules", "GeneModules", "truncation_curve"],
     "enrichment": ["enrich"],
 }
 
@@ -66,3 +66,10 @@ def test_public_names_exist_and_are_documented(module, names):
 def test_validation_is_never_by_assert():
     for path in (ROOT / "scbmlp").glob("*.py"):
         assert not [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)], path.name
+
+
+def test_every_equation_of_the_method_is_named_by_a_test():
+    labels = re.findall(r"^\$\$ \((eq-\w+)\)", (ROOT / "method.md").read_text(), flags=re.M)
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(labels) >= 8
+    assert [label for label in labels if label not in tests] == []
