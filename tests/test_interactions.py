@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
 from sklearn.metrics import accuracy_score, r2_score
@@ -69,6 +69,31 @@ def test_eigenpairs_agree_with_dense_eigh(size):
     np.testing.assert_allclose(np.sort(values), np.sort(largest), atol=1e-10 * scale)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(values)), atol=1e-10)
     np.testing.assert_allclose(vectors * values @ vectors.T, dense, atol=1e-10 * scale)
+
+
+@settings(deadline=None, max_examples=100)
+@given(sizes, st.booleans(), st.booleans())
+def test_projectors_agree_with_dense_eigh_also_for_repeated_and_zero_eigenvalues(size, bias, homogeneous):
+    """Small whole weights, half of them 0 and hidden units in pairs: many eigenvalues coincide or vanish."""
+    gene, hid, out, seed = size
+    model = random_model(gene, 2 * hid, out, seed, bias=bias)
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.as_tensor(rng.integers(-1, 2, parameter.shape) * rng.integers(0, 2, parameter.shape)))
+        model.branches.weight[hid : 2 * hid] = model.branches.weight[:hid]
+    matrix = interaction_matrix(model, 0, homogeneous=homogeneous)
+    dense = matrix.to_dense()
+    dense_values, dense_vectors = np.linalg.eigh(dense)
+    values, vectors = matrix.eigh()
+    scale = max(1, np.abs(dense_values).max())
+    # Eigenvalues are one or far apart here: next to each other, rounding turns eigenvectors, whatever the method.
+    gaps = np.diff(np.sort([*dense_values, 0])) / scale
+    assume(((gaps < 1e-9) | (gaps > 1e-4)).all())
+    for value in dense_values[np.abs(dense_values) > 1e-6 * scale]:
+        expected = dense_vectors[:, np.abs(dense_values - value) < 1e-8 * scale]
+        found = vectors[:, np.abs(values - value) < 1e-8 * scale]
+        np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-10)
 
 
 def test_quadratic_form_is_the_output_of_a_model_without_biases():
