@@ -184,7 +184,7 @@ def test_card_of_real_cells_has_no_banner_and_its_numbers_are_right(real_card, s
     assert rows["Source"] == "real cells, local file pancreas.h5ad" and rows["Cells x genes"] == "80 x 250"
     assert rows["Zeros"] == f"{(counts == 0).mean():.0%} of the entries"
     depth = counts.sum(axis=1)
-    assert f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f}" in rows["Counts a cell"]
+    assert f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f}" in rows["Total a cell"]
     sizes = small.obs["clusters"].value_counts()
     assert sorted(rows["Labels: clusters"].split(", ")) == sorted(f"{name} {size}" for name, size in sizes.items())
 
