@@ -200,8 +200,8 @@ def get_regression_datasets(
     KeyError
         `target_key` or `layer` is not in `adata`.
     ValueError
-        The targets are not a finite cell x out table, the fractions leave a set empty, or the expression is not
-        finite and non-negative.
+        The targets are not a finite cell x out table or one of them is constant, the fractions leave a set empty, or
+        the expression is not finite and non-negative.
     """
     if target_key not in adata.obsm:
         raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}.")
@@ -213,6 +213,12 @@ def get_regression_datasets(
         bad = (~np.isfinite(y).all(axis=1)).sum()
         raise ValueError(f"adata.obsm[{target_key!r}] is NaN or infinite in {bad} cells; drop those cells first.")
     names = target.columns if isinstance(target, pd.DataFrame) else [f"{target_key}_{i}" for i in range(y.shape[1])]
+    constant = [str(name) for name, column in zip(names, y.T, strict=True) if np.ptp(column) == 0]
+    if constant or not len(names):
+        raise ValueError(
+            f"adata.obsm[{target_key!r}] is the same in every cell for {', '.join(constant) or 'want of a column'}: "
+            f"there is nothing to learn; drop such columns."
+        )
     _check_fractions(train_split, val_split)
     return _split(adata, y, names, train_split, val_split, random_state, layer)
 

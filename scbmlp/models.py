@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from sklearn.metrics import accuracy_score, r2_score, recall_score
+from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
@@ -448,6 +448,26 @@ class ScBMLPRegressor(_BilinearMLP):
             Cells, as in :meth:`outputs`.
         """
         return self.outputs(x)
+
+    def evaluate(self, dataset: ExpressionDataset) -> pd.DataFrame:
+        """Return ``r2`` and ``mae``, the mean absolute error in target units, of every output (out).
+
+        Parameters
+        ----------
+        dataset
+            Cells with their targets.
+
+        Raises
+        ------
+        ValueError
+            The dataset does not fit the model, as in :meth:`check`.
+        """
+        self.check(dataset)
+        outputs, target = self.outputs(dataset), dataset.y.numpy()
+        mae = mean_absolute_error(target, outputs, multioutput="raw_values")
+        return pd.DataFrame(
+            {"r2": self._measure_each(outputs, target), "mae": mae}, pd.Index(self.output_names, name="output")
+        )
 
 
 class _Training(lightning.LightningModule):

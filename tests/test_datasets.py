@@ -183,6 +183,8 @@ def test_targets_are_named_after_their_columns_or_their_key(targets, key, names)
         (np.r_[[np.nan], np.zeros(399)][:, None], ValueError, "is NaN or infinite in 1 cells"),
         (np.r_[[np.inf] * 2, np.zeros(398)][:, None], ValueError, "is NaN or infinite in 2 cells"),
         (np.zeros((400, 2, 2)), ValueError, r"has shape \(400, 2, 2\); two axes \(cell, out\)"),
+        (np.c_[np.arange(400), np.ones(400)], ValueError, "the same in every cell for target_1: .* drop such columns"),
+        (np.zeros((400, 0)), ValueError, "the same in every cell for want of a column"),
     ],
 )
 def test_unusable_targets_are_refused_with_advice(cells, value, error, match):

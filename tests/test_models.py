@@ -266,6 +266,12 @@ def test_regressor_learns_an_interaction_by_its_loss(planted, loss):
     y, predicted = val.y.numpy(), model.predict(val)
     assert history["val_loss"].iloc[-1] == pytest.approx(formula[loss](y, predicted), rel=1e-4)
     assert history["val_r2"].iloc[-1] == pytest.approx(model.score(val)) == pytest.approx(r2_score(y, predicted))
+    table = model.evaluate(val)
+    assert list(table.index) == list(val.output_names)
+    np.testing.assert_allclose(table["r2"], r2_score(y, predicted, multioutput="raw_values"), rtol=1e-6)
+    np.testing.assert_allclose(table["mae"], np.abs(np.asarray(y) - predicted).mean(axis=0), rtol=1e-5)
+    with pytest.raises(ValueError, match="are not those of the model in their order"):
+        model.evaluate(ExpressionDataset(val.x, val.y, val.gene_names, val.output_names[::-1]))
     assert model._measure_each(model.outputs(test), test.y.numpy()).min() > 0.9
     assert list(model.output_names) == ["product", "difference"]
 
@@ -299,7 +305,7 @@ def state():
             "style": dict(matplotlib.rcParams)}
 before = state()
 import scbmlp.datasets, scbmlp.enrichment, scbmlp.interactions, scbmlp.models, scbmlp.modules, scbmlp.plotting
-import scbmlp.simulate, scbmlp.sources
+import scbmlp.simulate, scbmlp.sources, scbmlp.targets
 after = state()
 print(*(key for key in before if before[key] != after[key]))
 """

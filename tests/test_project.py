@@ -11,11 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
-ORDER = ["simulate", "sources", "datasets", "models", "interactions", "modules", "enrichment", "plotting"]
+ORDER = ["simulate", "sources", "datasets", "targets", "models", "interactions", "modules", "enrichment", "plotting"]
 PUBLIC = {
     "sources": ["pancreas", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
+    "targets": ["laplacian_frequencies"],
     "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor"],
     "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit"],
     "modules": ["gene_modules", "GeneModules", "truncation_curve"],
