@@ -88,12 +88,43 @@ class GeneModules:
         KeyError
             There is no such module.
         """
+        loading = self.loadings[self._name(module)]
+        key = {"+": loading, "-": -loading, "both": loading.abs()}[pole]
+        return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
+
+    def factors(self, first: int | str = 0, second: int | str = 1) -> pd.DataFrame:
+        """Return what turns two modules of opposite sign into the two factors whose product they are (comp x 2).
+
+        ``scores(x) @ factors()`` are the scores of the factors: their product is what the two modules contribute.
+        ``loadings @ factors()`` are their genes.
+
+        Parameters
+        ----------
+        first, second
+            Rank or name of the modules, one with a positive and one with a negative eigenvalue.
+
+        Raises
+        ------
+        ValueError
+            Both eigenvalues have the same sign.
+        KeyError
+            There is no such module.
+        """
+        pair = self.eigenvalues[[self._name(first), self._name(second)]].sort_values(ascending=False)
+        if pair.prod() >= 0:
+            raise ValueError(
+                f"{' and '.join(pair.index)} have eigenvalues {pair.iloc[0]:.3g} and {pair.iloc[1]:.3g}; a product "
+                f"needs one positive and one negative, see eigenvalues."
+            )
+        mix = pd.DataFrame(0.0, self.eigenvalues.index, ["plus", "minus"])
+        mix.loc[pair.index] = np.sqrt(pair.abs().to_numpy())[:, None] * [[1, 1], [1, -1]]
+        return mix
+
+    def _name(self, module: int | str) -> str:
         names = list(self.loadings.columns)
         if module not in names and module not in range(len(names)):
             raise KeyError(f"module={module!r} is unknown; there are {len(names)}, {names[0]!r} to {names[-1]!r}.")
-        loading = self.loadings[module if module in names else names[module]]
-        key = {"+": loading, "-": -loading, "both": loading.abs()}[pole]
-        return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
+        return module if module in names else names[module]
 
     def to_adata(self, adata: AnnData, *, key: str | None = None) -> None:
         """Write the modules into AnnData, where scanpy finds them.

@@ -106,6 +106,40 @@ def test_truncation_keeps_biases_and_the_linear_part(fitted):
         truncation_curve(model, {"out0": modules["out0"]}, cells)
 
 
+@pytest.mark.parametrize("metric", ["sd", "identity", "covariance"])
+def test_pair_of_modules_is_the_product_of_its_factors(fitted, metric):
+    """eq-pair."""
+    model, dataset = fitted
+    modules = gene_modules(model, 0, None, metric, dataset=dataset)
+    signs = np.sign(modules.eigenvalues)
+    first, second = signs.idxmax(), signs.idxmin()
+    for pair in ((first, second), (second, first)):
+        product = (modules.scores(dataset) @ modules.factors(*pair)).prod(axis=1)
+        np.testing.assert_allclose(product, modules.contributions(dataset)[list(pair)].sum(axis=1), atol=1e-8)
+
+
+def test_factors_of_one_hidden_unit_are_its_two_maps(fitted):
+    _, dataset = fitted
+    model = random_model(12, 1, 2, seed=3, kind=ScBMLPRegressor)
+    cells = ExpressionDataset(dataset.x, model.outputs(dataset.x), model.gene_names, model.output_names)
+    modules = gene_modules(model, 0, None, "identity", dataset=cells)
+    factors = (modules.loadings @ modules.factors()).to_numpy()
+    maps = np.stack([model.w_l.numpy()[0], model.w_r.numpy()[0]], axis=1)
+    factors, maps = factors / np.linalg.norm(factors, axis=0), maps / np.linalg.norm(maps, axis=0)
+    np.testing.assert_allclose(np.sort(np.abs(factors.T @ maps).max(axis=1)), 1, atol=1e-5)
+    np.testing.assert_allclose(np.abs(factors.T @ maps).max(axis=0), 1, atol=1e-5)
+
+
+def test_modules_of_one_sign_are_no_product(fitted):
+    model, dataset = fitted
+    modules = gene_modules(model, 0, None, dataset=dataset)
+    same = modules.eigenvalues.index[modules.eigenvalues > 0][:2]
+    with pytest.raises(ValueError, match=f"{same[0]} and {same[1]} have eigenvalues .* one positive and one negative"):
+        modules.factors(*same)
+    with pytest.raises(KeyError, match="module=99 is unknown"):
+        modules.factors(0, 99)
+
+
 def test_covariance_metric(fitted):
     """eq-covariance."""
     model, dataset = fitted

@@ -97,6 +97,7 @@ def test_frequencies_survive_a_file_and_become_targets(cells, tmp_path):
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("as_mask", [False, True])
 def test_cells_outside_the_graph_get_its_extension(normalized, as_mask):
+    """eq-extension, on cells whose place between the others is known."""
     adata, at = curve(600)
     inside = np.random.default_rng(1).random(600) < 0.7
     chosen = inside if as_mask else np.flatnonzero(inside)
