@@ -63,6 +63,12 @@ def test_figures_have_captions_and_alternative_text(chapter):
         assert cell.source.count("{glue:figure}") == cell.source.count(":alt:")
 
 
+def test_labels_are_unique_over_the_book():
+    text = "".join(path.read_text() for path in [*CHAPTERS, *ROOT.glob("*.md")])
+    labels = re.findall(r"\$\$ \((eq-[\w-]+)\)", text) + re.findall(r'"name": "(fig-[\w-]+)"', text)
+    assert len(labels) > 20 and len(labels) == len(set(labels))
+
+
 def test_no_number_in_prose_is_typed(chapter):
     prose = [cell.source for cell in chapter.cells if cell.cell_type == "markdown"]
     typed = re.compile(r"(?<![\w{`$.\\=-])(0\.\d{2,}|\d{1,3}(\.\d+)?\s?%)")
