@@ -279,8 +279,7 @@ def sciplex3(
                 activities[program][given] += abs(change) * effect * (goal - activities[program][given])
     activities["p53_response"][line == "K562"] = 0  # K562 has lost p53
     activities |= {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 3)}
-    pairs = {"hdac_response x background_1": ("hdac_response", "background_1"),
-             "hdac_response x line_K562": ("hdac_response", "line_K562")}  # fmt: skip
+    pairs = {f"hdac_response x {other}": ("hdac_response", other) for other in ("background_1", "line_K562")}
     plate_depth = rng.lognormal(0, 0.15, (N_PLATES, 2))
     low_count = rng.random(n_cells) < 0.04
     depth = plate_depth[plate, replicate] * np.where(low_count, 0.1, 1)
