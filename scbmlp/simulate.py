@@ -5,6 +5,8 @@ Nothing here is a measurement: ``uns["scbmlp_source"]`` of every AnnData says so
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -35,38 +37,48 @@ FORK = 0.68  # pseudotime at which a pre-endocrine cell leaves the trunk
 
 HUMAN_PROGRAMS = {
     "hdac_response": "DHRS2 CALN1 COL26A1 RGL1 ACSBG1 TENM1 KCNAB1 ATP1A3 SYT11 KIF5C GNG7 CRISPLD2",
+    "acetyl_coa": "ACLY ACSS2 SLC25A1 CS IDH1 ACO1 GLS SLC2A3 ACSL3 HADHA HADHB SIRT2",
     "sterol_synthesis": "INSIG1 HMGCS1 IDI1 HMGCR LDLR SQLE SREBF1 FDFT1 SC5D MSMO1",
-    "growth_arrest": "CDKN1A GDF15 MDM2 BTG2 SESN1 TP53INP1 PHLDA3 BTG1 FAS",
+    "growth_arrest": "CDKN1A GDF15 BTG2 TP53INP1 GADD45A BTG1 SESN1 SERTAD1",
+    "p53_response": "MDM2 PHLDA3 FAS TP53I3 FDXR PMAIP1 BBC3 ZMAT3 TIGAR RPS27L",
     "cell_cycle": "TOP2A AURKA CCNB1 MKI67 CENPF CDK1 PLK1 BIRC5 UBE2C TPX2 CDC20 CCNB2 AURKB",
     "heat_shock": "HSPA1A HSP90AA1 HSPA8 HSPH1 DNAJB1 HSPD1 HSPA1B HSP90AB1 BAG3 HSPE1 AHSA1 HSPB1",
     "mapk_output": "DUSP6 SPRY2 FOSL1 ETV4 ETV5 SPRY4 PHLDA1 EGR1 IER3 CCND1 SPRED2 DUSP4",
+    "mtor_output": "LDHA ENO1 PGK1 ALDOA PKM SLC2A1 HK2 NPM1 EEF2 EIF4EBP1 PSAT1 ASNS",
     "glucocorticoid": "FKBP5 TSC22D3 ZBTB16 PER1 ANGPTL4 KLF9 CEBPD MT2A SCNN1A ERRFI1",
     "line_A549": "AKR1B10 AKR1C1 ALDH1A1 TXNRD1 G6PD NQO1 FGG SERPINA1",
     "line_K562": "HBG1 HBZ HBG2 GYPA ALAS2 GATA1 LMO2 BLVRB TFR2",
     "line_MCF7": "TFF1 KRT19 GREB1 PGR ESR1 GATA3 TFF3 XBP1 AREG",
 }
-LINES = {"A549": 0.25, "K562": 0.25, "MCF7": 0.5}  # share of the cells
+LINES = ("A549", "K562", "MCF7", "MCF7")  # half of the cells are MCF7
 DOSES = np.array([10.0, 100.0, 1000.0, 10000.0])  # nM
+N_PLATES = 8
 # Target -> pathway, what full effect does to each program (+ raises, - silences), the lines that respond, and each
-# compound's EC50 in nM (invented values, in the order of known potencies). Compounds not listed here are inert.
+# compound's EC50 in nM (invented, in the order of known potencies). Names as in the catalogue; others are inert.
 MECHANISMS = {
-    "HDAC": (
-        "Epigenetic regulation",
-        {"hdac_response": 1, "sterol_synthesis": 0.8, "growth_arrest": 0.8, "cell_cycle": -0.9}, "A549 K562 MCF7",
-        {"Quisinostat": 10, "CUDC-907": 50, "Trichostatin A": 60, "Panobinostat": 90, "Dacinostat": 150,
-         "Abexinostat": 210, "CUDC-101": 300, "Givinostat": 500, "Belinostat": 800, "AR-42": 900, "Resminostat": 1300,
-         "Pracinostat": 1500, "M344": 3000, "Mocetinostat": 4500, "Entinostat": 6000, "Tacedinaline": 20000},
-    ),
-    "Aurora Kinase": ("Cell cycle regulation", {"growth_arrest": 1, "cell_cycle": -0.7}, "A549 K562 MCF7",
-                      {"Hesperadin": 100, "Barasertib": 150, "Alisertib": 250, "Danusertib": 300, "Tozasertib": 600}),
+    "HDAC": ("Epigenetic regulation", {"hdac_response": 1, "acetyl_coa": 0.7, "sterol_synthesis": 0.8,
+                                       "growth_arrest": 0.8, "cell_cycle": -0.9}, "A549 K562 MCF7",
+             {"Quisinostat (JNJ-26481585) 2HCl": 10, "CUDC-907": 50, "Trichostatin A (TSA)": 60,
+              "Panobinostat (LBH589)": 90, "Dacinostat (LAQ824)": 150, "Abexinostat (PCI-24781)": 210, "CUDC-101": 300,
+              "Givinostat (ITF2357)": 500, "Belinostat (PXD101)": 800, "AR-42": 900, "Resminostat": 1300,
+              "Pracinostat (SB939)": 1500, "M344": 3000, "Mocetinostat (MGCD0103)": 4500, "Entinostat (MS-275)": 6000,
+              "Tacedinaline (CI994)": 20000}),
+    "Aurora Kinase": ("Cell cycle regulation", {"growth_arrest": 1, "p53_response": 0.7, "cell_cycle": -0.7},
+                      "A549 K562 MCF7", {"Hesperadin": 100, "Barasertib": 150, "Alisertib": 250,
+                                         "Danusertib (PHA-739358)": 300, "Tozasertib": 600}),
     "PLK": ("Cell cycle regulation", {"growth_arrest": 0.5, "cell_cycle": 0.8}, "A549 K562 MCF7",
             {"BI 2536": 40, "Volasertib": 60}),  # cells pile up in mitosis
     "CDK": ("Cell cycle regulation", {"growth_arrest": 0.4, "cell_cycle": -1}, "A549 K562 MCF7",
-            {"Flavopiridol": 150, "SNS-032": 400}),
+            {"Flavopiridol HCl": 150, "SNS-032": 400}),
+    "MDM2": ("Apoptotic regulation", {"p53_response": 1, "growth_arrest": 0.9, "cell_cycle": -0.6}, "A549 MCF7",
+             {"Idasanutlin": 60, "Nutlin-3": 1500}),
+    "mTOR": ("Metabolic regulation", {"mtor_output": -0.9, "sterol_synthesis": -0.7, "cell_cycle": -0.3},
+             "A549 K562 MCF7", {"Temsirolimus": 15, "AZD8055": 60}),
     "HSP90": ("Protein folding & Protein degradation", {"heat_shock": 1, "mapk_output": -0.5}, "A549 K562 MCF7",
-              {"Luminespib": 30, "Alvespimycin": 200, "Tanespimycin": 400}),
-    "MEK": ("Tyrosine kinase signaling", {"mapk_output": -1, "cell_cycle": -0.4}, "A549 K562", {"Trametinib": 20}),
-    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1}, "A549",
+              {"Luminespib": 30, "Alvespimycin (17-DMAG) HCl": 200, "Tanespimycin (17-AAG)": 400}),
+    "MEK": ("Tyrosine kinase signaling", {"mapk_output": -1, "cell_cycle": -0.4}, "A549 K562",
+            {"Trametinib (GSK1120212)": 20}),
+    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1, "growth_arrest": 0.3}, "A549",
                                 {"Triamcinolone Acetonide": 15}),
 }  # fmt: skip
 INERT = {
@@ -199,78 +211,96 @@ def planted_interactions(
     return adata
 
 
-def sciplex3(seed: int = 0, n_cells: int = 5000, n_genes: int = 2000) -> AnnData:
+def sciplex3(
+    seed: int = 0, n_cells: int = 5000, n_genes: int = 2000, combinations: Sequence[tuple[str, str]] = ()
+) -> AnnData:
     """Simulate a chemical screen with the design of sci-Plex3: 3 lines, 188 compounds, 4 doses, 2 replicates, vehicle.
 
     Every compound has a mechanism; active ones change that mechanism's programs along a Hill curve of the dose, with
-    a potency of their own, in the lines that respond to it. Most compounds do nothing. One set of target genes rises
-    only where the response to HDAC inhibitors meets a background program that has nothing to do with treatment.
+    a potency of their own, in the lines that respond to it. Most do nothing. Each is on one of eight plates, which
+    differ in depth and have vehicle in both replicates. One set of target genes rises only where the response to HDAC
+    inhibitors meets a background program, another only where it meets K562's own. As in the real file, vehicle's dose
+    is 0 or missing, 4% of the cells have few counts, and ``perturbation`` has categories without a cell.
 
     Parameters
     ----------
     seed
         Seed of everything random.
-    n_cells
-        Number of cells; each draws its condition at random, so few cells leave some conditions empty.
-    n_genes
-        Number of genes: about 100 real symbols, the others are called ``Sim0001`` and so on.
+    n_cells, n_genes
+        Number of cells, each of a condition drawn at random; of genes: about 140 real symbols, and ``Sim0001`` etc.
+    combinations
+        Pairs of compounds, by ``plain`` name, that act together in as many cells as one compound; called ``A+B``.
 
     Returns
     -------
     Negative-binomial counts (cell x gene, sparse) with ``perturbation`` (vehicle is ``control``), ``dose_value``,
-    ``dose_unit``, ``cell_line``, ``pathway``, ``target`` and ``replicate`` in ``obs``. ``uns["truth"]`` has
-    ``programs``, ``interactions``, ``activities``, ``program_names`` and ``cells`` as in :func:`pancreas`,
-    ``compounds`` (arrays ``name``, ``mechanism``, ``active``, ``ec50`` in nM, infinite for an inert compound) and
-    ``responding_lines`` (mechanism: cell lines).
+    ``dose_unit``, ``cell_line``, ``pathway``, ``target``, ``replicate``, ``plate`` and ``ncounts`` in ``obs``.
+    ``uns["truth"]`` has ``programs``, ``interactions``, ``activities``, ``program_names`` and ``cells`` as in
+    :func:`pancreas`, ``compounds`` (arrays ``name``, ``plain`` name, ``mechanism``, ``pathway``, ``active``, ``ec50``
+    in nM, infinite for an inert one), ``responding_lines`` (mechanism: cell lines), ``plate_depth`` (plate x
+    replicate) and ``low_count`` (cell).
 
     Raises
     ------
     ValueError
-        `n_cells` is too small for vehicle cells of every line, or `n_genes` for every marker.
+        `n_cells` is too small for vehicle on every plate, `n_genes` for every marker, or a compound is unknown.
     """
-    _check_at_least("n_cells", n_cells, 100, "are needed for vehicle cells and treated cells")
+    _check_at_least("n_cells", n_cells, 200, "are needed for vehicle cells on every plate")
     rng = np.random.default_rng(seed)
     compounds = _compounds()
-    lines = np.array(list(LINES))
-    line = rng.choice(lines, n_cells, p=list(LINES.values()))
-    drug = rng.integers(len(compounds), size=n_cells)
-    dose = np.where(rng.random(n_cells) < 0.08, 0.0, rng.choice(DOSES, n_cells))  # 8% vehicle
-    treated = compounds.iloc[drug]
+    names = dict(zip(compounds["plain"], compounds.index, strict=True))
+    if unknown := sorted({name for pair in combinations for name in pair} - names.keys()):
+        raise ValueError(f"combinations has {unknown}, which are no compounds; pass pairs of {', '.join(names)}.")
+    treatments = [*compounds.index, *("+".join(names[plain] for plain in pair) for pair in combinations)]
+    treatment = rng.integers(len(treatments), size=n_cells)
+    # The first 8% in a random order are vehicle; going round spreads them over replicates, plates and lines.
+    order = rng.permutation(n_cells)
+    vehicle = order < 0.08 * n_cells
+    replicate, well = order % 2, order // 2 % N_PLATES
+    line = np.take(LINES, (order + order // (2 * N_PLATES)) % len(LINES))
+    plate = np.where(vehicle, well, (rng.permutation(len(treatments)) % N_PLATES)[treatment])
+    dose = np.where(vehicle, 0, rng.choice(DOSES, n_cells))
 
-    # Hill curve of each cell's compound, weaker or stronger from cell to cell, only in lines that respond.
-    responds = {target: np.array(spec[2].split()) for target, spec in MECHANISMS.items()}
-    effect = dose / (dose + treated["ec50"].to_numpy()) * rng.uniform(0.6, 1, n_cells)
     activities = {name: np.zeros(n_cells) for name in HUMAN_PROGRAMS}
-    # Untreated cells are anywhere in the cell cycle, and signal.
+    # Untreated cells are anywhere in the cell cycle, signal, and live.
     activities["cell_cycle"] = rng.beta(1, 1.5, n_cells)
-    activities["mapk_output"] = rng.uniform(0.5, 0.8, n_cells)
-    activities |= {f"line_{name}": (line == name).astype(float) for name in lines}
-    for target, (_, changes, _, _) in MECHANISMS.items():
-        strength = effect * (treated["target"] == target).to_numpy() * np.isin(line, responds[target])
-        for program, change in changes.items():
-            # A raise moves the activity towards 1, a silencing towards 0: it never leaves [0, 1].
-            goal = float(change > 0)
-            activities[program] += abs(change) * strength * (goal - activities[program])
+    activities |= {name: rng.uniform(0.5, 0.8, n_cells) for name in ("mapk_output", "mtor_output")}
+    activities |= {name: rng.uniform(0.1, 0.4, n_cells) for name in ("acetyl_coa", "sterol_synthesis")}
+    activities |= {f"line_{name}": (line == name).astype(float) for name in LINES}
+    for _, changes, responding, potencies in MECHANISMS.values():
+        for name, ec50 in potencies.items():
+            given = np.array([name in taken.split("+") for taken in treatments])[treatment]
+            given = np.flatnonzero(given & np.isin(line, responding.split()))
+            # Hill curve of the dose, weaker or stronger from cell to cell.
+            effect = dose[given] / (dose[given] + ec50) * rng.uniform(0.6, 1, len(given))
+            for program, change in changes.items():
+                # A raise moves the activity towards 1, a silencing towards 0: it never leaves [0, 1].
+                goal = float(change > 0)
+                activities[program][given] += abs(change) * effect * (goal - activities[program][given])
+    activities["p53_response"][line == "K562"] = 0  # K562 has lost p53
     activities |= {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 3)}
-    pairs = {"hdac_response x background_1": ("hdac_response", "background_1")}
-    adata = _counts_of_programs(rng, n_genes, HUMAN_PROGRAMS, activities, pairs)
+    pairs = {f"hdac_response x {other}": ("hdac_response", other) for other in ("background_1", "line_K562")}
+    plate_depth = rng.lognormal(0, 0.15, (N_PLATES, 2))
+    low_count = rng.random(n_cells) < 0.04
+    depth = plate_depth[plate, replicate] * np.where(low_count, 0.1, 1)
+    adata = _counts_of_programs(rng, n_genes, HUMAN_PROGRAMS, activities, pairs, depth)
 
-    vehicle = dose == 0
-    adata.obs["perturbation"] = pd.Categorical(np.where(vehicle, "control", treated.index))
-    adata.obs["dose_value"] = dose
+    codes = np.where(vehicle, len(treatments), treatment)
+    adata.obs["perturbation"] = pd.Categorical.from_codes(codes, [*treatments, "control", "Vehicle"])
+    adata.obs["dose_value"] = np.where(vehicle & (replicate == 1), np.nan, dose)
     adata.obs["dose_unit"] = pd.Categorical(["nM"] * n_cells)
-    adata.obs["cell_line"] = pd.Categorical(line, lines)
-    for column in ("pathway", "target"):
-        adata.obs[column] = pd.Categorical(np.where(vehicle, "Vehicle", treated[column]))
-    adata.obs["replicate"] = pd.Categorical(rng.choice(["rep1", "rep2"], n_cells))
+    adata.obs["cell_line"] = pd.Categorical(line)
+    for column, of_compound in {"pathway": "pathway", "target": "mechanism"}.items():
+        labels = ["+".join(compounds.at[name, of_compound] for name in taken.split("+")) for taken in treatments]
+        adata.obs[column] = pd.Categorical(np.where(vehicle, "Vehicle", np.take(labels, treatment)))
+    adata.obs["replicate"] = pd.Categorical(np.take(["rep1", "rep2"], replicate))
+    adata.obs["plate"] = pd.Categorical(np.take(_numbered("plate", N_PLATES, width=1), plate))
+    adata.obs["ncounts"] = np.asarray(adata.X.sum(axis=1)).ravel()
     adata.uns["truth"] |= {
-        "compounds": {
-            "name": compounds.index.to_numpy(str),
-            "mechanism": compounds["target"].to_numpy(str),
-            "active": np.isfinite(compounds["ec50"].to_numpy()),
-            "ec50": compounds["ec50"].to_numpy(),
-        },
-        "responding_lines": responds,
+        "compounds": {key: np.array(column.tolist()) for key, column in compounds.reset_index().items()},
+        "responding_lines": {target: np.array(spec[2].split()) for target, spec in MECHANISMS.items()},
+        "plate_depth": plate_depth,
+        "low_count": low_count,
     }
     adata.uns["scbmlp_source"] = {"name": "sciplex3", "kind": "simulated", "seed": seed}
     return adata
@@ -303,12 +333,13 @@ def _lineage(rng: np.random.Generator, n_cells: int) -> tuple[np.ndarray, np.nda
 
 
 def _compounds() -> pd.DataFrame:
-    """Return ``target``, ``pathway`` and ``ec50`` of the compounds; those beyond the well-known ones are made up."""
+    """Return what the truth says of the compounds, by name; those beyond the well-known ones are made up."""
     rows = [(name, target, pathway, float(ec50)) for target, (pathway, _, _, potencies) in MECHANISMS.items()
             for name, ec50 in potencies.items()]  # fmt: skip
     rows += [(name, target, pathway, np.inf) for target, (pathway, names) in INERT.items() for name in names.split()]
     rows += [(f"Compound {i}", "Simulated", "Other", np.inf) for i in range(len(rows) + 1, N_COMPOUNDS + 1)]
-    return pd.DataFrame(rows, columns=["name", "target", "pathway", "ec50"]).set_index("name")
+    table = pd.DataFrame(rows, columns=["name", "mechanism", "pathway", "ec50"]).set_index("name")
+    return table.assign(active=np.isfinite(table["ec50"]), plain=table.index.str.split(" (", regex=False).str[0])
 
 
 def _counts_of_programs(
@@ -317,6 +348,7 @@ def _counts_of_programs(
     named: dict[str, str],
     activities: dict[str, np.ndarray],
     pairs: dict[str, tuple[str, str]],
+    depth: np.ndarray | float = 1.0,
 ) -> AnnData:
     """Turn activities (cell) of programs into counts: log rate = gene's base + activities + products of the pairs."""
     terms = activities | {name: activities[a] * activities[b] for name, (a, b) in pairs.items()}
@@ -348,7 +380,7 @@ def _counts_of_programs(
         sets[name] = symbols[np.concatenate([own, np.sort(other)])].astype(str)
         next_marker, next_sim = next_marker + len(genes), next_sim + n_each
 
-    depth = rng.lognormal(0, 0.35, len(next(iter(terms.values()))))
+    depth = depth * rng.lognormal(0, 0.35, len(next(iter(terms.values()))))
     counts = _negative_binomial(rng, depth, base, np.stack(list(terms.values()), axis=1), loading)
     obs = pd.DataFrame(index=_numbered("sim-", len(depth)))
     adata = AnnData(counts, obs=obs, var=pd.DataFrame(index=symbols))

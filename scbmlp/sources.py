@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import html
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from scipy import sparse
 from scbmlp import simulate
 
 KINDS = ("local", "download", "simulated")
+SCIPLEX3_URL = "https://scverse-exampledata.s3.eu-west-1.amazonaws.com/pertpy/srivatsan_2020_sciplex3.h5ad"
+CONDITION = ["cell_line", "perturbation", "dose_value"]
+BLOCK = 4096  # cells of a file that are in memory beside the chosen ones
 
 
 def pancreas() -> AnnData:
@@ -38,10 +42,8 @@ def pancreas() -> AnnData:
     ------
     ValueError
         ``SCBMLP_DATA_SOURCE`` is unknown.
-    FileNotFoundError
-        ``SCBMLP_DATA_SOURCE=local``, and the file is not there.
     OSError
-        A file cannot be read (it names the file to delete), or a forced download failed.
+        A file cannot be read (it names the file to delete), or the forced source has none.
     """
     return _first_of("pancreas", _download_pancreas, simulate.pancreas)
 
@@ -53,7 +55,103 @@ def _download_pancreas(path: Path) -> None:
         scvelo.datasets.pancreas(file_path=path)
 
 
-def _first_of(name: str, download: Callable[[Path], None], simulation: Callable[[], AnnData]) -> AnnData:
+def sciplex3(
+    *,
+    cell_lines: str | Sequence[str] | None = None,
+    compounds: str | Sequence[str] | None = None,
+    doses: float | Sequence[float] | None = None,
+    min_counts: int = 0,
+    max_cells: int | None = None,
+    random_state: int = 0,
+) -> AnnData:
+    """Return the chemical screen sci-Plex3 :cite:p:`srivatsan2020`, or a part of it, counts in ``X``.
+
+    Tried in the order of :func:`pancreas`: ``sciplex3.h5ad``; the public download, 2.5 GB, harmonised by scPerturb
+    :cite:p:`peidli2024`; simulated cells. A file is read in blocks of cells: memory holds the part asked for, twice for
+    a moment (8 GB is all of it). Left out are cells without a label, the 72-hour arm (one line) and the mouse genes.
+
+    Parameters
+    ----------
+    cell_lines, compounds, doses
+        What to keep, as in ``obs``; by default all. Vehicle (``control``, dose 0) of these lines always stays.
+    min_counts, max_cells
+        Fewest counts of a cell; most cells of one line, compound and dose, drawn at random, vehicle excepted.
+    random_state
+        Seed of the draw.
+
+    Returns
+    -------
+    Cells in the file's order, with ``cell_line``, ``perturbation``, ``dose_value`` (nM), ``pathway``, ``target``,
+    ``replicate``, ``plate`` and ``ncounts`` in ``obs``.
+
+    Raises
+    ------
+    KeyError
+        The file lacks one of these columns.
+    ValueError
+        An argument names what the screen does not have or leaves no cell, or the file does not hold counts.
+    OSError
+        As for :func:`pancreas`.
+    """
+    if max_cells is not None and max_cells < 1:
+        raise ValueError(f"max_cells={max_cells} is too small; pass 1 or more, or None to keep all cells.")
+    adata = _first_of("sciplex3", _download_sciplex3, simulate.sciplex3, backed="r")
+    obs = _clean_labels(adata.obs)
+    vehicle = obs["perturbation"] == "control"
+    keep = obs["ncounts"] >= min_counts
+    wanted = {"cell_lines": cell_lines, "compounds": compounds, "doses": doses}
+    for column, (argument, values) in zip(CONDITION, wanted.items(), strict=True):
+        if values is not None:
+            for value in set(np.atleast_1d(values).tolist()).difference(obs[column]):
+                near = difflib.get_close_matches(str(value), obs[column].astype(str).unique(), n=4, cutoff=0)
+                raise ValueError(f"{argument} has {value!r}, the screen does not; nearest to it: {', '.join(near)}.")
+            keep &= obs[column].isin(np.atleast_1d(values)) | (vehicle & (column != "cell_line"))
+    if max_cells:
+        turn = obs[keep].sample(frac=1, random_state=random_state).groupby(CONDITION, observed=True).cumcount()
+        keep &= vehicle | (turn.reindex(obs.index) < max_cells)
+    if not keep.any():
+        raise ValueError(f"no cell is left with cell_lines={cell_lines}, min_counts={min_counts}; ask for more.")
+    return _rows(adata, obs[keep])
+
+
+def _download_sciplex3(path: Path) -> None:
+    import scanpy
+
+    scanpy.read(path, backed="r", backup_url=SCIPLEX3_URL).file.close()  # opening finds a file cut short
+
+
+def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
+    columns = [*CONDITION, "pathway", "target", "replicate", "plate", "ncounts"]
+    if missing := [column for column in columns if column not in obs]:
+        raise KeyError(f"sciplex3.h5ad has no {', '.join(missing)} in obs, only {', '.join(obs)}; rename its columns.")
+    labels = obs[columns].reset_index(drop=True)
+    dose = pd.to_numeric(labels["dose_value"].astype(str), errors="coerce")
+    labels["dose_value"] = dose.mask(labels["perturbation"] == "control", 0.0)
+    known = labels[CONDITION].notna().all(axis=1)
+    return labels[known & (obs["time"] == 24).to_numpy() if "time" in obs else known]
+
+
+def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
+    """Copy the cells whose row numbers index `obs` into memory, block by block."""
+    counts = adata.layers["counts"] if "counts" in adata.layers else adata.X
+    ids = adata.var.get("ensembl_id", pd.Series("", adata.var_names))
+    human = np.flatnonzero(~ids.str.startswith("ENSMUSG"))
+    blocks = []
+    for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
+        block = sparse.csr_matrix(counts[start : start + BLOCK])[obs.index[rows] - start][:, human]
+        if np.any(block.data % 1):
+            raise ValueError("sciplex3.h5ad has fractions in X, and no layer 'counts'; store raw counts in either.")
+        blocks.append(block.astype(np.float32))
+    adata.file.close()
+    obs = obs.set_index(adata.obs_names[obs.index])
+    for column in obs.columns.drop(["dose_value", "ncounts"]):
+        obs[column] = obs[column].astype("category").cat.remove_unused_categories()
+    return AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=adata.var.iloc[human], uns=adata.uns)
+
+
+def _first_of(
+    name: str, download: Callable[[Path], None], simulation: Callable[[], AnnData], backed: str | None = None
+) -> AnnData:
     """Return the data set from the first source that has it, or from the one that the environment forces."""
     forced = os.environ.get("SCBMLP_DATA_SOURCE") or None
     if forced not in (None, *KINDS):
@@ -66,7 +164,7 @@ def _first_of(name: str, download: Callable[[Path], None], simulation: Callable[
             f"SCBMLP_DATA_DIR to the folder that holds {name}.h5ad, or unset SCBMLP_DATA_SOURCE."
         )
     if forced in (None, "local") and local and local.is_file():
-        return _read(name, "local", local)
+        return _read(name, "local", local, backed)
     if forced in (None, "download"):
         cached = Path(platformdirs.user_cache_dir("scbmlp"), f"{name}.h5ad")
         try:
@@ -80,11 +178,10 @@ def _first_of(name: str, download: Callable[[Path], None], simulation: Callable[
                 ) from error
             warnings.warn(
                 f"no {name}.h5ad in $SCBMLP_DATA_DIR and no download ({error}): these are SIMULATED cells.",
-                UserWarning,
                 stacklevel=3,
             )
         else:
-            return _read(name, "download", cached)
+            return _read(name, "download", cached, backed)
     return simulation()
 
 
@@ -101,9 +198,9 @@ def _fetch(cached: Path, download: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(name: str, kind: str, path: Path) -> AnnData:
+def _read(name: str, kind: str, path: Path, backed: str | None) -> AnnData:
     try:
-        adata = anndata.read_h5ad(path)
+        adata = anndata.read_h5ad(path, backed=backed)
     except Exception as error:  # h5py and anndata raise many kinds for a file cut short
         remedy = "delete it and try again" if kind == "download" else "replace it with a whole copy"
         raise OSError(f"{path} cannot be read ({error}); {remedy}.") from error
@@ -118,15 +215,7 @@ def _read(name: str, kind: str, path: Path) -> AnnData:
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a page must say of its cells before it says anything else.
-
-    Parameters
-    ----------
-    simulated
-        Whether the cells are simulated.
-    rows
-        What is known of them.
-    """
+    """What a page must say of its cells before anything else: are they simulated, and what is known of them."""
 
     simulated: bool
     rows: pd.Series
@@ -169,13 +258,10 @@ def data_card(adata: AnnData) -> DataCard:
     simulated = source["kind"] == "simulated"
     stored = adata.X.data if sparse.issparse(adata.X) else adata.X
     depth = np.asarray(adata.X.sum(axis=1)).ravel()
+    origin = {"local": "real cells, local file", "download": "real cells, public download"}
     rows = {
         "Data set": source["name"],
-        "Source": {
-            "local": f"real cells, local file {source.get('file')}",
-            "download": f"real cells, public download {source.get('file')}",
-            "simulated": f"simulation, seed {source.get('seed')}",
-        }[source["kind"]],
+        "Source": f"simulation, seed {source['seed']}" if simulated else f"{origin[source['kind']]} {source['file']}",
         "Cells x genes": f"{adata.n_obs:,} x {adata.n_vars:,}",
         "Zeros": f"{1 - np.count_nonzero(stored) / adata.n_obs / adata.n_vars:.0%} of the entries",
         "Total a cell": f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f} to "

@@ -97,15 +97,19 @@ def test_truth_survives_a_file(name, tmp_path):
             lambda: simulate.pancreas(n_genes=100),
             r"n_genes=100 is too small: at least \d+ .* marker genes.*pass n_genes",
         ),
-        (lambda: simulate.sciplex3(n_cells=10), "n_cells=10 is too small"),
+        (lambda: simulate.sciplex3(n_cells=199), "n_cells=199 is too small: at least 200"),
         (lambda: simulate.sciplex3(n_genes=100), "n_genes=100 is too small: .* marker genes"),
+        (
+            lambda: simulate.sciplex3(combinations=[("Nutlin-3", "Aspirin")]),
+            r"combinations has \['Aspirin'\], which are no .* pass pairs of Quisinostat, CUDC-907, Trichostatin A,",
+        ),
         (lambda: simulate.planted_interactions(n_cells=4), "n_cells=4 is too small"),
         (lambda: simulate.planted_interactions(n_programs=1), "n_programs=1 is too small"),
         (lambda: simulate.planted_interactions(genes_per_program=0), "genes_per_program=0 is too small"),
         (lambda: simulate.planted_interactions(n_genes=499), "n_genes=499 is too small: at least 500"),
     ],
 )
-def test_too_small_is_an_error_that_says_how_much_is_needed(call, message):
+def test_what_cannot_be_simulated_is_an_error_that_says_what_can(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -253,18 +257,44 @@ def test_planted_label_needs_the_product_of_the_pair(planted):
 
 def test_sciplex3_has_the_design_of_the_screen(screen):
     obs, compounds = screen.obs, screen.uns["truth"]["compounds"]
-    assert set(obs) == {"perturbation", "dose_value", "dose_unit", "cell_line", "pathway", "target", "replicate"}
+    assert set(obs) == {"perturbation", "dose_value", "dose_unit", "cell_line", "pathway", "target", "replicate",
+                        "plate", "ncounts"}  # fmt: skip
     assert set(obs["perturbation"]) == {"control", *compounds["name"]} and len(compounds["name"]) == 188
     vehicle = obs["perturbation"] == "control"
-    assert 0.05 < vehicle.mean() < 0.1
-    assert set(obs.loc[vehicle, "dose_value"]) == {0} and set(obs.loc[vehicle, "target"]) == {"Vehicle"}
+    assert vehicle.mean() == 0.08 and set(obs.loc[vehicle, "target"]) == {"Vehicle"}
     assert set(obs.loc[~vehicle, "dose_value"]) == {10, 100, 1000, 10000} and set(obs["dose_unit"]) == {"nM"}
-    assert set(obs["cell_line"]) == {"A549", "K562", "MCF7"} and set(obs["replicate"]) == {"rep1", "rep2"}
+    assert obs["cell_line"].value_counts(normalize=True).round(2).to_dict() == {"MCF7": 0.5, "A549": 0.25, "K562": 0.25}
+    assert set(obs["replicate"]) == {"rep1", "rep2"} and obs["plate"].nunique() == 8
     assert obs.groupby("perturbation", observed=True)["pathway"].nunique().max() == 1
+    assert obs[~vehicle].groupby("perturbation", observed=True)["plate"].nunique().max() == 1
     assert compounds["active"].sum() < 188 / 4  # most do nothing
     np.testing.assert_array_equal(compounds["active"], np.isfinite(compounds["ec50"]))
     acting = list(screen.uns["truth"]["responding_lines"])
     np.testing.assert_array_equal(compounds["active"], np.isin(compounds["mechanism"], acting))
+    plain = dict(zip(compounds["name"], compounds["plain"], strict=True))
+    assert plain["Quisinostat (JNJ-26481585) 2HCl"] == "Quisinostat" and plain["CUDC-907"] == "CUDC-907"
+    assert len(set(plain.values())) == 188
+
+
+@pytest.mark.parametrize(("n_cells", "by"), [(200, ["plate", "replicate"]), (800, ["plate", "replicate", "cell_line"])])
+def test_sciplex3_every_plate_has_vehicle(n_cells, by):
+    obs = simulate.sciplex3(seed=2, n_cells=n_cells, n_genes=300).obs
+    sizes = obs[obs["perturbation"] == "control"].groupby(by, observed=True).size()
+    assert len(sizes) == np.prod([obs[key].nunique() for key in by])
+
+
+def test_sciplex3_has_the_flaws_of_the_real_file_and_says_which(screen):
+    obs, truth = screen.obs, screen.uns["truth"]
+    assert set(obs["perturbation"].cat.categories) - set(obs["perturbation"]) == {"Vehicle"}
+    vehicle, first = obs["perturbation"] == "control", obs["replicate"] == "rep1"
+    assert (obs.loc[vehicle & first, "dose_value"] == 0).all() and obs.loc[vehicle & ~first, "dose_value"].isna().all()
+    total = screen.X.sum(axis=1).A1
+    np.testing.assert_array_equal(obs["ncounts"], total)
+    low = truth["low_count"]
+    assert 0.03 < low.mean() < 0.05 and np.median(total[low]) < 0.15 * np.median(total[~low])
+    inert = ~low & (activity(screen, "hdac_response") == 0) & (obs["cell_line"] == "MCF7")
+    depth = pd.Series(total[inert]).groupby([obs["plate"].to_numpy()[inert], obs["replicate"].to_numpy()[inert]]).mean()
+    assert np.corrcoef(depth.unstack().to_numpy().ravel(), truth["plate_depth"].ravel())[0, 1] > 0.95
 
 
 def test_sciplex3_activities_stay_between_off_and_on(screen):
@@ -274,7 +304,7 @@ def test_sciplex3_activities_stay_between_off_and_on(screen):
 
 def by_dose(screen, cells, gene):
     counts = pd.Series(dense(screen[:, gene]).ravel(), index=screen.obs_names)[cells]
-    return counts.groupby(screen.obs.loc[cells, "dose_value"]).mean()
+    return counts.groupby(screen.obs.loc[cells, "dose_value"].fillna(0)).mean()
 
 
 def test_sciplex3_hdac_inhibitors_act_by_dose_and_inert_compounds_do_not(screen):
@@ -283,7 +313,9 @@ def test_sciplex3_hdac_inhibitors_act_by_dose_and_inert_compounds_do_not(screen)
     assert hdac.is_monotonic_increasing and hdac.iloc[-1] > 5 * hdac.iloc[0]
     aurka = by_dose(screen, vehicle | (screen.obs["target"] == "HDAC"), "AURKA")
     assert aurka.is_monotonic_decreasing and aurka.iloc[-1] < 0.5 * aurka.iloc[0]
-    for gene in ("CDKN1A", "AURKA"):
+    for gene in ("ACLY", "ACSS2", "SLC25A1", "CS"):
+        assert by_dose(screen, vehicle | (screen.obs["target"] == "HDAC"), gene).is_monotonic_increasing
+    for gene in ("CDKN1A", "AURKA", "ACLY"):
         inert = by_dose(screen, vehicle | screen.obs["target"].isin(["JAK", "PARP", "Sirtuin", "Simulated"]), gene)
         assert np.abs(inert / inert.iloc[0] - 1).max() < 0.15
 
@@ -292,10 +324,46 @@ def test_sciplex3_potency_orders_compounds(screen):
     response = pd.Series(activity(screen, "hdac_response"), index=screen.obs_names)
     middle = screen.obs["dose_value"] == 1000
     mean = response[middle].groupby(screen.obs.loc[middle, "perturbation"], observed=True).mean()
-    assert mean["Quisinostat"] > 0.6 and mean["Entinostat"] < 0.3
+    assert mean["Quisinostat (JNJ-26481585) 2HCl"] > 0.6 and mean["Entinostat (MS-275)"] < 0.3
 
 
 def test_sciplex3_glucocorticoid_answers_in_one_line_only(screen):
     treated = (screen.obs["perturbation"] == "Triamcinolone Acetonide") & (screen.obs["dose_value"] >= 1000)
     means = mean_by(screen[treated], "cell_line", ["FKBP5", "TSC22D3"])
     assert (means.loc["A549"] > 5 * means.drop("A549").max()).all()
+    weaker = mean_by(screen[treated], "cell_line", ["ANGPTL4", "GDF15"])
+    assert (weaker.loc["A549"] > 1.5 * weaker.drop("A549").max()).all()
+
+
+@pytest.mark.parametrize(
+    ("target", "gene", "fold"),
+    [("MDM2", "MDM2", {"A549": 5, "K562": 1, "MCF7": 5}), ("mTOR", "LDHA", {"A549": 0.3, "K562": 0.3, "MCF7": 0.3}),
+     ("MEK", "DUSP6", {"A549": 0.3, "K562": 0.3, "MCF7": 1}), ("HSP90", "HSPA1A", {"A549": 5, "K562": 5, "MCF7": 5}),
+     ("Aurora Kinase", "MDM2", {"A549": 3, "K562": 1, "MCF7": 3})],
+)  # fmt: skip
+def test_sciplex3_mechanisms_move_their_genes_in_their_lines(screen, target, gene, fold):
+    vehicle = mean_by(screen[screen.obs["perturbation"] == "control"], "cell_line", [gene])[gene]
+    treated = screen[(screen.obs["target"] == target) & (screen.obs["dose_value"] == 10_000)]
+    for line, mean in mean_by(treated, "cell_line", [gene])[gene].items():
+        if fold[line] == 1:
+            assert 0.5 < mean / vehicle[line] < 2
+        else:
+            assert mean > fold[line] * vehicle[line] if fold[line] > 1 else mean < fold[line] * vehicle[line]
+
+
+def test_sciplex3_two_compounds_at_once_both_act():
+    pairs = [("Panobinostat", "Nutlin-3"), ("Trametinib", "Compound 100")]
+    adata = simulate.sciplex3(n_cells=20_000, n_genes=300, combinations=pairs)
+    both = "Panobinostat (LBH589)+Nutlin-3"
+    assert set(adata.obs.loc[adata.obs["perturbation"] == both, "target"]) == {"HDAC+MDM2"}
+    plenty = (adata.obs["dose_value"] == 10_000) & (adata.obs["cell_line"] == "MCF7")
+    columns = ["hdac_response", "p53_response", "mapk_output"]
+    table = pd.DataFrame({name: activity(adata, name) for name in columns}, index=adata.obs_names)[plenty]
+    mean = table.groupby(adata.obs.loc[plenty, "perturbation"], observed=True).mean()
+    for name, program in {"Panobinostat (LBH589)": "hdac_response", "Nutlin-3": "p53_response"}.items():
+        assert mean.loc[name, program] > 0.6
+        np.testing.assert_allclose(mean.loc[both, program], mean.loc[name, program], atol=0.1)
+    k562 = (adata.obs["perturbation"] == "Trametinib (GSK1120212)+Compound 100") & (adata.obs["cell_line"] == "K562")
+    assert activity(adata, "mapk_output")[k562 & (adata.obs["dose_value"] == 10_000)].mean() < 0.2
+    alone = simulate.sciplex3(n_cells=200, n_genes=300).obs["perturbation"].cat.categories
+    assert not alone.str.contains("+", regex=False).any()

@@ -2,7 +2,9 @@
 
 import hashlib
 import shutil
+import tracemalloc
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -15,6 +17,37 @@ from scbmlp import simulate, sources
 @pytest.fixture(scope="module")
 def small():
     return simulate.pancreas(seed=1, n_cells=80, n_genes=250)
+
+
+@pytest.fixture(scope="module")
+def screen():
+    return simulate.sciplex3(seed=2, n_cells=6000, n_genes=300)
+
+
+@pytest.fixture(scope="module")
+def store(screen, tmp_path_factory):
+    """A file like the public one: int64 counts, more columns, cells without a label, a 72-hour arm, mouse genes."""
+    adata = screen.copy()
+    adata.uns.clear()
+    adata.X = adata.X.astype(np.int64)
+    adata.var["ensembl_id"] = np.where(np.arange(adata.n_vars) % 3, "ENSG00000000", "ENSMUSG00000000")
+    adata.obs["time"], adata.obs["pathway_level_1"], adata.obs["well"] = 24.0, adata.obs["pathway"], "A1"
+    adata.obs.iloc[-300:, adata.obs.columns.get_loc("time")] = 72.0
+    unlabelled = ["perturbation", "cell_line", "dose_value", "replicate", "plate", "time"]
+    adata.obs.iloc[::29, [adata.obs.columns.get_loc(column) for column in unlabelled]] = np.nan
+    path = tmp_path_factory.mktemp("screen") / "sciplex3.h5ad"
+    adata.write_h5ad(path, compression="gzip")
+    return path
+
+
+@pytest.fixture
+def expected(store):
+    """What is to come of the file, cell by cell."""
+    adata = anndata.read_h5ad(store)
+    keep = [isinstance(cell.perturbation, str) and cell.time == 24 for cell in adata.obs.itertuples()]
+    adata = adata[keep, ~adata.var["ensembl_id"].str.contains("MUS")].copy()
+    adata.obs.loc[adata.obs["perturbation"] == "control", "dose_value"] = 0
+    return adata
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +94,13 @@ def download(monkeypatch, h5ad):
 
 
 @pytest.fixture(autouse=True)
-def closed_world(monkeypatch, cache, small, download):
+def closed_world(monkeypatch, cache, small, screen, download):
     monkeypatch.delenv("SCBMLP_DATA_DIR", raising=False)
     monkeypatch.delenv("SCBMLP_DATA_SOURCE", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *args, **kwargs: str(cache))
     monkeypatch.setattr(simulate, "pancreas", small.copy)
+    monkeypatch.setattr(simulate, "sciplex3", screen.copy)
+    monkeypatch.setattr(sources, "SCIPLEX3_URL", "file:///nowhere/sciplex3.h5ad")
 
 
 @pytest.mark.parametrize("forced", [None, "local"])
@@ -226,3 +261,154 @@ def test_simulated_cells_saved_as_the_local_file_stay_simulated(folder, small):
     adata = sources.pancreas()
     assert adata.uns["scbmlp_source"]["kind"] == "simulated"
     assert sources.data_card(adata).simulated
+
+
+@pytest.fixture
+def local_screen(folder, store):
+    shutil.copy(store, folder / "sciplex3.h5ad")
+    return folder / "sciplex3.h5ad"
+
+
+def rewritten(path, change):
+    """Change a store in place."""
+    adata = anndata.read_h5ad(path)
+    change(adata)
+    adata.write_h5ad(path)
+
+
+def test_screen_comes_clean(local_screen, store, expected):
+    adata = sources.sciplex3()
+    assert list(adata.obs_names) == list(expected.obs_names) and list(adata.var_names) == list(expected.var_names)
+    np.testing.assert_array_equal(adata.X.toarray(), expected.X.toarray())
+    assert sparse.isspmatrix_csr(adata.X) and adata.X.dtype == np.float32
+    columns = ["cell_line", "perturbation", "dose_value", "pathway", "target", "replicate", "plate", "ncounts"]
+    assert list(adata.obs) == columns and adata.obs["dose_value"].dtype == float and adata.obs.notna().all(axis=None)
+    for column in columns:
+        assert list(adata.obs[column]) == list(expected.obs[column])
+        if adata.obs[column].dtype == "category":
+            assert set(adata.obs[column].cat.categories) == set(expected.obs[column])
+    digest = hashlib.sha256(store.read_bytes()).hexdigest()
+    source = {"name": "sciplex3", "kind": "local", "file": "sciplex3.h5ad", "sha256": digest}
+    assert adata.uns["scbmlp_source"] == source
+    assert sources.data_card(adata).rows["Source"] == "real cells, local file sciplex3.h5ad"
+
+
+@pytest.mark.parametrize("kind", ["local", "simulated"])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"cell_lines": "A549"},
+        {"compounds": ["AR-42", "Trichostatin A (TSA)"], "cell_lines": ["K562", "MCF7"]},
+        {"doses": 10_000, "min_counts": 200},
+        {"doses": [10, 1000], "compounds": "Compound 60"},
+    ],
+)
+def test_part_of_the_screen_is_what_was_asked_for(local_screen, expected, screen, monkeypatch, kind, wanted):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", kind)
+    whole = expected if kind == "local" else screen
+    listed = {key: [value] if isinstance(value, str | int) else value for key, value in wanted.items()}
+    chosen = []
+    for name, cell in whole.obs.iterrows():
+        vehicle = cell["perturbation"] == "control"
+        line = cell["cell_line"] in listed.get("cell_lines", [cell["cell_line"]])
+        compound = vehicle or cell["perturbation"] in listed.get("compounds", [cell["perturbation"]])
+        dose = vehicle or cell["dose_value"] in listed.get("doses", [cell["dose_value"]])
+        if line and compound and dose and cell["ncounts"] >= wanted.get("min_counts", 0):
+            chosen.append(name)
+    adata = sources.sciplex3(**wanted)
+    assert 0 < len(chosen) < whole.n_obs and list(adata.obs_names) == chosen
+    np.testing.assert_array_equal(adata.X.toarray(), whole[chosen].X.toarray())
+
+
+def test_conditions_are_thinned_at_random_and_vehicle_is_not(local_screen, expected):
+    adata, again, other = (sources.sciplex3(max_cells=2, random_state=seed) for seed in (0, 0, 1))
+    assert list(adata.obs_names) == list(again.obs_names) != list(other.obs_names)
+    assert list(adata.obs_names) == [name for name in expected.obs_names if name in set(adata.obs_names)]
+    np.testing.assert_array_equal(adata.X.toarray(), expected[adata.obs_names].X.toarray())
+    by = ["cell_line", "perturbation", "dose_value"]
+    sizes, full = (cells.obs.groupby(by, observed=True).size() for cells in (adata, expected))
+    vehicle = full.index.get_level_values("perturbation") == "control"
+    assert (full[~vehicle] > 2).any()
+    pd.testing.assert_series_equal(sizes, full.where(vehicle, full.clip(upper=2)))
+
+
+def test_a_part_of_the_screen_takes_a_part_of_the_memory(local_screen, monkeypatch):
+    def fill(adata):
+        adata.X = sparse.csr_matrix(np.ones(adata.shape, np.int64))
+
+    rewritten(local_screen, fill)
+    monkeypatch.setattr(sources, "BLOCK", 256)
+    tracemalloc.start()
+    try:
+        whole = anndata.read_h5ad(local_screen)
+        most = tracemalloc.get_traced_memory()[1]
+        del whole
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        sources.sciplex3(compounds="AR-42")
+        assert tracemalloc.get_traced_memory()[1] - before < most / 3
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        ({"cell_lines": ["A549", "HeLa"]}, r"cell_lines has 'HeLa', the screen does not; .*: (\w+, ){2}\w+\.$"),
+        ({"compounds": "Trametinib"}, r"compounds has 'Trametinib', .* nearest to it: .*Trametinib \(GSK1120212\)"),
+        ({"doses": [10, 20]}, "doses has 20, the screen does not; nearest to it: .*10.0"),
+        ({"min_counts": 10**9}, "no cell is left with .*min_counts=1000000000; ask for more"),
+        ({"max_cells": 0}, "max_cells=0 is too small; pass 1 or more, or None"),
+    ],
+)
+def test_part_that_is_not_there_is_an_error_that_says_what_is(local_screen, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        sources.sciplex3(**wanted)
+
+
+def test_counts_come_from_their_layer_or_not_at_all(local_screen, expected):
+    def normalise(adata):
+        adata.layers["counts"] = adata.X
+        adata.X = adata.X.multiply(0.5).tocsr()
+
+    rewritten(local_screen, normalise)
+    np.testing.assert_array_equal(sources.sciplex3().X.toarray(), expected.X.toarray())
+    rewritten(local_screen, lambda adata: adata.layers.clear())
+    with pytest.raises(ValueError, match="fractions in X, and no layer 'counts'; store raw counts"):
+        sources.sciplex3()
+
+
+def test_missing_columns_are_named(local_screen):
+    rewritten(local_screen, lambda adata: adata.obs.drop(columns=["dose_value", "plate"], inplace=True))
+    with pytest.raises(KeyError, match="has no dose_value, plate in obs, only perturbation, .*; rename its columns"):
+        sources.sciplex3()
+
+
+def test_screen_cut_short_is_an_error_that_names_it(local_screen):
+    local_screen.write_bytes(local_screen.read_bytes()[:-1000])
+    with pytest.raises(OSError, match=r"sciplex3.h5ad cannot be read .*a whole copy"):
+        sources.sciplex3()
+
+
+def test_download_of_the_screen_is_whole_or_nothing(cache, store, tmp_path, monkeypatch):
+    short = tmp_path / "short.h5ad"
+    short.write_bytes(store.read_bytes()[:-1000])
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
+    for url, message in {"file:///nowhere/sciplex3.h5ad": "nowhere", short.as_uri(): "truncated"}.items():
+        monkeypatch.setattr(sources, "SCIPLEX3_URL", url)
+        with pytest.raises(OSError, match=f"download of sciplex3 failed .*{message}.*; try again"):
+            sources.sciplex3()
+        assert list(cache.iterdir()) == []
+    monkeypatch.setattr(sources, "SCIPLEX3_URL", store.as_uri())
+    assert sources.sciplex3(cell_lines="K562").uns["scbmlp_source"]["kind"] == "download"
+    assert [path.name for path in cache.iterdir()] == ["sciplex3.h5ad"]
+
+
+def test_simulated_screen_comes_last_as_clean_as_a_real_one_and_with_its_truth(screen):
+    with pytest.warns(UserWarning, match="no sciplex3.h5ad .*: these are SIMULATED cells") as record:
+        adata = sources.sciplex3(cell_lines="MCF7")
+    assert [warning.filename for warning in record] == [__file__]
+    assert sources.data_card(adata).simulated and "truth" in adata.uns
+    assert (adata.obs.loc[adata.obs["perturbation"] == "control", "dose_value"] == 0).all()
+    assert "Vehicle" not in adata.obs["perturbation"].cat.categories
+    assert list(adata.obs_names) == list(screen.obs_names[screen.obs["cell_line"] == "MCF7"])
