@@ -116,6 +116,7 @@ def get_classification_datasets(
     random_state: int = 0,
     *,
     layer: str | None = None,
+    split_key: str | None = None,
 ) -> tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]:
     """Split cells into train, validation and test sets with every class in each, in equal proportion.
 
@@ -131,6 +132,9 @@ def get_classification_datasets(
         Seed of the split.
     layer
         Layer of `adata` to read instead of ``adata.X``.
+    split_key
+        Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
+        with another label are in no set. Then the fractions and the seed do not count.
 
     Returns
     -------
@@ -139,7 +143,7 @@ def get_classification_datasets(
     Raises
     ------
     KeyError
-        `class_key` or `layer` is not in `adata`.
+        `class_key`, `layer` or `split_key` is not in `adata`.
     ValueError
         Labels are missing, a class is too small to be in all three sets, the fractions leave a set empty, or the
         expression is not finite and non-negative.
@@ -163,7 +167,11 @@ def get_classification_datasets(
             f"drop it, or make the smallest set larger."
         )
     return _split(
-        adata, labels.cat.codes.to_numpy(np.int64), labels.cat.categories, train_split, val_split, random_state, layer
+        adata,
+        labels.cat.codes.to_numpy(np.int64),
+        labels.cat.categories,
+        (train_split, val_split, random_state, split_key),
+        layer,
     )
 
 
@@ -175,6 +183,7 @@ def get_regression_datasets(
     random_state: int = 0,
     *,
     layer: str | None = None,
+    split_key: str | None = None,
 ) -> tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]:
     """Split cells at random into train, validation and test sets with continuous targets.
 
@@ -190,6 +199,9 @@ def get_regression_datasets(
         Seed of the split.
     layer
         Layer of `adata` to read instead of ``adata.X``.
+    split_key
+        Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
+        with another label are in no set. Then the fractions and the seed do not count.
 
     Returns
     -------
@@ -198,7 +210,7 @@ def get_regression_datasets(
     Raises
     ------
     KeyError
-        `target_key` or `layer` is not in `adata`.
+        `target_key`, `layer` or `split_key` is not in `adata`.
     ValueError
         The targets are not a finite cell x out table or one of them is constant, the fractions leave a set empty, or
         the expression is not finite and non-negative.
@@ -220,7 +232,7 @@ def get_regression_datasets(
             f"there is nothing to learn; drop such columns."
         )
     _check_fractions(train_split, val_split)
-    return _split(adata, y, names, train_split, val_split, random_state, layer)
+    return _split(adata, y, names, (train_split, val_split, random_state, split_key), layer)
 
 
 def _check_fractions(train_split: float, val_split: float) -> None:
@@ -231,17 +243,28 @@ def _check_fractions(train_split: float, val_split: float) -> None:
         )
 
 
-def _split(adata, y, output_names, train_split, val_split, random_state, layer):
+def _split(adata, y, output_names, how, layer):
     """Cut the checked expression and `y` into three sets; integer targets are stratified."""
     x = _expression(adata, layer)
+    train_split, val_split, random_state, split_key = how
 
     def cut(cells, fraction):
         strata = y[cells] if y.ndim == 1 else None
         size = round(fraction * adata.n_obs)
         return train_test_split(cells, train_size=size, stratify=strata, random_state=random_state)
 
-    train, rest = cut(np.arange(adata.n_obs), train_split)
-    val, test = cut(rest, val_split)
+    if split_key is None:
+        train, rest = cut(np.arange(adata.n_obs), train_split)
+        val, test = cut(rest, val_split)
+    elif split_key not in adata.obs:
+        raise KeyError(f"split_key={split_key!r} is not a column of adata.obs; there are: {', '.join(adata.obs)}.")
+    else:
+        train, val, test = (np.flatnonzero(adata.obs[split_key] == name) for name in ("train", "val", "test"))
+        if not (len(train) and len(val) and len(test)):
+            raise ValueError(
+                f"split_key={split_key!r} has {len(train)} cells of 'train', {len(val)} of 'val' and {len(test)} of "
+                f"'test'; label at least one cell for each."
+            )
     return tuple(
         ExpressionDataset(x[i], y[i], adata.var_names, output_names, i) for i in map(np.sort, (train, val, test))
     )

@@ -1,10 +1,13 @@
-"""What a regressor is to learn: scales of variation of the cells, computed from the cells themselves."""
+"""What a regressor is to learn: scales of variation of the cells, or their response to perturbations."""
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
@@ -149,3 +152,190 @@ def _lowest(weights: sparse.csr_matrix, n: int, normalized: bool) -> tuple[np.nd
         values, vectors = eigsh(sparse.diags_array(degree) - weights, which="SA", **options)
     vectors = vectors[:, 1:] / vectors[:, 1:].std(axis=0)
     return values[1:], vectors * np.where((vectors**3).sum(axis=0) < 0, -1, 1)
+
+
+def perturbation_response(
+    adata: AnnData,
+    perturbation_key: str,
+    control: str,
+    n_components: int = 10,
+    key_added: str = "X_pert",
+    *,
+    strata: str | Sequence[str] | None = None,
+    cells: Any = None,
+    reference: Literal["mean", "nearest"] = "mean",
+    min_cells: int = 5,
+    random_state: int = 0,
+) -> None:
+    """Add an embedding of what each cell's perturbation did: its difference to vehicle, on components of responses.
+
+    The perturbation signature of a cell is its expression less that of vehicle cells of its stratum, by pertpy
+    :cite:p:`heumos2024pertpy` (installed with the ``book`` extra) and with its sign turned, so that what a perturbation
+    raises is positive. Components are the leading singular vectors of the mean signatures of every perturbation in
+    every stratum, each weighted by the root of its cells: means show what rare perturbations do, where components of
+    single cells show what cells differ in anyway. Vehicle is the origin.
+
+    Parameters
+    ----------
+    adata
+        Cells with log-normalised expression in ``X``; it is changed. Only genes marked ``highly_variable`` count, if
+        ``var`` has that column; their dense array must fit into memory.
+    perturbation_key, control
+        Column of ``obs`` with the perturbation of every cell, and its label for vehicle.
+    n_components
+        Number of components.
+    key_added
+        ``obsm[key_added]`` has the embedding (cell x comp), in log-expression, the longer tail of each component
+        positive; ``varm[key_added]`` the loadings (gene x comp); ``uns[key_added]`` the components' shares of the mean
+        signatures' variance, and the parameters.
+    strata
+        Columns of ``obs`` within which cells are compared, such as cell line and replicate.
+    cells
+        Positions or mask of the cells that the components are fitted on; all if None.
+    reference
+        Compare with the mean of the stratum's vehicle cells, or with the 20 vehicle cells nearest to the cell on
+        principal components: this takes out what also varies without a perturbation, such as the cell cycle, even
+        where the perturbation changes it.
+    min_cells
+        Fewest cells of a perturbation, and of vehicle in a stratum.
+    random_state
+        Seed of what finds the nearest cells.
+
+    Raises
+    ------
+    KeyError
+        A column is not in ``obs``, or `control` is not one of the labels.
+    ValueError
+        A stratum lacks vehicle cells, a perturbation has too few cells, `n_components` is too large, or `reference`
+        is unknown.
+    """
+    if reference not in ("mean", "nearest"):
+        raise ValueError(f"reference={reference!r} is unknown; choose 'mean' or 'nearest'.")
+    names = [strata] if isinstance(strata, str) else list(strata or [])
+    for key in (perturbation_key, *names):
+        _column(adata, key)
+    labels = adata.obs[perturbation_key].astype(str)
+    if control not in set(labels):
+        raise KeyError(
+            f"control={control!r} is not a label of obs[{perturbation_key!r}]; there are: "
+            f"{', '.join(sorted(set(labels)))}."
+        )
+    sizes = labels.value_counts()
+    if sizes.min() < min_cells:
+        few = ", ".join(f"{label} ({size})" for label, size in sizes[sizes < min_cells].items())
+        raise ValueError(f"fewer than min_cells={min_cells} cells of {few}; drop these perturbations, or lower it.")
+    stratum = adata.obs[names].astype(str).agg(", ".join, axis=1) if names else pd.Series("all", adata.obs_names)
+    vehicle = (labels == control).groupby(stratum).sum()
+    if vehicle.min() < min_cells:
+        few = "; ".join(f"{name}: {size}" for name, size in vehicle[vehicle < min_cells].items())
+        raise ValueError(
+            f"strata={names} have fewer than min_cells={min_cells} cells of {control!r} to compare with ({few}); drop "
+            f"the cells of these strata, or name fewer columns."
+        )
+    used = adata.var.get("highly_variable", pd.Series(True, adata.var_names)).to_numpy(bool)
+    fitted = np.arange(adata.n_obs)[slice(None) if cells is None else cells]
+    condition = (labels + ", " + stratum).iloc[fitted]
+    most = min(condition.nunique(), int(used.sum()))
+    if not 1 <= n_components <= most:
+        raise ValueError(f"n_components={n_components} were asked for; the conditions and genes have 1 to {most}.")
+    signature = _signature(adata[:, used], labels, control, stratum, reference, random_state)
+    means = np.stack(
+        [
+            signature[fitted[rows]].sum(axis=0) / np.sqrt(len(rows))
+            for rows in condition.groupby(condition).indices.values()
+        ]
+    )
+    _, strength, components = np.linalg.svd(means, full_matrices=False)
+    components = components[:n_components].T
+    embedding = signature @ components
+    sign = np.where((embedding[fitted] ** 3).sum(axis=0) < 0, -1, 1)
+    adata.obsm[key_added] = embedding * sign
+    adata.varm[key_added] = np.zeros((adata.n_vars, n_components))
+    adata.varm[key_added][used] = components * sign
+    adata.uns[key_added] = {
+        "variance_ratio": strength[:n_components] ** 2 / (strength**2).sum(),
+        "perturbation_key": perturbation_key,
+        "control": control,
+        "strata": names,
+        "reference": reference,
+    }
+
+
+def _signature(
+    adata: AnnData, labels: pd.Series, control: str, stratum: pd.Series, reference: str, random_state: int
+) -> np.ndarray:
+    """Return each cell's expression less that of vehicle cells (cell x gene), stratum by stratum."""
+    state = np.random.get_state()
+    with warnings.catch_warnings(action="ignore"):  # a library that pertpy imports warns, another draws a number
+        from pertpy.tools import Mixscape
+    np.random.set_state(state)
+
+    result = np.empty(adata.shape, np.float32)
+    nearest = reference == "nearest"
+    options = {"ref_selection_mode": "split_by", "split_by": "stratum"}
+    if nearest:
+        options = {"ref_selection_mode": "nn", "random_state": random_state}
+        components = sc.pp.pca(adata.X, n_comps=min(15, *(n - 1 for n in adata.shape)), random_state=random_state)
+    for rows in stratum.groupby(stratum, observed=True).indices.values():
+        x = adata.X[rows]
+        x = np.asarray(x.toarray() if sparse.issparse(x) else x, dtype=np.float32)  # pertpy fails on sparse strata
+        obs = pd.DataFrame({"perturbation": labels.iloc[rows].to_numpy(), "stratum": "one"}, index=labels.index[rows])
+        block = AnnData(x, obs=obs, obsm={"X_pca": components[rows]} if nearest else {})
+        if nearest:
+            options["n_neighbors"] = min(20, (block.obs["perturbation"] == control).sum())
+        Mixscape().perturbation_signature(block, "perturbation", control, **options)
+        # Vehicle minus cell, so vehicle is this plus the cell, and no expression is negative.
+        if (block.layers["X_pert"] + x).min() < -1e-3:
+            raise RuntimeError(
+                "pertpy has changed the sign of its signature; this version of scbmlp is too old for it."
+            )
+        result[rows] = -block.layers["X_pert"]
+    return result
+
+
+def dose_coordinates(
+    adata: AnnData, perturbation_key: str, dose_key: str, control: str, key_added: str = "X_dose"
+) -> None:
+    """Add what each cell was given: its dose on a log scale, in the column of its compound.
+
+    Unlike :func:`perturbation_response` it is not made of expression, so that learning it is not circular; it says
+    nothing about what compounds have in common, and calls a compound without an effect by its dose all the same.
+
+    Parameters
+    ----------
+    adata
+        Cells; it is changed.
+    perturbation_key, control
+        Column of ``obs`` with the compound of every cell, and its label for vehicle.
+    dose_key
+        Column of ``obs`` with the dose; that of vehicle is taken as 0.
+    key_added
+        ``obsm[key_added]``, a DataFrame, has log(1 + dose) over that of the highest dose (cell x compound), 0 to 1.
+
+    Raises
+    ------
+    KeyError
+        A column is not in ``obs``, or `control` is not one of the labels.
+    ValueError
+        A dose is not a number of at least 0.
+    """
+    labels, doses = _column(adata, perturbation_key).astype(str), _column(adata, dose_key)
+    if control not in set(labels):
+        raise KeyError(f"control={control!r} is not a label of obs[{perturbation_key!r}].")
+    numbers = pd.to_numeric(doses.astype(str), errors="coerce").mask(labels == control, 0.0)
+    wrong = ~(numbers >= 0) | np.isinf(numbers)
+    if wrong.any():
+        raise ValueError(
+            f"obs[{dose_key!r}] has {', '.join(map(repr, doses[wrong].unique()[:5]))} in {wrong.sum()} treated cells; "
+            f"numbers of at least 0 are needed: convert them, or drop those cells."
+        )
+    compounds = sorted(set(labels) - {control})
+    scaled = np.log1p(numbers) / np.log1p(numbers.max())
+    table = (labels.to_numpy()[:, None] == compounds) * scaled.to_numpy()[:, None]
+    adata.obsm[key_added] = pd.DataFrame(table.astype(np.float32), adata.obs_names, compounds)
+
+
+def _column(adata: AnnData, key: str) -> pd.Series:
+    if key not in adata.obs:
+        raise KeyError(f"{key!r} is not a column of adata.obs; there are: {', '.join(adata.obs)}.")
+    return adata.obs[key]

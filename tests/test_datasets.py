@@ -150,6 +150,25 @@ def test_unusable_cells_are_refused_with_advice(cells, change, arguments, error,
         get_classification_datasets(adata, **({"class_key": "clusters"} | arguments))
 
 
+@pytest.mark.parametrize("regression", [False, True])
+def test_split_key_holds_out_the_cells_it_names(cells, targets, regression):
+    part = np.take(["train", "val", "test", "none"], np.arange(400) % 7 % 4)
+    adata = targets.copy()
+    adata.obs["part"] = part
+    make = (
+        (lambda **k: get_regression_datasets(adata, "array", **k))
+        if regression
+        else (lambda **k: get_classification_datasets(adata, "clusters", **k))
+    )
+    for name, dataset in zip(("train", "val", "test"), make(split_key="part"), strict=True):
+        np.testing.assert_array_equal(dataset.indices, np.flatnonzero(part == name))
+    with pytest.raises(KeyError, match="split_key='fold' is not a column"):
+        make(split_key="fold")
+    adata.obs["part"] = np.where(part == "val", "train", part)
+    with pytest.raises(ValueError, match="split_key='part' has 229 cells of 'train', 0 of 'val' and 114 of 'test'"):
+        make(split_key="part")
+
+
 def test_backed_cells_are_refused_with_advice(cells, tmp_path):
     cells.write_h5ad(tmp_path / "cells.h5ad")
     backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")

@@ -16,7 +16,7 @@ PUBLIC = {
     "sources": ["pancreas", "sciplex3", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
-    "targets": ["laplacian_frequencies"],
+    "targets": ["laplacian_frequencies", "perturbation_response"],
     "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor"],
     "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit"],
     "modules": ["gene_modules", "GeneModules", "truncation_curve"],

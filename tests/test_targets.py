@@ -1,7 +1,11 @@
-"""Frequencies against closed forms, dense algebra and cells on a known curve."""
+"""Frequencies against closed forms and dense algebra, responses against their definition."""
+
+import subprocess
+import sys
 
 import hypothesis.strategies as st
 import numpy as np
+import pandas as pd
 import pytest
 import scanpy as sc
 from anndata import AnnData
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 from scipy import linalg, sparse
 
 from scbmlp.datasets import get_regression_datasets
-from scbmlp.targets import laplacian_frequencies
+from scbmlp.targets import _signature, dose_coordinates, laplacian_frequencies, perturbation_response
 
 
 def graph(weights):
@@ -170,3 +174,178 @@ def test_graph_that_is_not_there_is_an_error(cells):
 def test_graph_of_all_cells_and_a_choice_of_cells_is_an_error():
     with pytest.raises(ValueError, match="cells cannot be given with neighbors_key"):
         laplacian_frequencies(graph(path(20)), 3, neighbors_key="neighbors", cells=np.arange(10))
+
+
+# ------------------------------------------------------------------------------------------------ perturbations
+
+
+@pytest.fixture(scope="module")
+def treated():
+    """Two lines, far apart; a drug raises gene 0 and lowers gene 1, another does nothing."""
+    rng = np.random.default_rng(0)
+    n = 360
+    obs = pd.DataFrame(
+        {
+            "drug": np.tile(["control", "active", "inert"], n // 3),
+            "line": np.repeat(["a", "b"], n // 2),
+            "dose": np.tile([np.nan, 100, 10], n // 3),
+        },
+        index=[f"cell{i}" for i in range(n)],
+    )
+    x = rng.uniform(1, 2, (n, 12)) + 3 * (obs["line"] == "b").to_numpy()[:, None] * np.eye(12)[5]
+    x[obs["drug"] == "active"] += np.eye(12)[0] - 0.5 * np.eye(12)[1]
+    return AnnData(sparse.csr_matrix(x, dtype=np.float32), obs=obs)
+
+
+def expected_signature(adata):
+    """The definition: cell minus the mean of the control cells of its line."""
+    x = adata.X.toarray() if sparse.issparse(adata.X) else adata.X
+    control = (adata.obs["drug"] == "control").to_numpy()
+    lines = adata.obs["line"].to_numpy()
+    return np.stack([row - x[control & (lines == line)].mean(axis=0) for row, line in zip(x, lines, strict=True)])
+
+
+def test_response_is_the_difference_to_vehicle_of_the_stratum(treated):
+    adata = treated.copy()
+    perturbation_response(adata, "drug", "control", 3, strata="line")
+    signature = expected_signature(adata)
+    loadings, embedding = adata.varm["X_pert"], adata.obsm["X_pert"]
+    np.testing.assert_allclose(embedding, signature @ loadings, atol=1e-4)
+    groups = adata.obs[["drug", "line"]].agg("".join, axis=1).to_numpy()
+    means = np.stack([signature[groups == g].mean(axis=0) * np.sqrt(np.sum(groups == g)) for g in np.unique(groups)])
+    values, vectors = np.linalg.eigh(means.T @ means)
+    np.testing.assert_allclose(np.abs(vectors[:, ::-1][:, :3].T @ loadings), np.eye(3), atol=1e-3)
+    np.testing.assert_allclose(adata.uns["X_pert"]["variance_ratio"], values[::-1][:3] / values.sum(), rtol=1e-3)
+
+
+def test_what_a_drug_raises_is_positive_and_vehicle_is_the_origin(treated):
+    adata = treated.copy()
+    perturbation_response(adata, "drug", "control", 2, strata="line")
+    first = pd.Series(adata.obsm["X_pert"][:, 0]).groupby(adata.obs["drug"].to_numpy()).mean()
+    response = adata.varm["X_pert"][:, 0] * np.sign(first["active"])
+    assert response[0] > 0.8 and response[1] < -0.35  # up is positive, and down negative
+    assert abs(first["active"]) > 1 and abs(first["control"]) < 1e-5 and abs(first["inert"]) < 0.2
+
+
+def test_components_do_not_know_cells_left_out_and_genes_not_marked(treated):
+    adata, changed = treated.copy(), treated.copy()
+    inside = np.arange(adata.n_obs) % 6 != 1  # leaves out half of the active ones
+    x = changed.X.toarray()
+    x[~inside, 7] = 9
+    changed.X = sparse.csr_matrix(x)
+    for cells in (adata, changed):
+        cells.var["highly_variable"] = np.arange(12) != 11
+        perturbation_response(cells, "drug", "control", 2, strata="line", cells=inside)
+    np.testing.assert_allclose(changed.varm["X_pert"], adata.varm["X_pert"], atol=1e-5)
+    assert (adata.varm["X_pert"][11] == 0).all()
+    assert not np.allclose(changed.obsm["X_pert"], adata.obsm["X_pert"])
+
+
+def test_response_is_the_same_for_dense_cells_and_survives_a_file(treated, tmp_path):
+    adata = treated.copy()
+    dense = AnnData(treated.X.toarray(), obs=treated.obs)
+    for cells in (adata, dense):
+        perturbation_response(cells, "drug", "control", 2, strata=["line"])
+    np.testing.assert_allclose(dense.obsm["X_pert"], adata.obsm["X_pert"], atol=1e-4)
+    assert (adata.X != treated.X).nnz == 0 and set(adata.layers) == set()
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    stored = sc.read_h5ad(tmp_path / "cells.h5ad")
+    assert list(stored.uns["X_pert"]["strata"]) == ["line"]
+    assert get_regression_datasets(stored, "X_pert")[0].output_names[0] == "X_pert_0"
+
+
+def test_nearest_vehicle_cells_take_out_what_varies_anyway(treated):
+    adata = treated.copy()
+    state = np.random.default_rng(1).random(adata.n_obs) < 0.5  # a state of the cell, drug or not
+    x = adata.X.toarray()
+    x[:, 8:] += 4 * state[:, None]
+    adata.X = sparse.csr_matrix(x)
+    left = {}
+    for reference in ("mean", "nearest"):
+        perturbation_response(adata, "drug", "control", 2, strata="line", reference=reference)
+        inert = (adata.obs["drug"] == "inert").to_numpy()
+        signature = _signature(adata, adata.obs["drug"], "control", adata.obs["line"], reference, random_state=0)[inert]
+        left[reference] = abs(signature[state[inert], 8:].mean() - signature[~state[inert], 8:].mean())
+        assert signature[:, 0].mean() == pytest.approx(0, abs=0.2)
+    assert left["mean"] == pytest.approx(4, abs=0.3) and left["nearest"] < 0.3
+
+
+STATE = """
+import random, warnings
+import matplotlib, numpy, scanpy, torch
+from scbmlp import simulate
+from scbmlp.targets import laplacian_frequencies, perturbation_response
+adata = simulate.sciplex3(n_cells=2000, n_genes=400)
+scanpy.pp.normalize_total(adata)
+scanpy.pp.log1p(adata)
+def state():
+    return {"numpy": repr(numpy.random.get_state()), "random": random.getstate(), "warnings": list(warnings.filters),
+            "torch": torch.get_rng_state().tolist(), "style": dict(matplotlib.rcParams)}
+before = state()
+perturbation_response(adata, "perturbation", "control", 2, strata="cell_line", min_cells=1)
+laplacian_frequencies(adata[adata.obs["cell_line"] == "K562"].copy(), 2)
+after = state()
+print(*(key for key in before if before[key] != after[key]))
+"""
+
+
+def test_nothing_global_changes():
+    result = subprocess.run([sys.executable, "-W", "error::FutureWarning", "-c", STATE], capture_output=True, text=True)
+    assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
+
+
+def test_a_pertpy_with_another_sign_is_noticed(treated, monkeypatch):
+    def flipped(self, adata, key, control, **kwargs):
+        mean = adata.X[(adata.obs[key] == control).to_numpy()].mean(axis=0)
+        adata.layers["X_pert"] = adata.X - mean
+
+    monkeypatch.setattr("pertpy.tools.Mixscape.perturbation_signature", flipped)
+    low = treated.copy()
+    x = low.X.toarray()
+    x[::7] = 0  # expression near zero shows the sign
+    low.X = sparse.csr_matrix(x)
+    with pytest.raises(RuntimeError, match="changed the sign"):
+        perturbation_response(low, "drug", "control", 2, strata="line")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"control": "DMSO"}, KeyError, "control='DMSO' .* there are: active, control, inert"),
+        ({"perturbation_key": "compound"}, KeyError, "'compound' is not a column of adata.obs; there are: drug"),
+        ({"strata": "plate"}, KeyError, "'plate' is not a column"),
+        ({"strata": ["line", "dose"]}, ValueError, r"fewer than min_cells=5 cells of 'control' .*\(a, 10.0: 0; a, 100"),
+        ({"min_cells": 200}, ValueError, r"fewer than min_cells=200 cells of control \(120\)|active \(120\)"),
+        ({"n_components": 0}, ValueError, "n_components=0 were asked for; .* 1 to 6"),
+        ({"n_components": 7}, ValueError, "n_components=7 were asked for; .* 1 to 6"),
+        ({"reference": "median"}, ValueError, "reference='median' is unknown; choose 'mean' or 'nearest'"),
+    ],
+)
+def test_unusable_screens_are_refused_with_advice(treated, arguments, error, match):
+    adata = treated.copy()
+    arguments = {"perturbation_key": "drug", "control": "control", "n_components": 2, "strata": "line"} | arguments
+    with pytest.raises(error, match=match):
+        perturbation_response(adata, **arguments)
+    assert "X_pert" not in adata.obsm and "X_pert" not in adata.varm
+
+
+def test_dose_coordinates_are_log_doses_in_the_column_of_the_compound(treated):
+    adata = treated.copy()
+    dose_coordinates(adata, "drug", "dose", "control")
+    table = adata.obsm["X_dose"]
+    assert list(table.columns) == ["active", "inert"]
+    drug = adata.obs["drug"]
+    assert (table[drug == "control"] == 0).all(axis=None)
+    assert (table.loc[drug == "active", "active"] == 1).all() and (table.loc[drug == "active", "inert"] == 0).all()
+    np.testing.assert_allclose(table.loc[drug == "inert", "inert"], np.log(11) / np.log(101), rtol=1e-6)
+    assert list(get_regression_datasets(adata, "X_dose")[0].output_names) == ["active", "inert"]
+
+
+@pytest.mark.parametrize(("dose", "shown"), [("10 nM", "'10 nM'"), (-1.0, "-1.0"), (np.nan, "nan"), (np.inf, "inf")])
+def test_doses_that_are_no_numbers_are_refused(treated, dose, shown):
+    adata = treated.copy()
+    adata.obs["dose"] = adata.obs["dose"].astype(object).mask(adata.obs["drug"] == "active", dose)
+    with pytest.raises(ValueError, match=f"obs\\['dose'\\] has .*{shown} in 120 treated cells"):
+        dose_coordinates(adata, "drug", "dose", "control")
+    with pytest.raises(KeyError, match="control='DMSO' is not a label"):
+        dose_coordinates(adata, "drug", "dose", "DMSO")
