@@ -81,13 +81,14 @@ def sciplex3(
 
     Returns
     -------
-    Cells in the file's order, with ``cell_line``, ``perturbation``, ``dose_value`` (nM), ``pathway``, ``target``,
-    ``replicate``, ``plate`` and ``ncounts`` in ``obs``.
+    Cells in the file's order, with ``cell_line``, ``perturbation``, ``dose_value`` (nM), ``replicate``, ``ncounts``
+    and, where the file has them, ``pathway``, ``target`` and ``plate`` in ``obs``. There are 60,000 simulated cells,
+    so that a part of them is worth having.
 
     Raises
     ------
     KeyError
-        The file lacks one of these columns.
+        The file lacks one of the first five columns.
     ValueError
         An argument names what the screen does not have or leaves no cell, or the file does not hold counts.
     OSError
@@ -95,7 +96,7 @@ def sciplex3(
     """
     if max_cells is not None and max_cells < 1:
         raise ValueError(f"max_cells={max_cells} is too small; pass 1 or more, or None to keep all cells.")
-    adata = _first_of("sciplex3", _download_sciplex3, simulate.sciplex3, backed="r")
+    adata = _first_of("sciplex3", _download_sciplex3, lambda: simulate.sciplex3(n_cells=60_000), backed="r")
     obs = _clean_labels(adata.obs)
     vehicle = obs["perturbation"] == "control"
     keep = obs["ncounts"] >= min_counts
@@ -122,9 +123,9 @@ def _download_sciplex3(path: Path) -> None:
 
 def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     columns = [*CONDITION, "pathway", "target", "replicate", "plate", "ncounts"]
-    if missing := [column for column in columns if column not in obs]:
+    if missing := [column for column in columns if column not in {*obs, "pathway", "target", "plate"}]:
         raise KeyError(f"sciplex3.h5ad has no {', '.join(missing)} in obs, only {', '.join(obs)}; rename its columns.")
-    labels = obs[columns].reset_index(drop=True)
+    labels = obs[[column for column in columns if column in obs]].reset_index(drop=True)
     dose = pd.to_numeric(labels["dose_value"].astype(str), errors="coerce")
     labels["dose_value"] = dose.mask(labels["perturbation"] == "control", 0.0)
     known = labels[CONDITION].notna().all(axis=1)

@@ -99,7 +99,7 @@ def closed_world(monkeypatch, cache, small, screen, download):
     monkeypatch.delenv("SCBMLP_DATA_SOURCE", raising=False)
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *args, **kwargs: str(cache))
     monkeypatch.setattr(simulate, "pancreas", small.copy)
-    monkeypatch.setattr(simulate, "sciplex3", screen.copy)
+    monkeypatch.setattr(simulate, "sciplex3", lambda n_cells: screen.copy())
     monkeypatch.setattr(sources, "SCIPLEX3_URL", "file:///nowhere/sciplex3.h5ad")
 
 
@@ -378,9 +378,18 @@ def test_counts_come_from_their_layer_or_not_at_all(local_screen, expected):
         sources.sciplex3()
 
 
+def test_columns_that_nothing_depends_on_may_be_missing(local_screen, expected):
+    rewritten(local_screen, lambda adata: adata.obs.drop(columns=["plate", "pathway"], inplace=True))
+    adata = sources.sciplex3()
+    assert not {"plate", "pathway"} & set(adata.obs)
+    assert list(adata.obs["target"]) == list(expected.obs["target"])
+
+
 def test_missing_columns_are_named(local_screen):
-    rewritten(local_screen, lambda adata: adata.obs.drop(columns=["dose_value", "plate"], inplace=True))
-    with pytest.raises(KeyError, match="has no dose_value, plate in obs, only perturbation, .*; rename its columns"):
+    rewritten(local_screen, lambda adata: adata.obs.drop(columns=["dose_value", "replicate"], inplace=True))
+    with pytest.raises(
+        KeyError, match="has no dose_value, replicate in obs, only perturbation, .*; rename its columns"
+    ):
         sources.sciplex3()
 
 

@@ -116,6 +116,25 @@ def test_cells_outside_the_graph_get_its_extension(normalized, as_mask):
         assert values[~inside].std() == pytest.approx(expected.std(), rel=0.02)
 
 
+@pytest.mark.parametrize("normalized", [False, True])
+def test_extension_is_the_row_of_the_eigenvectors_equation(normalized):
+    adata = AnnData(np.random.default_rng(0).random((80, 6)).astype(np.float32))
+    inside, outside = np.arange(60), np.arange(60, 80)
+    laplacian_frequencies(adata, 4, cells=inside, n_neighbors=9, n_pcs=5, normalized=normalized)
+    alone = adata[inside].copy()
+    sc.pp.pca(alone, n_comps=5, random_state=0)
+    sc.pp.neighbors(alone, n_neighbors=9, random_state=0)
+    degree = 1 if normalized else alone.obsp["connectivities"].sum() / 60
+    values = adata.uns["X_freq"]["eigenvalues"]
+    assert (values / degree > 0.1).all()  # far from smooth, so that the eigenvalue matters
+    projected = (adata.X[outside] - alone.X.mean(axis=0)) @ alone.varm["PCs"]
+    for cell, result in zip(projected, adata.obsm["X_freq"][outside], strict=True):
+        near = np.argsort(np.linalg.norm(alone.obsm["X_pca"] - cell, axis=1))[:9]
+        # f = sum of a_j f_j / (d - eigenvalue), with weights a_j = d / 9
+        expected = (degree / 9 * adata.obsm["X_freq"][near]).sum(axis=0) / (degree - values)
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_extension_does_not_know_the_other_cells():
     adata, _ = curve(300)
     inside = np.arange(300) % 3 > 0
