@@ -22,7 +22,7 @@ test: $(INSTALLED) ## lint, unit tests, and every chapter on simulated cells aga
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	SCBMLP_DATA_SOURCE=simulated $(BIN)/python -m pytest tests chapters \
-	  --nbval-lax --nbval-current-env --nbval-cell-timeout=900
+	  --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
 
 outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print on simulated cells
 	SCBMLP_DATA_SOURCE=simulated $(BIN)/python .ci/maintain.py outputs

@@ -18,7 +18,7 @@ def outputs() -> None:
     """Run every chapter, and keep the outputs of the checked cells alone."""
     for path in sorted((ROOT / "chapters").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=900, resources={"metadata": {"path": path.parent}}).execute()
+        NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": path.parent}}).execute()
         notebook.metadata = {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},

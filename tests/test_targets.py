@@ -225,7 +225,7 @@ def expected_signature(adata):
 
 
 def test_response_is_the_difference_to_vehicle_of_the_stratum(treated):
-    adata = treated.copy()
+    adata = treated[np.arange(treated.n_obs) % 12 != 1].copy()  # fewer active cells than others
     perturbation_response(adata, "drug", "control", 3, strata="line")
     signature = expected_signature(adata)
     loadings, embedding = adata.varm["X_pert"], adata.obsm["X_pert"]
