@@ -206,20 +206,15 @@ def perturbation_response(
     KeyError
         A column is not in ``obs``, or `control` is not one of the labels.
     ValueError
-        A stratum lacks vehicle cells, a perturbation has too few cells, `n_components` is too large, or `reference`
-        is unknown.
+        A label is missing, a stratum lacks vehicle cells, a perturbation has too few cells, `n_components` is too
+        large, or `reference` is unknown.
     """
     if reference not in ("mean", "nearest"):
         raise ValueError(f"reference={reference!r} is unknown; choose 'mean' or 'nearest'.")
     names = [strata] if isinstance(strata, str) else list(strata or [])
-    for key in (perturbation_key, *names):
+    for key in names:
         _column(adata, key)
-    labels = adata.obs[perturbation_key].astype(str)
-    if control not in set(labels):
-        raise KeyError(
-            f"control={control!r} is not a label of obs[{perturbation_key!r}]; there are: "
-            f"{', '.join(sorted(set(labels)))}."
-        )
+    labels = _labels(adata, perturbation_key, control)
     sizes = labels.value_counts()
     if sizes.min() < min_cells:
         few = ", ".join(f"{label} ({size})" for label, size in sizes[sizes < min_cells].items())
@@ -317,11 +312,9 @@ def dose_coordinates(
     KeyError
         A column is not in ``obs``, or `control` is not one of the labels.
     ValueError
-        A dose is not a number of at least 0.
+        A label is missing, a dose is not a number of at least 0, or all are 0.
     """
-    labels, doses = _column(adata, perturbation_key).astype(str), _column(adata, dose_key)
-    if control not in set(labels):
-        raise KeyError(f"control={control!r} is not a label of obs[{perturbation_key!r}].")
+    labels, doses = _labels(adata, perturbation_key, control), _column(adata, dose_key)
     numbers = pd.to_numeric(doses.astype(str), errors="coerce").mask(labels == control, 0.0)
     wrong = ~(numbers >= 0) | np.isinf(numbers)
     if wrong.any():
@@ -329,10 +322,25 @@ def dose_coordinates(
             f"obs[{dose_key!r}] has {', '.join(map(repr, doses[wrong].unique()[:5]))} in {wrong.sum()} treated cells; "
             f"numbers of at least 0 are needed: convert them, or drop those cells."
         )
+    if numbers.max() == 0:
+        raise ValueError(f"obs[{dose_key!r}] is 0 in every treated cell; name the column that has the doses.")
     compounds = sorted(set(labels) - {control})
     scaled = np.log1p(numbers) / np.log1p(numbers.max())
     table = (labels.to_numpy()[:, None] == compounds) * scaled.to_numpy()[:, None]
     adata.obsm[key_added] = pd.DataFrame(table.astype(np.float32), adata.obs_names, compounds)
+
+
+def _labels(adata: AnnData, key: str, control: str) -> pd.Series:
+    labels = _column(adata, key)
+    if labels.isna().any():
+        raise ValueError(
+            f"obs[{key!r}] has no label for {labels.isna().sum()} of {len(labels)} cells; keep the labelled ones: "
+            f"adata = adata[adata.obs[{key!r}].notna()].copy()"
+        )
+    labels = labels.astype(str)
+    if control not in set(labels):
+        raise KeyError(f"control={control!r} is no label of obs[{key!r}]; there are: {', '.join(sorted(set(labels)))}.")
+    return labels
 
 
 def _column(adata: AnnData, key: str) -> pd.Series:

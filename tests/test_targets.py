@@ -330,7 +330,7 @@ def test_a_pertpy_with_another_sign_is_noticed(treated, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        ({"control": "DMSO"}, KeyError, "control='DMSO' .* there are: active, control, inert"),
+        ({"control": "DMSO"}, KeyError, "control='DMSO' is no label .* there are: active, control, inert"),
         ({"perturbation_key": "compound"}, KeyError, "'compound' is not a column of adata.obs; there are: drug"),
         ({"strata": "plate"}, KeyError, "'plate' is not a column"),
         ({"strata": ["line", "dose"]}, ValueError, r"fewer than min_cells=5 cells of 'control' .*\(a, 10.0: 0; a, 100"),
@@ -360,11 +360,26 @@ def test_dose_coordinates_are_log_doses_in_the_column_of_the_compound(treated):
     assert list(get_regression_datasets(adata, "X_dose")[0].output_names) == ["active", "inert"]
 
 
+@pytest.mark.parametrize("make", [perturbation_response, dose_coordinates])
+def test_missing_labels_are_refused_with_advice(treated, make):
+    adata = treated.copy()
+    adata.obs.loc["cell7", "drug"] = None
+    with pytest.raises(ValueError, match=r"obs\['drug'\] has no label for 1 of 360 cells; .*notna\(\)"):
+        make(adata, "drug", control="control", **({"dose_key": "dose"} if make is dose_coordinates else {}))
+
+
+def test_doses_that_are_all_0_are_refused(treated):
+    adata = treated.copy()
+    adata.obs["dose"] = 0
+    with pytest.raises(ValueError, match=r"obs\['dose'\] is 0 in every treated cell"):
+        dose_coordinates(adata, "drug", "dose", "control")
+
+
 @pytest.mark.parametrize(("dose", "shown"), [("10 nM", "'10 nM'"), (-1.0, "-1.0"), (np.nan, "nan"), (np.inf, "inf")])
 def test_doses_that_are_no_numbers_are_refused(treated, dose, shown):
     adata = treated.copy()
     adata.obs["dose"] = adata.obs["dose"].astype(object).mask(adata.obs["drug"] == "active", dose)
     with pytest.raises(ValueError, match=f"obs\\['dose'\\] has .*{shown} in 120 treated cells"):
         dose_coordinates(adata, "drug", "dose", "control")
-    with pytest.raises(KeyError, match="control='DMSO' is not a label"):
+    with pytest.raises(KeyError, match="control='DMSO' is no label"):
         dose_coordinates(adata, "drug", "dose", "DMSO")
