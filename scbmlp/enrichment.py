@@ -118,7 +118,7 @@ def _over_representation(genes: list[str], sets: dict[str, list[str]], backgroun
         return table.assign(overlap=0, odds_ratio=0.0, p=1.0, genes=[[] for _ in sets])
     found = gseapy.enrich(genes, sets, background=background, outdir=None, no_plot=True, verbose=False).results
     found = found.set_index("Term").reindex(table["term"])
-    hits = [row.split(";") if isinstance(row, str) else [] for row in found["Genes"]]
+    hits = [sorted(row.split(";")) if isinstance(row, str) else [] for row in found["Genes"]]  # gseapy's order varies
     return table.assign(
         overlap=[len(row) for row in hits],
         odds_ratio=found["Odds Ratio"].fillna(0.0).to_numpy(np.float64),
