@@ -148,15 +148,7 @@ def get_classification_datasets(
         Labels are missing, a class is too small to be in all three sets, the fractions leave a set empty, or the
         expression is not finite and non-negative.
     """
-    if class_key not in adata.obs:
-        raise KeyError(f"class_key={class_key!r} is not a column of adata.obs; there are: {', '.join(adata.obs)}.")
-    labels = adata.obs[class_key]
-    if labels.isna().any():
-        raise ValueError(
-            f"class_key={class_key!r} has no label for {labels.isna().sum()} of {len(labels)} cells; "
-            f"keep the labelled ones: adata = adata[adata.obs[{class_key!r}].notna()].copy()"
-        )
-    labels = labels.astype("category").cat.remove_unused_categories()
+    labels = obs_labels(adata, class_key, "class_key").astype("category").cat.remove_unused_categories()
     _check_fractions(train_split, val_split)
     needed = int(np.ceil(1 / min(train_split, val_split, 1 - train_split - val_split) - 1e-9))
     sizes = labels.value_counts()
@@ -235,6 +227,56 @@ def get_regression_datasets(
     return _split(adata, y, names, (train_split, val_split, random_state, split_key), layer)
 
 
+def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
+    """Return a column of ``adata.obs``.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    key
+        Column of ``obs``.
+    argument
+        What the caller named it by, for the message.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    """
+    if key not in adata.obs:
+        raise KeyError(f"{argument}={key!r} is not a column of adata.obs; there are: {', '.join(adata.obs)}.")
+    return adata.obs[key]
+
+
+def obs_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
+    """Return a column of ``adata.obs`` with a label for every cell.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    key
+        Column of ``obs``.
+    argument
+        What the caller named it by, for the message.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    ValueError
+        A cell has no label.
+    """
+    labels = obs_column(adata, key, argument)
+    if labels.isna().any():
+        raise ValueError(
+            f"{argument}={key!r} has no label for {labels.isna().sum()} of {len(labels)} cells; "
+            f"keep the labelled ones: adata = adata[adata.obs[{key!r}].notna()].copy()"
+        )
+    return labels
+
+
 def _check_fractions(train_split: float, val_split: float) -> None:
     if not (train_split > 0 and val_split > 0 and train_split + val_split < 1):
         raise ValueError(
@@ -256,10 +298,9 @@ def _split(adata, y, output_names, how, layer):
     if split_key is None:
         train, rest = cut(np.arange(adata.n_obs), train_split)
         val, test = cut(rest, val_split)
-    elif split_key not in adata.obs:
-        raise KeyError(f"split_key={split_key!r} is not a column of adata.obs; there are: {', '.join(adata.obs)}.")
     else:
-        train, val, test = (np.flatnonzero(adata.obs[split_key] == name) for name in ("train", "val", "test"))
+        part = obs_column(adata, split_key, "split_key")
+        train, val, test = (np.flatnonzero(part == name) for name in ("train", "val", "test"))
         if not (len(train) and len(val) and len(test)):
             raise ValueError(
                 f"split_key={split_key!r} has {len(train)} cells of 'train', {len(val)} of 'val' and {len(test)} of "

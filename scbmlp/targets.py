@@ -15,6 +15,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from sklearn.neighbors import KNeighborsRegressor
 
+from scbmlp.datasets import obs_column, obs_labels
+
 
 def laplacian_frequencies(
     adata: AnnData,
@@ -213,7 +215,7 @@ def perturbation_response(
         raise ValueError(f"reference={reference!r} is unknown; choose 'mean' or 'nearest'.")
     names = [strata] if isinstance(strata, str) else list(strata or [])
     for key in names:
-        _column(adata, key)
+        obs_column(adata, key, "strata")
     labels = _labels(adata, perturbation_key, control)
     sizes = labels.value_counts()
     if sizes.min() < min_cells:
@@ -314,7 +316,7 @@ def dose_coordinates(
     ValueError
         A label is missing, a dose is not a number of at least 0, or all are 0.
     """
-    labels, doses = _labels(adata, perturbation_key, control), _column(adata, dose_key)
+    labels, doses = _labels(adata, perturbation_key, control), obs_column(adata, dose_key, "dose_key")
     numbers = pd.to_numeric(doses.astype(str), errors="coerce").mask(labels == control, 0.0)
     wrong = ~(numbers >= 0) | np.isinf(numbers)
     if wrong.any():
@@ -331,19 +333,7 @@ def dose_coordinates(
 
 
 def _labels(adata: AnnData, key: str, control: str) -> pd.Series:
-    labels = _column(adata, key)
-    if labels.isna().any():
-        raise ValueError(
-            f"obs[{key!r}] has no label for {labels.isna().sum()} of {len(labels)} cells; keep the labelled ones: "
-            f"adata = adata[adata.obs[{key!r}].notna()].copy()"
-        )
-    labels = labels.astype(str)
+    labels = obs_labels(adata, key, "perturbation_key").astype(str)
     if control not in set(labels):
         raise KeyError(f"control={control!r} is no label of obs[{key!r}]; there are: {', '.join(sorted(set(labels)))}.")
     return labels
-
-
-def _column(adata: AnnData, key: str) -> pd.Series:
-    if key not in adata.obs:
-        raise KeyError(f"{key!r} is not a column of adata.obs; there are: {', '.join(adata.obs)}.")
-    return adata.obs[key]

@@ -364,7 +364,7 @@ def test_dose_coordinates_are_log_doses_in_the_column_of_the_compound(treated):
 def test_missing_labels_are_refused_with_advice(treated, make):
     adata = treated.copy()
     adata.obs.loc["cell7", "drug"] = None
-    with pytest.raises(ValueError, match=r"obs\['drug'\] has no label for 1 of 360 cells; .*notna\(\)"):
+    with pytest.raises(ValueError, match=r"perturbation_key='drug' has no label for 1 of 360 cells; .*notna\(\)"):
         make(adata, "drug", control="control", **({"dose_key": "dose"} if make is dose_coordinates else {}))
 
 
