@@ -72,13 +72,13 @@ MECHANISMS = {
             {"Flavopiridol HCl": 150, "SNS-032": 400}),
     "MDM2": ("Apoptotic regulation", {"p53_response": 1, "growth_arrest": 0.9, "cell_cycle": -0.6}, "A549 MCF7",
              {"Idasanutlin": 60, "Nutlin-3": 1500}),
-    "mTOR": ("Metabolic regulation", {"mtor_output": -0.9, "sterol_synthesis": -0.7, "cell_cycle": -0.3},
+    "mTOR": ("Metabolic regulation", {"mtor_output": -0.9, "sterol_synthesis": -0.8, "cell_cycle": -0.4},
              "A549 K562 MCF7", {"Temsirolimus": 15, "AZD8055": 60}),
     "HSP90": ("Protein folding & Protein degradation", {"heat_shock": 1, "mapk_output": -0.5}, "A549 K562 MCF7",
               {"Luminespib": 30, "Alvespimycin (17-DMAG) HCl": 200, "Tanespimycin (17-AAG)": 400}),
     "MEK": ("Tyrosine kinase signaling", {"mapk_output": -1, "cell_cycle": -0.4}, "A549 K562",
             {"Trametinib (GSK1120212)": 20}),
-    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1, "growth_arrest": 0.3}, "A549",
+    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1, "growth_arrest": 0.5}, "A549",
                                 {"Triamcinolone Acetonide": 15}),
 }  # fmt: skip
 INERT = {
@@ -265,7 +265,7 @@ def sciplex3(
     # Untreated cells are anywhere in the cell cycle, signal, and live.
     activities["cell_cycle"] = rng.beta(1, 1.5, n_cells)
     activities |= {name: rng.uniform(0.5, 0.8, n_cells) for name in ("mapk_output", "mtor_output")}
-    activities |= {name: rng.uniform(0.1, 0.4, n_cells) for name in ("acetyl_coa", "sterol_synthesis")}
+    activities |= {"acetyl_coa": rng.uniform(0.1, 0.4, n_cells), "sterol_synthesis": rng.uniform(0.3, 0.5, n_cells)}
     activities |= {f"line_{name}": (line == name).astype(float) for name in LINES}
     for _, changes, responding, potencies in MECHANISMS.values():
         for name, ec50 in potencies.items():

@@ -118,7 +118,34 @@ def sciplex3(
 def _download_sciplex3(path: Path) -> None:
     import scanpy
 
-    scanpy.read(path, backed="r", backup_url=SCIPLEX3_URL).file.close()  # opening finds a file cut short
+    with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
+        scanpy.read(path, backed="r", backup_url=SCIPLEX3_URL).file.close()  # opening finds a file cut short
+
+
+def glioblastoma() -> AnnData:
+    """Return glioblastoma slices of five patients, with and without panobinostat :cite:p:`zhao2021`, counts in ``X``.
+
+    From ``glioblastoma_panobinostat.h5ad`` in the folder ``$SCBMLP_DATA_DIR`` alone: there is neither a public download
+    of this part nor a simulation.
+
+    Returns
+    -------
+    Cells with ``condition`` (``ctrl``, ``panobinostat``) and ``patient_id`` in ``obs``.
+
+    Raises
+    ------
+    OSError
+        The file is not there, or not wanted since ``SCBMLP_DATA_SOURCE`` is not ``local``; or it cannot be read.
+    """
+    name = "glioblastoma_panobinostat"
+    path = Path(os.environ.get("SCBMLP_DATA_DIR") or ".", f"{name}.h5ad")
+    forced = os.environ.get("SCBMLP_DATA_SOURCE") or "local"
+    if forced != "local" or not path.is_file():
+        raise FileNotFoundError(
+            f"there is no {name}.h5ad to read with SCBMLP_DATA_SOURCE={forced}; set SCBMLP_DATA_DIR to the folder that "
+            f"holds it, and unset SCBMLP_DATA_SOURCE."
+        )
+    return _read(name, "local", path, None)
 
 
 def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -181,7 +182,7 @@ def perturbation_response(
     ----------
     adata
         Cells with log-normalised expression in ``X``; it is changed. Only genes marked ``highly_variable`` count, if
-        ``var`` has that column; their dense array must fit into memory.
+        ``var`` has that column; memory holds the dense array of the largest stratum.
     perturbation_key, control
         Column of ``obs`` with the perturbation of every cell, and its label for vehicle.
     n_components
@@ -231,20 +232,21 @@ def perturbation_response(
         )
     used = adata.var.get("highly_variable", pd.Series(True, adata.var_names)).to_numpy(bool)
     fitted = np.arange(adata.n_obs)[slice(None) if cells is None else cells]
-    condition = (labels + ", " + stratum).iloc[fitted]
-    most = min(condition.nunique(), int(used.sum()))
+    most = min((labels + ", " + stratum).iloc[fitted].nunique(), int(used.sum()))
     if not 1 <= n_components <= most:
         raise ValueError(f"n_components={n_components} were asked for; the conditions and genes have 1 to {most}.")
-    signature = _signature(adata[:, used], labels, control, stratum, reference, random_state)
-    means = np.stack(
-        [
-            signature[fitted[rows]].sum(axis=0) / np.sqrt(len(rows))
-            for rows in condition.groupby(condition).indices.values()
-        ]
-    )
-    _, strength, components = np.linalg.svd(means, full_matrices=False)
+    # Twice over the strata, for means and for projections: the signatures of all cells are never in memory at once.
+    signatures = partial(_signatures, adata[:, used], labels, control, stratum, reference, random_state)
+    means = []
+    for rows, signature in signatures():
+        inside = np.isin(rows, fitted)
+        for group in labels.iloc[rows[inside]].groupby(labels).indices.values():
+            means.append(signature[inside][group].sum(axis=0) / np.sqrt(len(group)))
+    _, strength, components = np.linalg.svd(np.stack(means), full_matrices=False)
     components = components[:n_components].T
-    embedding = signature @ components
+    embedding = np.empty((adata.n_obs, n_components))
+    for rows, signature in signatures():
+        embedding[rows] = signature @ components
     sign = np.where((embedding[fitted] ** 3).sum(axis=0) < 0, -1, 1)
     adata.obsm[key_added] = embedding * sign
     adata.varm[key_added] = np.zeros((adata.n_vars, n_components))
@@ -258,16 +260,15 @@ def perturbation_response(
     }
 
 
-def _signature(
+def _signatures(
     adata: AnnData, labels: pd.Series, control: str, stratum: pd.Series, reference: str, random_state: int
-) -> np.ndarray:
-    """Return each cell's expression less that of vehicle cells (cell x gene), stratum by stratum."""
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the cells of each stratum, and their expression less that of vehicle cells (cell x gene)."""
     state = np.random.get_state()
     with warnings.catch_warnings(action="ignore"):  # a library that pertpy imports warns, another draws a number
         from pertpy.tools import Mixscape
     np.random.set_state(state)
 
-    result = np.empty(adata.shape, np.float32)
     nearest = reference == "nearest"
     options = {"ref_selection_mode": "split_by", "split_by": "stratum"}
     if nearest:
@@ -286,8 +287,7 @@ def _signature(
             raise RuntimeError(
                 "pertpy has changed the sign of its signature; this version of scbmlp is too old for it."
             )
-        result[rows] = -block.layers["X_pert"]
-    return result
+        yield rows, -block.layers["X_pert"]
 
 
 def dose_coordinates(

@@ -1,28 +1,42 @@
 """Do the models compute and train what they say, the same each time, and leave everything else alone?"""
 
 import logging
+import os
 import random
 import signal
 import subprocess
 import sys
 import warnings
 from dataclasses import asdict, fields
+from pathlib import Path
 
 import lightning
 import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+import scanpy as sc
 import torch
 from anndata import AnnData
 from scipy import sparse
 from scipy.special import huber
-from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, mean_squared_error, r2_score, recall_score
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import (
+    accuracy_score,
+    log_loss,
+    mean_absolute_error,
+    mean_squared_error,
+    r2_score,
+    recall_score,
+    roc_auc_score,
+)
 from torch.nn.functional import cross_entropy
 
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.sources import glioblastoma
 
+REAL = os.environ.get("SCBMLP_DATA_DIR") or str(Path(__file__).parents[2] / "shared" / "data")
 QUIET = {"enable_progress_bar": False}
 SIZES = {"d_input": 300, "d_hidden": 8, "d_output": 8, "n_epochs": 3, "device": "cpu"}
 TOY = {"d_input": 6, "d_hidden": 5, "d_output": 3, "n_epochs": 3, "batch_size": 16, "device": "cpu"}
@@ -466,3 +480,28 @@ def test_file_without_a_model_is_refused(tmp_path, content):
         )
     with pytest.raises(ValueError, match=r"model\.pt holds no scbmlp model, not ScBMLPClassifier"):
         ScBMLPClassifier.load(path)
+
+
+@pytest.mark.skipif(
+    not Path(REAL, "glioblastoma_panobinostat.h5ad").is_file(), reason="the tumours are not public in this form"
+)
+def test_a_drug_is_told_in_the_tumour_of_a_patient_that_was_left_out(monkeypatch):
+    monkeypatch.setenv("SCBMLP_DATA_DIR", REAL)
+    monkeypatch.delenv("SCBMLP_DATA_SOURCE", raising=False)
+    adata = glioblastoma()
+    sc.pp.normalize_total(adata)
+    sc.pp.log1p(adata)
+    for_validation = np.random.default_rng(0).random(adata.n_obs) < 0.15
+    cfg = Config(300, 64, 2, linear=True, n_epochs=20, batch_size=64, dropout_rate=0.6, weight_decay=0.1, device="cpu")
+    areas = []
+    for patient in adata.obs["patient_id"].unique():
+        rest = np.where(for_validation, "val", "train")
+        adata.obs["split"] = np.where(adata.obs["patient_id"] == patient, "test", rest)
+        train, val, test = get_classification_datasets(adata, "condition", split_key="split")
+        model = ScBMLPClassifier(cfg)
+        model.fit(train, val, **QUIET)
+        linear = LogisticRegression(C=0.01, max_iter=2000).fit(train.x, train.y).decision_function(test.x)
+        treated = test.y.numpy()
+        areas.append([roc_auc_score(treated, s) for s in (model.predict_proba(test)[:, 1], linear)])
+    full, logistic = np.mean(areas, axis=0)
+    assert full >= 0.87 and full > logistic - 0.01, areas

@@ -421,3 +421,24 @@ def test_simulated_screen_comes_last_as_clean_as_a_real_one_and_with_its_truth(s
     assert (adata.obs.loc[adata.obs["perturbation"] == "control", "dose_value"] == 0).all()
     assert "Vehicle" not in adata.obs["perturbation"].cat.categories
     assert list(adata.obs_names) == list(screen.obs_names[screen.obs["cell_line"] == "MCF7"])
+
+
+def test_tumours_come_from_their_file_alone(folder, h5ad, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"no glioblastoma_panobinostat.h5ad .*set SCBMLP_DATA_DIR"):
+        sources.glioblastoma()
+    shutil.copy(h5ad, folder / "glioblastoma_panobinostat.h5ad")
+    source = sources.glioblastoma().uns["scbmlp_source"]
+    digest = hashlib.sha256(h5ad.read_bytes()).hexdigest()
+    assert source == {
+        "name": "glioblastoma_panobinostat",
+        "kind": "local",
+        "file": "glioblastoma_panobinostat.h5ad",
+        "sha256": digest,
+    }
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "simulated")
+    with pytest.raises(FileNotFoundError, match="SCBMLP_DATA_SOURCE=simulated"):
+        sources.glioblastoma()
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    (folder / "glioblastoma_panobinostat.h5ad").write_bytes(h5ad.read_bytes()[:1000])
+    with pytest.raises(OSError, match="cannot be read .*a whole copy"):
+        sources.glioblastoma()

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import hypothesis.strategies as st
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from scipy import linalg, sparse
 
 from scbmlp.datasets import get_regression_datasets
-from scbmlp.targets import _signature, dose_coordinates, laplacian_frequencies, perturbation_response
+from scbmlp.targets import _signatures, dose_coordinates, laplacian_frequencies, perturbation_response
 
 
 def graph(weights):
@@ -225,6 +226,7 @@ def expected_signature(adata):
 
 
 def test_response_is_the_difference_to_vehicle_of_the_stratum(treated):
+    """eq-signature, eq-components."""
     adata = treated[np.arange(treated.n_obs) % 12 != 1].copy()  # fewer active cells than others
     perturbation_response(adata, "drug", "control", 3, strata="line")
     signature = expected_signature(adata)
@@ -235,6 +237,20 @@ def test_response_is_the_difference_to_vehicle_of_the_stratum(treated):
     values, vectors = np.linalg.eigh(means.T @ means)
     np.testing.assert_allclose(np.abs(vectors[:, ::-1][:, :3].T @ loadings), np.eye(3), atol=1e-3)
     np.testing.assert_allclose(adata.uns["X_pert"]["variance_ratio"], values[::-1][:3] / values.sum(), rtol=1e-3)
+
+
+def test_memory_holds_the_signatures_of_one_stratum():
+    rng = np.random.default_rng(0)
+    n, genes = 4000, 2000
+    obs = pd.DataFrame({"drug": rng.choice(["control", "a", "b"], n), "well": np.arange(n) % 20})
+    x = sparse.random(n, genes, 0.02, format="csr", dtype=np.float32, random_state=0)
+    adata = AnnData(x, obs=obs.set_index(obs.index.astype(str)))
+    perturbation_response(adata[:200].copy(), "drug", "control", 2)  # imports pertpy
+    tracemalloc.start()
+    perturbation_response(adata, "drug", "control", 2, strata="well")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 0.6 * 4 * n * genes, peak
 
 
 def test_what_a_drug_raises_is_positive_and_vehicle_is_the_origin(treated):
@@ -283,7 +299,10 @@ def test_nearest_vehicle_cells_take_out_what_varies_anyway(treated):
     for reference in ("mean", "nearest"):
         perturbation_response(adata, "drug", "control", 2, strata="line", reference=reference)
         inert = (adata.obs["drug"] == "inert").to_numpy()
-        signature = _signature(adata, adata.obs["drug"], "control", adata.obs["line"], reference, random_state=0)[inert]
+        signature = np.empty(adata.shape)
+        for rows, block in _signatures(adata, adata.obs["drug"], "control", adata.obs["line"], reference, 0):
+            signature[rows] = block
+        signature = signature[inert]
         left[reference] = abs(signature[state[inert], 8:].mean() - signature[~state[inert], 8:].mean())
         assert signature[:, 0].mean() == pytest.approx(0, abs=0.2)
     assert left["mean"] == pytest.approx(4, abs=0.3) and left["nearest"] < 0.3
