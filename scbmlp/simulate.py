@@ -72,7 +72,7 @@ MECHANISMS = {
             {"Flavopiridol HCl": 150, "SNS-032": 400}),
     "MDM2": ("Apoptotic regulation", {"p53_response": 1, "growth_arrest": 0.9, "cell_cycle": -0.6}, "A549 MCF7",
              {"Idasanutlin": 60, "Nutlin-3": 1500}),
-    "mTOR": ("Metabolic regulation", {"mtor_output": -0.9, "sterol_synthesis": -0.8, "cell_cycle": -0.4},
+    "mTOR": ("Metabolic regulation", {"mtor_output": -0.9, "sterol_synthesis": -0.8, "cell_cycle": -0.6},
              "A549 K562 MCF7", {"Temsirolimus": 15, "AZD8055": 60}),
     "HSP90": ("Protein folding & Protein degradation", {"heat_shock": 1, "mapk_output": -0.5}, "A549 K562 MCF7",
               {"Luminespib": 30, "Alvespimycin (17-DMAG) HCl": 200, "Tanespimycin (17-AAG)": 400}),
