@@ -68,7 +68,7 @@ MECHANISMS = {
                                          "Danusertib (PHA-739358)": 300, "Tozasertib": 600}),
     "PLK": ("Cell cycle regulation", {"growth_arrest": 0.5, "cell_cycle": 0.8}, "A549 K562 MCF7",
             {"BI 2536": 40, "Volasertib": 60}),  # cells pile up in mitosis
-    "CDK": ("Cell cycle regulation", {"growth_arrest": 0.4, "cell_cycle": -1}, "A549 K562 MCF7",
+    "CDK": ("Cell cycle regulation", {"growth_arrest": 0.7, "cell_cycle": -1}, "A549 K562 MCF7",
             {"Flavopiridol HCl": 150, "SNS-032": 400}),
     "MDM2": ("Apoptotic regulation", {"p53_response": 1, "growth_arrest": 0.9, "cell_cycle": -0.6}, "A549 MCF7",
              {"Idasanutlin": 60, "Nutlin-3": 1500}),
@@ -78,7 +78,7 @@ MECHANISMS = {
               {"Luminespib": 30, "Alvespimycin (17-DMAG) HCl": 200, "Tanespimycin (17-AAG)": 400}),
     "MEK": ("Tyrosine kinase signaling", {"mapk_output": -1, "cell_cycle": -0.4}, "A549 K562",
             {"Trametinib (GSK1120212)": 20}),
-    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1, "growth_arrest": 0.5}, "A549",
+    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1, "growth_arrest": 0.7}, "A549",
                                 {"Triamcinolone Acetonide": 15}),
 }  # fmt: skip
 INERT = {
