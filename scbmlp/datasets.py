@@ -11,6 +11,7 @@ import torch
 from anndata import AnnData
 from scipy import sparse
 from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset
 
 
@@ -66,6 +67,12 @@ def dense_tensor(x: sparse.spmatrix | np.ndarray | torch.Tensor) -> torch.Tensor
     if sparse.issparse(x):
         x = x.toarray()
     return torch.as_tensor(x, dtype=torch.float32)
+
+
+def standard_deviation(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:
+    """Return the standard deviation of every column (gene); the mean where a column is constant, so 0 if it is 0."""
+    scaler = StandardScaler(with_mean=False).fit(x)
+    return np.where(scaler.var_ > 0, np.sqrt(scaler.var_), scaler.mean_)
 
 
 def match_genes(x: AnnData | ExpressionDataset | Any, gene_names: pd.Index) -> Any:

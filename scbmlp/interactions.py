@@ -9,9 +9,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+from scipy import sparse
 from scipy.linalg import block_diag
 from scipy.sparse.linalg import LinearOperator
+from scipy.special import softmax
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import log_loss
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import SplineTransformer
 
+from scbmlp.baselines import MOST, Axes, additive_features, logistic, ridge
 from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
@@ -155,32 +162,88 @@ class InteractionMatrix(LinearOperator):
             )
         return positions
 
-    def top_pairs(self, n: int = 20, *, block: int = 1024) -> pd.DataFrame:
+    def top_pairs(self, n: int = 20, *, dataset: ExpressionDataset | None = None, block: int = 1024) -> pd.DataFrame:
         """Return the `n` strongest interactions of two different genes, strongest first.
 
         Parameters
         ----------
         n
             Number of pairs.
+        dataset
+            Cells to measure strength on, in units of the output: 2 |Q_ij| times the standard deviation of what is left
+            of d_i d_j, d = x - mean, once the functions of either gene alone are taken off it (1, x, x^2 and
+            1[x > 0], by least squares). Barely expressed genes and curves of single genes then do not lead. At most
+            6,000 of the cells are used. For matrices in log-expression, as a model gives them, not for scaled ones.
+            If None, pairs are ordered by the entry of Q.
         block
             Genes whose interactions with all others are in memory at a time.
 
         Returns
         -------
-        A row a pair: ``gene_a``, ``gene_b``, ``interaction`` (each of the two entries of Q).
+        A row a pair: ``gene_a``, ``gene_b``, ``interaction`` (each of the two entries of Q) and, with `dataset`,
+        ``strength``.
+
+        Raises
+        ------
+        KeyError
+            `dataset` lacks genes of the matrix.
         """
-        genes = self.shape[0]
-        best = np.empty((3, 0))
-        for start in range(0, genes, block):
-            rows = self.basis[start : start + block] @ self.core @ self.basis[start:].T
-            i, j = np.triu_indices(rows.shape[0], 1, rows.shape[1])
-            values = rows[i, j]
-            strongest = np.argpartition(-np.abs(values), n)[:n] if len(values) > n else slice(None)
-            best = np.hstack([best, [i[strongest] + start, j[strongest] + start, values[strongest]]])
-            best = best[:, np.argsort(-np.abs(best[2]), kind="stable")[:n]]
+        if dataset is None:
+            i, j, values, _ = self._strongest(n, block)
+            names = self.gene_names.to_numpy()
+            return pd.DataFrame({"gene_a": names[i], "gene_b": names[j], "interaction": values})
+        x = match_genes(dataset, self.gene_names)
+        if x.shape[0] > MOST:
+            x = x[np.sort(np.random.default_rng(0).choice(x.shape[0], MOST, replace=False))]
+        x = dense_tensor(x).numpy()
+        d = x - x.mean(axis=0)
+        # Taking more off a product than its mean only lowers its deviation: candidates come by that bound, until the
+        # strength found is above the bound of all that are left.
+        size, pairs = 50 * n, self.shape[0] * (self.shape[0] - 1) // 2
+        while True:
+            i, j, values, bound = self._strongest(min(size, pairs), block, d)
+            strength = np.empty(0)
+            for start in range(0, len(i), 128):
+                if len(strength) >= n and np.partition(strength, -n)[-n] >= bound[start]:
+                    break
+                part = slice(start, start + 128)
+                strength = np.append(strength, 2 * np.abs(values[part]) * _beyond_single(x, d, i[part], j[part]))
+            else:
+                if size < pairs and np.partition(strength, -n)[-n] < bound[-1]:
+                    size *= 8
+                    continue
+            break
+        order = np.argsort(-strength, kind="stable")[:n]
         names = self.gene_names.to_numpy()
-        a, b = best[:2].astype(int)
-        return pd.DataFrame({"gene_a": names[a], "gene_b": names[b], "interaction": best[2]})
+        return pd.DataFrame(
+            {
+                "gene_a": names[i[order]],
+                "gene_b": names[j[order]],
+                "interaction": values[order],
+                "strength": strength[order],
+            }
+        )
+
+    def _strongest(self, n: int, block: int, d: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+        """Return both genes, the entry and the key of the `n` pairs of largest key.
+
+        The key is the absolute entry, or with centred cells `d` twice that times the deviation of d_i d_j.
+        """
+        best = np.empty((4, 0))
+        for start in range(0, self.shape[0], block):
+            rows = self.basis[start : start + block] @ self.core @ self.basis[start:].T
+            keys = np.abs(rows)
+            if d is not None:
+                one, other = d[:, start : start + block], d[:, start:]
+                square = (one**2).T @ other**2 / len(d) - ((one.T @ other) / len(d)) ** 2
+                keys = 2 * keys * np.sqrt(np.maximum(square, 0))
+            i, j = np.triu_indices(rows.shape[0], 1, rows.shape[1])
+            values, keys = rows[i, j], keys[i, j]
+            strongest = np.argpartition(-keys, n)[:n] if len(keys) > n else slice(None)
+            found = [i[strongest] + start, j[strongest] + start, values[strongest], keys[strongest]]
+            best = np.hstack([best, found])
+            best = best[:, np.argsort(-best[3], kind="stable")[:n]]
+        return (*best[:2].astype(int), *best[2:])
 
     def scaled(self, scale: np.ndarray) -> InteractionMatrix:
         """Return S Q S with S = diag(scale), the matrix for genes measured in units of `scale`.
@@ -225,6 +288,17 @@ class InteractionMatrix(LinearOperator):
         values, vectors = np.linalg.eigh((small + small.T) / 2)
         order = np.argsort(-np.abs(values), kind="stable")
         return values[order], vectors[:, order]
+
+
+def _beyond_single(x: np.ndarray, d: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """Return the deviation of d_i d_j that functions of gene i and of gene j leave, of every pair."""
+    single = [part for gene in (i, j) for part in (x[:, gene], x[:, gene] ** 2, x[:, gene] > 0)]
+    design = np.stack([np.ones((len(x), len(i))), *single], axis=-1).transpose(1, 0, 2)  # pair x cell x function
+    product = (d[:, i] * d[:, j]).T.astype(np.float64)
+    # A basis of the functions; where they are dependent it has a direction more, one of as many as there are cells.
+    basis, _ = np.linalg.qr(design)
+    left = product - np.einsum("pcf,pf->pc", basis, np.einsum("pcf,pc->pf", basis, product))
+    return np.sqrt((left**2).mean(axis=1))
 
 
 def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = False) -> InteractionMatrix:
@@ -408,35 +482,68 @@ def _expand(model: Model, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return outputs, (p * at_right) @ left + (p * at_left) @ right + slope
 
 
-def audit(model: Model, dataset: ExpressionDataset, reference: np.ndarray | str | None = None) -> pd.DataFrame:
-    """Say how much of each output the interactions carry.
+def audit(
+    model: Model,
+    dataset: ExpressionDataset,
+    reference: np.ndarray | str | None = None,
+    *,
+    train: ExpressionDataset | None = None,
+    validation: ExpressionDataset | None = None,
+) -> pd.DataFrame:
+    """Say how much of each output is quadratic, how much of that is interaction, and whether it pays.
+
+    Quadratic is a word about the formula: it depends on the reference cell, and a curve of a single gene is quadratic
+    too. Interaction is what no sum of functions of single genes can do. Such sums stand here as the weighted sums of 1,
+    x, x^2 and 1[x > 0] of every gene, fitted on `train` with an L2 penalty that `validation` chooses.
 
     Parameters
     ----------
     model
         A fitted classifier or regressor.
     dataset
-        Cells with their targets.
+        Cells with their targets, best ones that neither `train` nor `validation` has.
     reference
         Expression of the reference cell (gene), or the name of a class for the mean of its cells in `dataset`; the
         mean of `dataset` if None.
+    train, validation
+        Cells that additive models are fitted on, and cells that choose their penalty and fit the curves. Without both,
+        the columns from ``interaction`` to ``gain_curved`` that need them are NaN.
 
     Returns
     -------
-    A row an output. ``linear`` and ``quadratic``: each part's share of the variance over cells; ``covariance``: twice
-    their covariance as a share; the three add up to 1. ``score``: recall of the class, or R2 of the target, and what
-    is left of it in ``score_linear`` without the quadratic part and in ``score_quadratic`` without the linear part.
-    ``rank_99``: number of modules, in metric ``identity``, from which on 99% of the score are kept. ``attrs`` has the
-    scores and the rank over all outputs.
+    A row an output.
+
+    - ``linear``, ``quadratic``: each part's share of the output's variance over cells; ``covariance``: twice their
+      covariance as a share; the three add up to 1.
+    - ``self``, ``pair``: the shares of Q_ii d_i^2, summed over genes, and of the rest of the quadratic part.
+    - ``interaction``: share of the output's variance that the best additive predictor of the *output* leaves. At most:
+      more training cells can only lower it. It says what the model does, not whether the data ask for it.
+    - ``gain``: score less that of the best additive model of the *target*. It says whether what the model does pays.
+      An additive score through one curve, a link, gains as well.
+    - ``gain_curved``: the same after either model's outputs pass through curves of one number each, fitted on
+      `validation`, so that a link is not taken for an interaction. Only a positive one supports interactions in the
+      data, and it is as noisy as a difference of two scores: look at several splits.
+    - ``score``: recall of the class, or R2 of the target; ``score_additive`` that of the additive model;
+      ``score_linear`` and ``score_quadratic`` what is left without the quadratic or the linear part, which were trained
+      together: neither loss proves need.
+    - ``rank_99``: number of modules, in metric ``identity``, from which on 99% of the score are kept.
+
+    ``attrs`` has scores, gains and the rank over all outputs, for classes also ``gain_log_loss`` and
+    ``gain_log_loss_curved``, in nats a cell.
 
     Raises
     ------
     ValueError
-        `dataset` or `reference` does not fit the model.
+        `dataset` or `reference` does not fit the model, or one of `train` and `validation` is given alone.
     KeyError
         `reference` is not a class.
     """
     model.check(dataset)
+    if (train is None) != (validation is None):
+        raise ValueError(
+            f"audit has {'validation' if train is None else 'train'} alone; interaction and gain need train= to fit "
+            f"additive models and validation= to choose their penalty: pass both, or neither to go without."
+        )
     x, target = match_genes(dataset, model.gene_names), dataset.y.numpy()
     if reference is None or isinstance(reference, str):
         if reference is not None and (target.ndim > 1 or reference not in model.output_names):
@@ -445,23 +552,35 @@ def audit(model: Model, dataset: ExpressionDataset, reference: np.ndarray | str 
         reference = np.asarray(x[chosen].mean(axis=0)).ravel()
     constant, linear, quadratic = decompose(model, x, reference)
     directions = np.stack([direction(model, name) for name in model.output_names])
-    one, two = linear @ directions.T, quadratic @ directions.T
+    one, two, alone = linear @ directions.T, quadratic @ directions.T, _self_terms(model, x, reference)
     total = (one + two).var(axis=0)
+    # An output that is the same in every cell has no variance to share out.
+    total = np.where(total > 0, total, np.nan)
     table = pd.DataFrame(
         {"linear": one.var(axis=0) / total, "quadratic": two.var(axis=0) / total},
         index=pd.Index(model.output_names, name="output"),
     )
     table["covariance"] = 1 - table["linear"] - table["quadratic"]
-    kept = {
-        "score": constant + linear + quadratic,
-        "score_linear": constant + linear,
-        "score_quadratic": constant + quadratic,
-    }
-    for name, outputs in kept.items():
-        table[name] = model._measure_each(outputs, target)
-        table.attrs[name] = model._measure(outputs, target)
+    outputs = {"score": constant + linear + quadratic}
+    beside = _additive(model, train, validation, x, target, outputs["score"]) if train is not None else {}
+    table["interaction"] = beside.get("interaction", np.nan)
+    table["self"], table["pair"] = alone.var(axis=0) / total, (two - alone).var(axis=0) / total
+    outputs |= {"score_linear": constant + linear, "score_quadratic": constant + quadratic}
+    outputs |= {f"score_{name}": beside[name] for name in ("additive", "curved", "additive_curved") if name in beside}
+    scores = {name: np.append(model._measure_each(y, target), model._measure(y, target)) for name, y in outputs.items()}
+    unknown = np.full(len(table) + 1, np.nan)
+    scores["gain"] = scores["score"] - scores.get("score_additive", unknown)
+    scores["gain_curved"] = scores.pop("score_curved", unknown) - scores.pop("score_additive_curved", unknown)
+    scores.setdefault("score_additive", unknown)
+    for name in ("gain", "gain_curved", "score", "score_additive", "score_linear", "score_quadratic"):
+        table[name], table.attrs[name] = scores[name][:-1], float(scores[name][-1])
+    if target.ndim == 1 and beside:
+        losses = {name: log_loss(target, softmax(outputs[name], axis=1), labels=range(len(table)))
+                  for name in ("score", "score_additive", "score_curved", "score_additive_curved")}  # fmt: skip
+        table.attrs["gain_log_loss"] = losses["score_additive"] - losses["score"]
+        table.attrs["gain_log_loss_curved"] = losses["score_additive_curved"] - losses["score_curved"]
     needed = 0.99 * np.append(table["score"], table.attrs["score"])
-    scores = np.array(
+    kept = np.array(
         [
             # Outputs that are all 0 are no prediction, though they put every cell into the first class.
             [*model._measure_each(y, target), model._measure(y, target)] if y.any() else needed - np.inf
@@ -470,12 +589,79 @@ def audit(model: Model, dataset: ExpressionDataset, reference: np.ndarray | str 
     )
     # The number from which on the score is kept, for it may come and go; no score, no rank.
     ranks = [
-        None if np.isnan(least) else int(np.flatnonzero(~(kept >= least)).max(initial=-1)) + 1
-        for kept, least in zip(scores.T, needed, strict=True)
+        None if np.isnan(least) else int(np.flatnonzero(~(column >= least)).max(initial=-1)) + 1
+        for column, least in zip(kept.T, needed, strict=True)
     ]
     table["rank_99"] = pd.array(ranks[:-1], dtype="Int64")
     table.attrs["rank_99"] = ranks[-1]
     return table
+
+
+def _self_terms(model: Model, x: Any, reference: np.ndarray) -> np.ndarray:
+    """Return the sum over genes of Q_ii d_i^2 of every direction (cell x out), without making cells dense."""
+    own = np.stack([matrix.diagonal() for matrix in interaction_matrices(model)], axis=1)
+    m = np.ravel(reference).astype(np.float64)
+    square = x.multiply(x) if sparse.issparse(x) else np.square(x, dtype=np.float64)
+    return np.asarray(square @ own - 2 * (x @ (m[:, None] * own))) + m**2 @ own
+
+
+def _additive(
+    model: Model,
+    train: ExpressionDataset,
+    validation: ExpressionDataset,
+    x: Any,
+    target: np.ndarray,
+    outputs: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Return what additive models of the outputs leave, and outputs of the additive model of the target.
+
+    ``interaction`` (out); ``additive``, ``curved`` and ``additive_curved`` (cell x out): the additive model of the
+    target, and the model's and its outputs, each through its curve.
+    """
+    for dataset in (train, validation):
+        model.check(dataset)
+    features, watched, tested = (
+        additive_features(match_genes(cells, model.gene_names)) for cells in (train, validation, x)
+    )
+    axes, directions = Axes(features), np.stack([direction(model, name) for name in model.output_names])
+    fitted, seen = (model.outputs(cells).astype(np.float64) for cells in (train, validation))
+    result = {"interaction": np.full(len(directions), np.nan)}
+    # An output that is the same in every cell is no function of the genes at all.
+    varied = np.flatnonzero(np.ptp(fitted @ directions.T, axis=0) > 0)
+    mixed = directions[varied].T
+    if len(varied):
+        predicted = ridge(axes, fitted @ mixed, watched, seen @ mixed).outputs(tested)
+        result["interaction"][varied] = (outputs @ mixed - predicted).var(axis=0) / (outputs @ mixed).var(axis=0)
+    y, y_seen = train.y.numpy(), validation.y.numpy()
+    if y.ndim == 1:
+        additive = logistic(axes, y, watched, y_seen, len(directions))
+    else:
+        additive = ridge(axes, y, watched, y_seen)
+    result["additive"] = additive.outputs(tested)
+    result["curved"] = _through_curves(seen, y_seen, outputs)
+    result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"])
+    return result
+
+
+def _through_curves(seen: np.ndarray, target: np.ndarray, outputs: np.ndarray) -> np.ndarray:
+    """Return outputs (cell x out), each through a curve of that one number, fitted on other cells.
+
+    A curve is a spline that follows the target, or for classes the log-probability of the class.
+    """
+    curved = np.empty_like(outputs, dtype=np.float64)
+    if target.ndim == 1:  # of a class: its logit less the mean of all, since a softmax is blind to that
+        seen, outputs = (y - y.mean(axis=1, keepdims=True) for y in (seen, outputs))
+    for i in range(outputs.shape[1]):
+        about = (target == i).astype(int) if target.ndim == 1 else target[:, i]
+        if np.ptp(about) == 0 or np.ptp(seen[:, i]) == 0:  # a class without a validation cell, or nothing to bend
+            curved[:, i] = np.log(1e-6) if target.ndim == 1 else about.mean()
+            continue
+        line = LogisticRegression(C=10) if target.ndim == 1 else Ridge(0.01)
+        knots = np.unique(np.quantile(seen[:, i], np.linspace(0, 1, 8)))[:, None]
+        curve = make_pipeline(SplineTransformer(knots=knots), line).fit(seen[:, [i]], about)
+        predict = curve.predict if target.ndim == 2 else lambda y, curve=curve: curve.predict_log_proba(y)[:, 1]
+        curved[:, i] = predict(outputs[:, [i]])
+    return curved
 
 
 def _truncated(model: Model, x: Any, *, batch_size: int = 1024) -> Iterator[np.ndarray]:

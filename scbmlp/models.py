@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import lightning
 import numpy as np
@@ -18,9 +16,16 @@ import torch
 from anndata import AnnData
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from tqdm.auto import tqdm
 
-from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
+from scbmlp.baselines import LinearModel, linear_baseline
+from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes, standard_deviation
+from scbmlp.training import Training, accelerator, loader, quiet_lightning, seeded
+
+MARGIN = 0.01  # below the linear baseline by less than this is noise
+
+# What a field is where it is not given: in the plain form, and with a linear part.
+_DEFAULTS = {"n_epochs": (100, 40), "batch_size": (32, 64), "dropout_rate": (0.0, 0.2), "weight_decay": (1e-4, 3e-3)}
 
 
 @dataclass
@@ -34,20 +39,27 @@ class Config:
     bias
         Add biases to both hidden branches and to the output.
     linear
-        Centre the genes on the training mean and add a linear term with weights of its own and a constant, so that
-        the bilinear part holds interactions alone.
+        Centre the genes on the training mean and add a linear term with weights of its own and a constant. The linear
+        term starts at the linear baseline, the bilinear one small; targets are standardised inside; and the best
+        epoch on the validation cells is kept, the linear start included.
     n_epochs, batch_size
-        Passes over the training cells, and cells a step.
+        Passes over the training cells, and cells a step; if None 100 and 32, with `linear` 40 and 64.
     lr
         Learning rate of Adam at the start; it falls to zero along a cosine.
     dropout_rate
-        Chance that a hidden product is dropped in a training step.
+        Chance that a hidden product is dropped in a training step; if None 0, with `linear` 0.2.
     weight_decay
-        L2 penalty of Adam. On the factors of a bilinear model it favours interaction matrices of low rank.
+        L2 penalty of Adam. On the factors of a bilinear model it favours interaction matrices of low rank. If None
+        1e-4, with `linear` 3e-3.
     seed
         Seed of the initial weights, the order of the cells and dropout.
     device
         ``"auto"``, or a name that torch understands: ``"cpu"``, ``"cuda:0"``, ``"mps"``.
+    patience
+        Stop after that many epochs without a better loss on the validation cells, and keep the best epoch. If None,
+        no epoch is left out, and the last is kept; with `linear` the best.
+    weight_decay_linear
+        L2 penalty of Adam on the weights of the linear term.
 
     Raises
     ------
@@ -60,24 +72,52 @@ class Config:
     d_output: int
     bias: bool = False
     linear: bool = False
-    n_epochs: int = 100
-    batch_size: int = 32
+    n_epochs: int | None = None
+    batch_size: int | None = None
     lr: float = 1e-3
-    dropout_rate: float = 0.0
-    weight_decay: float = 1e-4
+    dropout_rate: float | None = None
+    weight_decay: float | None = None
     seed: int = 0
     device: str = "auto"
+    patience: int | None = None
+    weight_decay_linear: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size"):
+        for name, defaults in _DEFAULTS.items():
+            if getattr(self, name) is None:
+                setattr(self, name, defaults[bool(self.linear)])
+        counts = ["d_input", "d_hidden", "d_output", "n_epochs", "batch_size"]
+        for name in counts if self.patience is None else [*counts, "patience"]:
             value = getattr(self, name)
             if not (value >= 1 and value == int(value)):
                 raise ValueError(f"Config({name}={value}): a whole number of at least 1 is needed.")
-        if not (self.lr > 0 and self.weight_decay >= 0 and 0 <= self.dropout_rate < 1):
+        decays = min(self.weight_decay, self.weight_decay_linear)
+        if not (self.lr > 0 and decays >= 0 and 0 <= self.dropout_rate < 1) or np.isnan(self.weight_decay_linear):
             raise ValueError(
-                f"Config(lr={self.lr}, weight_decay={self.weight_decay}, dropout_rate={self.dropout_rate}): "
-                f"lr must be positive, weight_decay at least 0, dropout_rate at least 0 and below 1."
+                f"Config(lr={self.lr}, weight_decay={self.weight_decay}, dropout_rate={self.dropout_rate}, "
+                f"weight_decay_linear={self.weight_decay_linear}): lr must be positive, both weight decays at least 0, "
+                f"dropout_rate at least 0 and below 1."
             )
+
+
+class Statistics(NamedTuple):
+    """What modules need of the training cells, so that they can be read from a model whose cells are not at hand.
+
+    Parameters
+    ----------
+    mean, sd
+        Mean and standard deviation of every gene (gene), log-expression.
+    covariance
+        Covariance of the genes and the hidden pre-activations [L x, R x] (gene x 2 hid).
+    target
+        Covariance of the genes and the outputs' targets, 0 or 1 for classes (gene x out): which cells an output is
+        about.
+    """
+
+    mean: np.ndarray
+    sd: np.ndarray
+    covariance: np.ndarray
+    target: np.ndarray
 
 
 class _BilinearMLP(nn.Module):
@@ -90,21 +130,18 @@ class _BilinearMLP(nn.Module):
         self.cfg = cfg
         self.gene_names = pd.RangeIndex(cfg.d_input)
         self.output_names = pd.RangeIndex(cfg.d_output)
-        with _seeded(cfg.seed):
+        with seeded(cfg.seed):
             # Both branches in one layer, so that x is read once and its transposed weight is B = [L' R'].
             self.branches = nn.Linear(cfg.d_input, 2 * cfg.d_hidden, bias=cfg.bias)
             self.dropout = nn.Dropout(cfg.dropout_rate)
             self.project = nn.Linear(cfg.d_hidden, cfg.d_output, bias=cfg.bias or cfg.linear)
             self.direct = nn.Linear(cfg.d_input, cfg.d_output, bias=False) if cfg.linear else None
         self.register_buffer("center", torch.zeros(cfg.d_input))
+        self.statistics: Statistics | None = None
+        self.best_epoch: int | None = None
         self._rows: list[dict[str, float]] = []
-
-    def _reset(self) -> None:
-        """Go back to the seed's initial weights."""
-        with _seeded(self.cfg.seed):
-            for layer in filter(None, (self.branches, self.project, self.direct)):
-                layer.reset_parameters()
-        self._rows = []
+        self._baseline: dict[str, float] | None = None
+        self.trials: pd.DataFrame | None = None
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -143,15 +180,20 @@ class _BilinearMLP(nn.Module):
         train: ExpressionDataset,
         val: ExpressionDataset | None = None,
         *,
+        baseline: bool | LinearModel = True,
         ckpt_path: str | Path | None = None,
         **trainer_kwargs: Any,
     ) -> pd.DataFrame:
-        """Train from the seed's initial weights.
+        """Train from the seed's initial weights, and leave the model in evaluation mode.
 
         Parameters
         ----------
         train, val
             Cells to learn from, and cells to report on after each epoch.
+        baseline
+            Whether to fit a linear model first, ridge regression or a quick logistic regression, whose penalty `val`
+            chooses; or one from :func:`scbmlp.baselines.linear_baseline`. It is where the linear part starts, row 0 of
+            the history, and what the fitted model is warned to be below of. Without `val` there is none.
         ckpt_path
             Checkpoint of an interrupted fit to go on from.
         trainer_kwargs
@@ -160,46 +202,65 @@ class _BilinearMLP(nn.Module):
 
         Returns
         -------
-        One row an epoch: ``train_loss``, ``train_<metric>`` (under dropout), ``val_loss``, ``val_<metric>``. An
-        interrupted fit keeps its weights, and the rows so far in ``history``.
+        One row an epoch: ``train_loss``, ``train_<metric>`` (under dropout), ``val_loss``, ``val_<metric>``; epoch 0
+        is the linear baseline. An interrupted fit keeps its weights, and the rows so far in ``history``.
 
         Raises
         ------
         ValueError
-            The data do not have ``cfg.d_input`` genes and ``cfg.d_output`` outputs, or `val` has others than `train`.
+            The data do not have ``cfg.d_input`` genes and ``cfg.d_output`` outputs, `val` has others than `train`, a
+            baseline cannot be fitted (one class, a constant target), or ``cfg.patience`` lacks validation cells.
         """
-        for dataset in (train,) if val is None else (train, val):
-            self.check(dataset, names=False)
-        if val is not None and not (
-            val.gene_names.equals(train.gene_names) and val.output_names.equals(train.output_names)
-        ):
-            raise ValueError(
-                "val does not have the genes and outputs of train, in its order; cut both from one AnnData."
-            )
-        self._reset()
+        _fit([self], train, val, baseline, ckpt_path, trainer_kwargs)
+        return self.history
+
+    def _begin(self, train: ExpressionDataset, baseline: LinearModel | None, units: tuple | None) -> None:
+        """Take the names and go to where a fit starts: the seed's weights, and the baseline for the linear part."""
+        with seeded(self.cfg.seed):
+            for layer in filter(None, (self.branches, self.project, self.direct)):
+                layer.reset_parameters()
+        self._rows, self._baseline, self.statistics, self.trials = [], None, None, None
         self.gene_names, self.output_names = train.gene_names, train.output_names
         if self.cfg.linear:
             self.center.copy_(torch.as_tensor(np.asarray(train.x.mean(axis=0)).ravel()))
-        generator = torch.Generator().manual_seed(self.cfg.seed)
-        loaders = [_loader(train, self.cfg.batch_size, generator)]
-        loaders += [] if val is None else [_loader(val, max(self.cfg.batch_size, 1024))]
-        defaults = {
-            "max_epochs": self.cfg.n_epochs,
-            "logger": False,
-            "enable_checkpointing": "default_root_dir" in trainer_kwargs,
-            "enable_model_summary": False,
-            "num_sanity_val_steps": 0,
-            **_accelerator(self.cfg.device),
-        }
-        with _seeded(self.cfg.seed), _quiet_lightning():
-            trainer = lightning.Trainer(**(defaults | trainer_kwargs))
-            trainer.fit(_Training(self), *loaders, ckpt_path=ckpt_path)
-        return self.history
+            nn.init.zeros_(self.direct.weight)
+            nn.init.zeros_(self.project.bias)
+            if baseline is not None:
+                mean, scale = units or (0.0, np.ones(1))
+                at_center = baseline.constant + baseline.weight @ self.origin
+                with torch.no_grad():
+                    self.direct.weight.copy_(torch.as_tensor(baseline.weight / scale[:, None]))
+                    self.project.bias.copy_(torch.as_tensor((at_center - mean) / scale))
+
+    def _start(
+        self, val: ExpressionDataset, baseline: LinearModel | None, units: tuple | None
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Return the loss on validation cells, and the weights, of the start, of a linear form its linear part."""
+        mean, scale = units or (0.0, 1.0)
+        weights = {name: value.detach().clone() for name, value in self.named_parameters()}
+        if not self.cfg.linear:
+            outputs = self.outputs(val)
+        else:
+            weights["project.weight"].zero_()
+            outputs = np.zeros((len(val), self.cfg.d_output)) if baseline is None else baseline.outputs(val)
+            outputs = outputs if baseline is None else (outputs - mean) / scale
+        target = val.y if units is None else (val.y - mean) / scale
+        return float(self.loss(torch.as_tensor(outputs), target)), weights
+
+    def _row(self, stages: dict[str, tuple[np.ndarray, Tensor]]) -> dict[str, float]:
+        """Return loss and metric of given outputs (cell x out), for each stage."""
+        row = {}
+        for stage, (outputs, y) in stages.items():
+            row[f"{stage}_loss"] = float(self.loss(torch.as_tensor(outputs, dtype=torch.float32), y))
+            row[f"{stage}_{self.metric}"] = float(self._measure(outputs, y.numpy()))
+        return row
 
     @property
     def history(self) -> pd.DataFrame:
-        """Losses and metrics of the last fit, a row an epoch."""
-        return pd.DataFrame(self._rows, index=pd.RangeIndex(1, len(self._rows) + 1, name="epoch"))
+        """Losses and metrics of the last fit, a row an epoch; epoch 0 is the linear baseline, where there is one."""
+        rows = self._rows if self._baseline is None else [self._baseline, *self._rows]
+        first = int(self._baseline is None)
+        return pd.DataFrame(rows, index=pd.RangeIndex(first, first + len(rows), name="epoch"))
 
     def check(self, dataset: ExpressionDataset, *, names: bool = True) -> None:
         """Raise an error if a dataset does not fit the model.
@@ -289,7 +350,9 @@ class _BilinearMLP(nn.Module):
     # --------------------------------------------------------------------------------------------------- storage
 
     def save(self, path: str | Path) -> None:
-        """Write configuration, weights, names and history to one file.
+        """Write configuration, weights, names, history and the statistics of the training cells to one file.
+
+        The statistics are a gene's mean and standard deviation and covariances: no cell can be told from them.
 
         Parameters
         ----------
@@ -305,6 +368,10 @@ class _BilinearMLP(nn.Module):
                 "gene_names": self.gene_names.tolist(),
                 "output_names": self.output_names.tolist(),
                 "history": self._rows,
+                "baseline": self._baseline,
+                "best_epoch": self.best_epoch,
+                "statistics": self.statistics and [torch.as_tensor(part) for part in self.statistics],
+                "trials": None if self.trials is None else self.trials.to_dict("list"),
             },
             path,
         )
@@ -320,7 +387,8 @@ class _BilinearMLP(nn.Module):
 
         Returns
         -------
-        The model, with the names of its genes and outputs.
+        The model, in evaluation mode, with the names of its genes and outputs. A file of version 0.1.0 has no
+        ``statistics``: pass ``dataset=`` where modules are read.
 
         Raises
         ------
@@ -340,7 +408,13 @@ class _BilinearMLP(nn.Module):
             if stored[name] != list(range(len(stored[name]))):
                 setattr(model, name, pd.Index(stored[name]))
         model._rows = stored["history"]
-        return model
+        # Files of version 0.1.0 end here.
+        model._baseline, model.best_epoch = stored.get("baseline"), stored.get("best_epoch")
+        if stored.get("statistics"):
+            model.statistics = Statistics(*(part.numpy() for part in stored["statistics"]))
+        if stored.get("trials"):
+            model.trials = pd.DataFrame(stored["trials"])
+        return model.eval()
 
 
 class ScBMLPClassifier(_BilinearMLP):
@@ -358,6 +432,12 @@ class ScBMLPClassifier(_BilinearMLP):
     ----------
     gene_names, output_names
         Names of the genes and of the classes, known once fitted.
+    best_epoch
+        The epoch whose weights the model has; 0 is the start.
+    statistics
+        What modules need of the training cells.
+    trials
+        What :func:`tune` tried, a row a setting; None if the model was not tuned.
     """
 
     metric = "accuracy"
@@ -408,6 +488,8 @@ class ScBMLPRegressor(_BilinearMLP):
     ----------
     gene_names, output_names
         Names of the genes and of the targets, known once fitted.
+    best_epoch, statistics, trials
+        As in :class:`ScBMLPClassifier`.
 
     Raises
     ------
@@ -470,89 +552,190 @@ class ScBMLPRegressor(_BilinearMLP):
         )
 
 
-class _Training(lightning.LightningModule):
-    """Steps of a fit. Apart from the model, so that a fitted model holds on to neither trainer nor data."""
+def statistics(model: _BilinearMLP, dataset: ExpressionDataset) -> Statistics:
+    """Take from cells what modules need of them; sparse cells stay sparse.
 
-    def __init__(self, model: _BilinearMLP) -> None:
-        super().__init__()
-        self.model = model
-        self.seen: dict[str, list[tuple[float, np.ndarray, np.ndarray]]] = {"train": [], "val": []}
+    Parameters
+    ----------
+    model
+        A model.
+    dataset
+        Cells with their targets.
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        cfg = self.model.cfg
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.n_epochs),
-        }
-
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        x, y = batch
-        outputs = self.model(x)
-        loss = self.model.loss(outputs, y)
-        self.seen[stage].append((loss.detach(), outputs.detach(), y))
-        return loss
-
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return self._step(batch, "train")
-
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        self._step(batch, "val")
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rows"] = self.model._rows
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.model._rows = checkpoint["rows"]
-
-    def on_train_epoch_end(self) -> None:
-        row = {}
-        for stage, steps in self.seen.items():
-            if steps:
-                losses, outputs, targets = (list(part) for part in zip(*steps, strict=True))
-                weights = torch.tensor([float(len(y)) for y in targets])
-                row[f"{stage}_loss"] = float(torch.stack(losses).cpu() @ weights / weights.sum())
-                row[f"{stage}_{self.model.metric}"] = float(
-                    self.model._measure(torch.cat(outputs).cpu().numpy(), torch.cat(targets).cpu().numpy())
-                )
-                steps.clear()
-        self.model._rows.append(row)
-        self.log_dict(row, prog_bar=True)
+    Raises
+    ------
+    ValueError
+        `dataset` does not fit the model, as in ``model.check``.
+    KeyError
+        `dataset` lacks genes of the model.
+    """
+    model.check(dataset, names=False)
+    x, y = match_genes(dataset, model.gene_names), dataset.y.numpy()
+    y = np.eye(model.cfg.d_output)[y] if y.ndim == 1 else y.astype(np.float64)
+    hidden = x @ model.branches.weight.detach().cpu().numpy().astype(np.float64).T
+    # One of two factors of a covariance has to be centred.
+    products = (x.T @ (part - part.mean(axis=0)) / x.shape[0] for part in (hidden, y))
+    mean = np.asarray(x.mean(axis=0), dtype=np.float64).ravel()
+    return Statistics(mean, standard_deviation(x), *map(np.asarray, products))
 
 
-def _loader(dataset: ExpressionDataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
-    """Return a loader that cuts whole batches out of the matrix; shuffled if it has a generator."""
-    order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
-    return DataLoader(
-        dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None, generator=generator
-    )
-
-
-def _accelerator(device: str) -> dict[str, Any]:
-    """Translate a torch device name into the arguments of Lightning."""
-    if device == "auto":
-        return {"accelerator": "auto", "devices": 1}
-    device = torch.device(device)
-    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` inside, and leave torch's own generators where they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's advice on hardware and workers off the page, for the length of a fit."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def _fit(
+    models: Sequence[_BilinearMLP],
+    train: ExpressionDataset,
+    val: ExpressionDataset | None,
+    baseline: bool | LinearModel,
+    ckpt_path: str | Path | None,
+    trainer_kwargs: dict[str, Any],
+) -> None:
+    """Fit one model, or several of one form, size, seed and number of epochs on the same batches."""
+    first, cfg = models[0], models[0].cfg
+    for dataset in (train,) if val is None else (train, val):
+        first.check(dataset, names=False)
+    if val is not None and not (
+        val.gene_names.equals(train.gene_names) and val.output_names.equals(train.output_names)
+    ):
+        raise ValueError("val does not have the genes and outputs of train, in its order; cut both from one AnnData.")
+    if val is None and cfg.patience is not None:
+        raise ValueError(
+            f"Config(patience={cfg.patience}) needs validation cells to tell the best epoch by; pass val= to fit, or "
+            f"patience=None to keep the last."
+        )
+    if val is None and cfg.linear and baseline is True:
+        warnings.warn(
+            "fit has no validation cells: the linear part starts at 0 and not at the linear baseline, whose penalty "
+            "they choose, the last epoch is kept and not the best, and the fit is not compared with a linear model; "
+            "pass val=.",
+            stacklevel=3,
+        )
+    linear_model = baseline if isinstance(baseline, LinearModel) else None
+    if baseline is True and val is not None:
+        linear_model = linear_baseline(train, val, exact=False)
+    units = None
+    if cfg.linear and train.y.ndim == 2:
+        target = train.y.numpy().astype(np.float64)
+        units = target.mean(axis=0), np.where(np.ptp(target, axis=0) > 0, target.std(axis=0), 1.0)
+    for model in models:
+        model._begin(train, linear_model, units)
+        if linear_model is not None:
+            sets = {"train": train} if val is None else {"train": train, "val": val}
+            model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
+    best = val is not None and (cfg.linear or cfg.patience is not None)
+    training = Training(models, units, [model._start(val, linear_model, units) for model in models] if best else None)
+    generator = torch.Generator().manual_seed(cfg.seed)
+    loaders = [loader(train, cfg.batch_size, generator)]
+    loaders += [] if val is None else [loader(val, max(cfg.batch_size, 1024))]
+    defaults = {
+        "max_epochs": cfg.n_epochs,
+        "logger": False,
+        "enable_checkpointing": "default_root_dir" in trainer_kwargs,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        **accelerator(cfg.device),
+    }
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
+        with seeded(cfg.seed), quiet_lightning():
+            trainer = lightning.Trainer(**(defaults | trainer_kwargs))
+            trainer.fit(training, *loaders, ckpt_path=ckpt_path)
     finally:
-        logger.setLevel(level)
+        training.finish()
+        for model in models:
+            model.statistics = statistics(model, train)
+    if linear_model is not None and val is not None and len(models) == 1:
+        name = f"val_{first.metric}"
+        score, least = first.score(val), first._baseline[name]
+        if score < least - MARGIN:
+            remedy = "scbmlp.models.tune searches form and penalties"
+            if not cfg.linear:
+                remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
+            warnings.warn(
+                f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
+                f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}.",
+                stacklevel=3,
+            )
+
+
+def tune(
+    ModelClass: type[_BilinearMLP],
+    train: ExpressionDataset,
+    val: ExpressionDataset,
+    *,
+    d_hidden: int = 128,
+    n_epochs: int = 40,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str = "auto",
+    progress: bool = True,
+    **options: Any,
+) -> _BilinearMLP:
+    """Fit the plain and the linear form with several penalties, and return the one best on validation cells.
+
+    Models of one form are trained at once, on the same batches. Each keeps its best epoch. Of a linear form that is at
+    worst its start, the exact linear baseline. Models are compared by R2 averaged over targets, or by log-loss for
+    classes, less noisy than accuracy. Test cells have no part in it; scores on the validation cells flatter.
+
+    Parameters
+    ----------
+    ModelClass
+        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
+    train, val
+        Cells to learn from, and cells that choose.
+    d_hidden, n_epochs, batch_size, seed, device
+        As in :class:`Config`, for all models alike.
+    progress
+        Show how many epochs are done and the time left, in a terminal or a notebook.
+    options
+        Handed to `ModelClass`, such as ``loss_fn="huber"``.
+
+    Returns
+    -------
+    The fitted model. ``model.trials`` has a row a setting, the linear baseline first: ``form``, ``weight_decay``,
+    ``dropout_rate``, ``best_epoch``, ``val_loss``, ``val_<metric>`` and ``chosen``.
+
+    Raises
+    ------
+    ValueError
+        A size is out of its range, or the linear baseline cannot be fitted.
+    """
+    baseline = linear_baseline(train, val)
+    size = {"d_input": len(train.gene_names), "d_hidden": d_hidden, "d_output": len(train.output_names)}
+    shared = {"n_epochs": n_epochs, "batch_size": batch_size, "seed": seed, "device": device, "patience": n_epochs}
+    groups = [
+        [
+            ModelClass(Config(**size, **shared, linear=linear, weight_decay=decay, dropout_rate=rate), **options)
+            for decay, rate in settings
+        ]
+        for linear, settings in SETTINGS.items()
+    ]
+    bar = tqdm(total=n_epochs * len(groups), desc="tune", unit="epoch", disable=None if progress else True)
+    for models in groups:
+        _fit(models, train, val, baseline, None, {"enable_progress_bar": False, "callbacks": [_Advance(bar)]})
+    bar.close()
+    models = sum(groups, [])
+    rows = [{"form": "linear baseline"} | models[0]._baseline]
+    for model in models:
+        form = "linear" if model.cfg.linear else "plain"
+        setting = {name: getattr(model.cfg, name) for name in ("weight_decay", "dropout_rate")}
+        row = model._row({"val": (model.outputs(val), val.y)})
+        rows.append({"form": form, **setting, "best_epoch": model.best_epoch, **row})
+    trials = pd.DataFrame(rows).drop(columns=["train_loss", f"train_{ModelClass.metric}"])
+    key = -trials["val_loss"] if train.y.ndim == 1 else trials[f"val_{ModelClass.metric}"]
+    best = int(key[1:].idxmax())
+    models[best - 1].trials = trials.assign(chosen=trials.index == best)
+    return models[best - 1]
+
+
+# Weight decay and dropout rate that `tune` tries, without and with a linear part.
+SETTINGS = {
+    False: [(3e-3, 0.2), (1e-2, 0.4), (3e-2, 0.4)],
+    True: [(3e-3, 0.2), (1e-2, 0.4), (3e-2, 0.4)],
+}
+
+
+class _Advance(lightning.Callback):
+    """Move a progress bar on, an epoch at a time."""
+
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.bar.update()

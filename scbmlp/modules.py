@@ -9,11 +9,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
-from sklearn.preprocessing import StandardScaler
 
 from scbmlp.datasets import ExpressionDataset, match_genes
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
+from scbmlp.models import statistics
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ def gene_modules(
     n_modules: int | None = 10,
     metric: Literal["sd", "identity", "covariance"] = "sd",
     *,
-    dataset: ExpressionDataset,
+    dataset: ExpressionDataset | None = None,
 ) -> GeneModules:
     """Take the leading eigenvectors of an interaction matrix as gene modules.
 
@@ -168,35 +167,38 @@ def gene_modules(
     n_modules
         Number of modules; all that can be non-zero if None.
     metric
-        Genes in units of their standard deviation over the cells of `dataset`, in log-expression as it is, or in
-        units in which the data have no correlations.
+        Genes in units of their standard deviation over the training cells, in log-expression as it is, or in units in
+        which the data have no correlations.
     dataset
-        Training cells: they give the units, and the sign of each module.
+        Cells that give the units, and the sign of each module, instead of the training cells, whose statistics a
+        fitted model keeps.
 
     Raises
     ------
     ValueError
-        `metric` is unknown, or there are fewer than `n_modules` modules.
+        `metric` is unknown, there are fewer than `n_modules` modules, `dataset` does not fit the model, or the model
+        has no statistics.
     """
     if metric not in ("sd", "identity", "covariance"):
         raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
-    x, genes = match_genes(dataset, model.gene_names), model.gene_names
-    matrix = interaction_matrix(model, output)
-    unit = np.ones(len(genes)) if metric == "identity" else _standard_deviation(x)
+    known = model.statistics if dataset is None else statistics(model, dataset)
+    if known is None:
+        raise ValueError(
+            "the model has no statistics of its training cells, since it was not fitted or was saved by scbmlp 0.1.0; "
+            "pass dataset= with the training cells."
+        )
+    genes, matrix = model.gene_names, interaction_matrix(model, output)
+    unit = np.ones(len(genes)) if metric == "identity" else known.sd
     # A gene that never varied has neither unit nor loading.
     inverse = np.divide(1, unit, out=np.zeros_like(unit), where=unit > 0)
     if metric == "covariance":
-        values, weights = _uncorrelated(matrix, x, n_modules)
-        scores = x @ weights
-        vectors = inverse[:, None] * (x.T @ (scores - scores.mean(axis=0))) / len(scores)
+        values, in_basis = _uncorrelated(matrix, known.covariance, n_modules)
+        weights, vectors = matrix.basis @ in_basis, inverse[:, None] * (known.covariance @ in_basis)
     else:
         values, vectors = matrix.scaled(unit).eigh(n_modules)
         weights = inverse[:, None] * vectors
-        scores = x @ weights
     # The cells that the output is about have a high target along its direction: they are to score high.
-    y = dataset.y.numpy()
-    about = (np.eye(model.cfg.d_output)[y] if y.ndim == 1 else y) @ direction(model, output)
-    sign = np.where((about - about.mean()) @ scores < 0, -1.0, 1.0)
+    sign = np.where((known.target @ direction(model, output)) @ weights < 0, -1.0, 1.0)
     names = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)])
     return GeneModules(
         pd.Series(values, names),
@@ -209,20 +211,21 @@ def gene_modules(
 
 
 def _uncorrelated(
-    matrix: InteractionMatrix, x: sparse.csr_matrix | np.ndarray, n_modules: int | None
+    matrix: InteractionMatrix, covariance: np.ndarray, n_modules: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues (comp) and score weights (gene x comp) in the metric of the data's covariance.
+    """Return eigenvalues (comp) and score weights in the basis B (2 hid x comp) in the metric of the data's covariance.
 
     B' Cov B is the covariance of the hidden pre-activations, so all of it happens in 2 hid dimensions.
     """
-    variance, axes = np.linalg.eigh(np.cov(x @ matrix.basis, rowvar=False, bias=True))
+    hidden = matrix.basis.T @ covariance
+    variance, axes = np.linalg.eigh((hidden + hidden.T) / 2)
     kept = variance > 1e-10 * variance.max()
     root, axes = np.sqrt(variance[kept]), axes[:, kept]
     values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ matrix.core @ axes) * root)
     if n_modules is not None and not 1 <= n_modules <= len(values):
         raise ValueError(f"n_modules={n_modules} were asked for; there are {len(values)} uncorrelated modules.")
     order = np.argsort(-np.abs(values), kind="stable")[:n_modules]
-    return values[order], matrix.basis @ (axes / root @ vectors[:, order])
+    return values[order], axes / root @ vectors[:, order]
 
 
 def truncation_curve(
@@ -270,9 +273,3 @@ def truncation_curve(
     target = dataset.y.numpy()
     rows = [[model._measure(y, target), *model._measure_each(y, target)] for y in kept]
     return pd.DataFrame(rows, pd.Index(ks, name="k"), ["score", *model.output_names])
-
-
-def _standard_deviation(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:
-    """Return the standard deviation of every column; the mean where a column is constant, so 0 if it is 0."""
-    scaler = StandardScaler(with_mean=False).fit(x)
-    return np.where(scaler.var_ > 0, np.sqrt(scaler.var_), scaler.mean_)
