@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+from scipy.linalg import solve
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, r2_score
 
-from scbmlp.datasets import ExpressionDataset, match_genes
+from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
 
 MOST = 6000  # cells, where features are more than that too: an eigendecomposition of this size takes half a minute
-LEADING = 100  # principal axes that the quick logistic regression keeps
-RIDGE = np.logspace(-8, 3, 23)  # penalties, in units of the mean eigenvalue of the cells' scatter
-LOGISTIC = np.logspace(-2.5, 0.5, 7)
+# Penalties, in units of the mean eigenvalue of the cells' scatter.
+RIDGE, QUICK_RIDGE = np.logspace(-8, 3, 23), np.logspace(-1.5, 1, 5)
+LOGISTIC, QUICK_LOGISTIC = np.logspace(-2.5, 0.5, 7), np.logspace(-2, 0, 3)
 
 
 @dataclass(frozen=True)
@@ -63,27 +65,38 @@ class LinearModel:
 def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: bool = True) -> LinearModel:
     """Fit ridge regression, or multinomial logistic regression for classes, with the penalty best on validation cells.
 
-    Whatever a bilinear model claims, it claims against this. Ridge regression is exact for all penalties after one
-    eigendecomposition, in the smaller of cells and genes; so is logistic regression, whose optimum turns with the axes.
+    Whatever a bilinear model claims, it claims against this. Penalties are a grid around the mean eigenvalue of the
+    cells' scatter; validation cells choose one for each target by squared error, or one for all classes by log-loss.
 
     Parameters
     ----------
     train, val
-        Cells to fit, and cells that choose the penalty: for each target by its squared error, for classes by log-loss.
+        Cells to fit, and cells that choose the penalty.
     exact
-        Whether logistic regression sees all principal axes, or the 100 leading ones: a few times quicker, and within
-        a hundredth of the accuracy on the data that we know.
+        Whether to try a fine grid on principal axes, where a penalty is cheap once they are known; else a coarse one,
+        a few times quicker.
 
     Raises
     ------
     ValueError
         There is one class, or a target is constant.
     """
-    target = train.y.numpy()
-    axes, x_val = Axes(train.x), match_genes(val, train.gene_names)
-    if target.ndim == 1:
-        return logistic(axes, target, x_val, val.y.numpy(), len(train.output_names), None if exact else LEADING)
-    return ridge(axes, target, x_val, val.y.numpy())
+    x, x_val = train.x, match_genes(val, train.gene_names)
+    y, y_val = train.y.numpy(), val.y.numpy()
+    if y.ndim == 2:
+        return ridge(Axes(x), y, x_val, y_val, RIDGE if exact else QUICK_RIDGE, exact=exact)
+    if exact:
+        return logistic(Axes(x), y, x_val, y_val, len(train.output_names))
+    # As many dense cells as 400 MB hold.
+    rows, rows_val = (_some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
+    dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
+    mean = dense.mean(axis=0)
+    dense, dense_val = dense - mean, dense_val - mean
+    unit = np.square(dense, dtype=np.float64).sum() / min(dense.shape)
+    weights, constant, penalty = _logistic(
+        dense, y[rows], dense_val, y_val[rows_val], len(train.output_names), unit * QUICK_LOGISTIC, 1e-3
+    )
+    return LinearModel(weights.T, constant - weights.T @ mean, penalty)
 
 
 def additive_features(x: Any) -> Any:
@@ -118,39 +131,53 @@ class Axes:
     """
 
     def __init__(self, x: Any) -> None:
-        self.rows = np.arange(x.shape[0])
-        if min(x.shape) > MOST:
-            self.rows = np.sort(np.random.default_rng(0).choice(x.shape[0], MOST, replace=False))
-            x = x[self.rows]
-        self.x, self.mean = x, np.asarray(x.mean(axis=0), dtype=np.float64).ravel()
-        self.dual = x.shape[0] <= x.shape[1]
-        values, vectors = np.linalg.eigh(_between_cells(x, x, self.mean) if self.dual else _scatter(x, self.mean))
+        self.rows = _some(x.shape[0], MOST if min(x.shape) > MOST else x.shape[0])
+        self.x = x if len(self.rows) == x.shape[0] else x[self.rows]
+        self.mean = np.asarray(self.x.mean(axis=0), dtype=np.float64).ravel()
+        self.dual = self.x.shape[0] <= self.x.shape[1]
+        self.products = _between_cells(self.x, self.x, self.mean) if self.dual else _scatter(self.x, self.mean)
+        self.unit = np.trace(self.products) / len(self.products)  # the mean eigenvalue, in which penalties are told
+
+    @cached_property
+    def _eigen(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return squared singular values (comp), rising, and what turns products with cells or features into scores."""
+        values, vectors = np.linalg.eigh(self.products)
         kept = values > max(values[-1], 0) * 1e-12
-        self.strength, vectors = values[kept], vectors[:, kept]  # squared singular values, rising
-        root = np.sqrt(self.strength)
-        # A score is the product of a cell with all training cells, or with all features, times this.
-        self._turn = vectors / root if self.dual else vectors
-        self.scores = vectors * root if self.dual else self.project(x)
+        values, vectors = values[kept], vectors[:, kept]
+        return values, vectors / np.sqrt(values) if self.dual else vectors
+
+    @property
+    def strength(self) -> np.ndarray:
+        """Squared singular values of the training cells (comp), rising."""
+        return self._eigen[0]
+
+    @property
+    def scores(self) -> np.ndarray:
+        """Scores of the training cells (cell x comp)."""
+        return self.products @ self._eigen[1] if self.dual else self.project(self.x)
 
     def project(self, x: Any) -> np.ndarray:
         """Return the scores of cells (cell x comp)."""
-        if self.dual:
-            return _between_cells(x, self.x, self.mean) @ self._turn
-        return x @ self._turn - self.mean @ self._turn
-
-    def weights(self, coefficients: np.ndarray) -> np.ndarray:
-        """Turn coefficients of the scores (comp x out) into weights of the features (gene x out)."""
-        turned = self._turn @ coefficients
-        return self.x.T @ turned - np.outer(self.mean, turned.sum(axis=0)) if self.dual else turned
+        turn = self._eigen[1]
+        return _between_cells(x, self.x, self.mean) @ turn if self.dual else x @ turn - self.mean @ turn
 
     def model(self, coefficients: np.ndarray, constant: np.ndarray, penalty: np.ndarray) -> LinearModel:
-        """Return the model of the features that has these coefficients of the scores."""
-        weight = self.weights(coefficients).T
-        return LinearModel(weight, constant - weight @ self.mean, penalty)
+        """Return the model of the features that has these coefficients of the scores (comp x out)."""
+        return self.unturned(self._eigen[1] @ coefficients, constant, penalty)
+
+    def unturned(self, turned: np.ndarray, constant: np.ndarray, penalty: np.ndarray) -> LinearModel:
+        """Return the model of the features from weights of the training cells, or of the features if not dual."""
+        weight = self.x.T @ turned - np.outer(self.mean, turned.sum(axis=0)) if self.dual else turned
+        return LinearModel(weight.T, constant - weight.T @ self.mean, penalty)
 
 
-def ridge(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray) -> LinearModel:
+def ridge(
+    axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, penalties: np.ndarray = RIDGE, *, exact: bool = True
+) -> LinearModel:
     """Fit ridge regression with the penalty of each target (cell x out) that does best on validation cells.
+
+    Penalties are in units of the mean eigenvalue. A few are quicker without the axes (``exact=False``): a Cholesky
+    decomposition each.
 
     Raises
     ------
@@ -161,24 +188,33 @@ def ridge(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray) -> LinearMod
     constant = np.flatnonzero(np.ptp(y, axis=0) == 0)
     if len(constant):
         raise ValueError(
-            f"train has the same value in every cell for target {constant[0]} (the first is 0): there is no linear "
-            f"baseline of a constant; drop the target."
+            f"train has the same value in every cell for target {constant[0]} (counted from 0): there is no linear "
+            f"baseline of a constant; drop the target, or fit with baseline=False."
         )
-    mean, products, val = y.mean(axis=0), axes.scores.T @ (y - y.mean(axis=0)), axes.project(x_val)
-    unit = axes.strength.mean()
-    best, error = np.zeros_like(products), np.full(y.shape[1], np.inf)
-    penalty = np.zeros(y.shape[1])
-    for strength in RIDGE * unit:
-        coefficients = products / (axes.strength + strength)[:, None]
-        here = ((val @ coefficients + mean - y_val) ** 2).mean(axis=0)
+    mean = y.mean(axis=0)
+    centred = y - mean
+    right = centred if axes.dual else axes.x.T @ centred
+    if exact:
+        val = axes.project(x_val)
+        products = axes.scores.T @ centred
+    best, error, chosen = None, np.full(y.shape[1], np.inf), np.zeros(y.shape[1])
+    for penalty in penalties * axes.unit:
+        if exact:
+            found = products / (axes.strength + penalty)[:, None]
+            predicted = val @ found + mean
+        else:
+            system = axes.products.copy()
+            system[np.diag_indices_from(system)] += penalty
+            found = solve(system, right, assume_a="pos", overwrite_a=True)
+            predicted = axes.unturned(found, mean, penalty).outputs(x_val)
+        here = ((predicted - y_val) ** 2).mean(axis=0)
         better = here < error
-        best[:, better], error[better], penalty[better] = coefficients[:, better], here[better], strength
-    return axes.model(best, mean, penalty)
+        best = found if best is None else np.where(better, found, best)
+        error, chosen = np.minimum(here, error), np.where(better, penalty, chosen)
+    return (axes.model if exact else axes.unturned)(best, mean, chosen)
 
 
-def logistic(
-    axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int, n_axes: int | None = None
-) -> LinearModel:
+def logistic(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:
     """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
 
     Raises
@@ -186,26 +222,44 @@ def logistic(
     ValueError
         There are cells of one class alone.
     """
-    y = y[axes.rows]
+    found = _logistic(axes.scores, y[axes.rows], axes.project(x_val), y_val, n_classes, axes.unit * LOGISTIC, 1e-4)
+    return axes.model(*found)
+
+
+def _logistic(
+    x: np.ndarray,
+    y: np.ndarray,
+    x_val: np.ndarray,
+    y_val: np.ndarray,
+    n_classes: int,
+    penalties: np.ndarray,
+    tol: float,
+) -> tuple[np.ndarray, np.ndarray, np.float64]:
+    """Return the weights of centred features (feature x out), the constant (out) and the penalty."""
     classes = np.unique(y)
     if len(classes) < 2:
-        raise ValueError(f"train has cells of {len(classes)} class: there is nothing to tell apart; add other classes.")
-    leading = slice(-n_axes if n_axes else None, None)
-    scores, val = axes.scores[:, leading], axes.project(x_val)[:, leading]
-    fit = LogisticRegression(warm_start=True, max_iter=300, tol=1e-3)
+        raise ValueError(
+            f"train has cells of {len(classes)} class alone: there is no linear baseline where nothing can be told "
+            f"apart; add cells of other classes, or fit with baseline=False."
+        )
+    fit = LogisticRegression(warm_start=True, max_iter=1000, tol=tol)
     best, error = None, np.inf
-    for strength in axes.strength.mean() * LOGISTIC[::-1]:
-        fit.set_params(C=1 / strength).fit(scores, y)
-        # Two classes have one row of coefficients, the difference; classes without a training cell have none.
+    for penalty in np.sort(penalties)[::-1]:
+        fit.set_params(C=1 / penalty).fit(x, y)
+        # Two classes have one row of weights, the difference; classes without a training cell have none.
         rows = np.vstack([-fit.coef_, fit.coef_]) / 2 if len(classes) == 2 else fit.coef_
         at_mean = np.append(-fit.intercept_, fit.intercept_) / 2 if len(classes) == 2 else fit.intercept_
-        coefficients, constant = np.zeros((len(axes.strength), n_classes)), np.full(n_classes, at_mean.min() - 10.0)
-        coefficients[leading, classes], constant[classes] = rows.T, at_mean
-        shares = softmax(val @ coefficients[leading] + constant, axis=1)
-        here = log_loss(y_val, shares, labels=range(n_classes))
+        weights, constant = np.zeros((x.shape[1], n_classes)), np.full(n_classes, at_mean.min() - 10.0)
+        weights[:, classes], constant[classes] = rows.T, at_mean
+        here = log_loss(y_val, softmax(x_val @ weights + constant, axis=1), labels=range(n_classes))
         if here < error:
-            best, error = (coefficients, constant, np.float64(strength)), here
-    return axes.model(*best)
+            best, error = (weights, constant, np.float64(penalty)), here
+    return best
+
+
+def _some(n: int, most: int) -> np.ndarray:
+    """Return the rows of at most that many of `n` cells, drawn by a seed of its own."""
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
 def _between_cells(a: Any, b: Any, mean: np.ndarray, size: int = 2000) -> np.ndarray:

@@ -507,7 +507,7 @@ def audit(
         mean of `dataset` if None.
     train, validation
         Cells that additive models are fitted on, and cells that choose their penalty and fit the curves. Without both,
-        the columns from ``interaction`` to ``gain_curved`` that need them are NaN.
+        ``interaction``, ``gain`` and what goes with them are NaN.
 
     Returns
     -------
@@ -516,8 +516,11 @@ def audit(
     - ``linear``, ``quadratic``: each part's share of the output's variance over cells; ``covariance``: twice their
       covariance as a share; the three add up to 1.
     - ``self``, ``pair``: the shares of Q_ii d_i^2, summed over genes, and of the rest of the quadratic part.
-    - ``interaction``: share of the output's variance that the best additive predictor of the *output* leaves. At most:
-      more training cells can only lower it. It says what the model does, not whether the data ask for it.
+    - ``interaction``: share of the output's variance that the best additive predictor of the *output* leaves, which is
+      its linear part, Q_ii d_i^2, and what is fitted to the pairs. At most: more training cells can only lower it. It
+      does not depend on `reference`. It says what the model does, not whether the data ask for it.
+    - ``interaction_curved``: the same after the additive predictor passes through one curve, fitted on `validation`:
+      what neither a sum of single-gene functions nor a link of one can do.
     - ``gain``: score less that of the best additive model of the *target*. It says whether what the model does pays.
       An additive score through one curve, a link, gains as well.
     - ``gain_curved``: the same after either model's outputs pass through curves of one number each, fitted on
@@ -563,7 +566,8 @@ def audit(
     table["covariance"] = 1 - table["linear"] - table["quadratic"]
     outputs = {"score": constant + linear + quadratic}
     beside = _additive(model, train, validation, x, target, outputs["score"]) if train is not None else {}
-    table["interaction"] = beside.get("interaction", np.nan)
+    for name in ("interaction", "interaction_curved"):
+        table[name] = beside.get(name, np.nan)
     table["self"], table["pair"] = alone.var(axis=0) / total, (two - alone).var(axis=0) / total
     outputs |= {"score_linear": constant + linear, "score_quadratic": constant + quadratic}
     outputs |= {f"score_{name}": beside[name] for name in ("additive", "curved", "additive_curved") if name in beside}
@@ -605,6 +609,13 @@ def _self_terms(model: Model, x: Any, reference: np.ndarray) -> np.ndarray:
     return np.asarray(square @ own - 2 * (x @ (m[:, None] * own))) + m**2 @ own
 
 
+def _pairs(model: Model, cells: Any, reference: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the part of pairs of different genes, and the whole, of every direction (each cell x out)."""
+    x = match_genes(cells, model.gene_names)
+    parts = decompose(model, x, reference)
+    return parts.quadratic @ directions.T - _self_terms(model, x, reference), sum(parts) @ directions.T
+
+
 def _additive(
     model: Model,
     train: ExpressionDataset,
@@ -613,10 +624,10 @@ def _additive(
     target: np.ndarray,
     outputs: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Return what additive models of the outputs leave, and outputs of the additive model of the target.
+    """Return what additive models leave of the outputs (out), and what one makes of the target (cell x out).
 
-    ``interaction`` (out); ``additive``, ``curved`` and ``additive_curved`` (cell x out): the additive model of the
-    target, and the model's and its outputs, each through its curve.
+    ``interaction`` and ``interaction_curved``; then ``additive``, the outputs of the additive model of the target,
+    ``additive_curved``, the same through its curves, and ``curved``, the model's own outputs through theirs.
     """
     for dataset in (train, validation):
         model.check(dataset)
@@ -624,21 +635,30 @@ def _additive(
         additive_features(match_genes(cells, model.gene_names)) for cells in (train, validation, x)
     )
     axes, directions = Axes(features), np.stack([direction(model, name) for name in model.output_names])
-    fitted, seen = (model.outputs(cells).astype(np.float64) for cells in (train, validation))
-    result = {"interaction": np.full(len(directions), np.nan)}
-    # An output that is the same in every cell is no function of the genes at all.
-    varied = np.flatnonzero(np.ptp(fitted @ directions.T, axis=0) > 0)
-    mixed = directions[varied].T
-    if len(varied):
-        predicted = ridge(axes, fitted @ mixed, watched, seen @ mixed).outputs(tested)
-        result["interaction"][varied] = (outputs @ mixed - predicted).var(axis=0) / (outputs @ mixed).var(axis=0)
+    result = {name: np.full(len(directions), np.nan) for name in ("interaction", "interaction_curved")}
+    # Around any cell the linear part and the Q_ii d_i^2 are additive as they are; only the pairs need a predictor.
+    # Around the training mean, so that the answer does not depend on a reference.
+    mean = np.asarray(match_genes(train, model.gene_names).mean(axis=0)).ravel()
+    of_pairs, whole = zip(*(_pairs(model, cells, mean, directions) for cells in (train, validation, x)), strict=True)
+    total = whole[2].var(axis=0)
+    if len(varied := np.flatnonzero((np.ptp(of_pairs[0], axis=0) > 0) & (total > 0))):
+        predictor = ridge(axes, of_pairs[0][:, varied], watched, of_pairs[1][:, varied])
+        left = [
+            part[:, varied] - predictor.outputs(at) for part, at in zip(of_pairs[1:], (watched, tested), strict=True)
+        ]
+        additive = [part[:, varied] - rest for part, rest in zip(whole[1:], left, strict=True)]
+        curved = _through_curves(additive[0], whole[1][:, varied], additive[1])
+        result["interaction"][varied] = left[1].var(axis=0) / total[varied]
+        result["interaction_curved"][varied] = (whole[2][:, varied] - curved).var(axis=0) / total[varied]
+    for name in ("interaction", "interaction_curved"):  # a model without pairs has no interactions
+        result[name][(np.ptp(of_pairs[0], axis=0) == 0) & (total > 0)] = 0.0
     y, y_seen = train.y.numpy(), validation.y.numpy()
     if y.ndim == 1:
         additive = logistic(axes, y, watched, y_seen, len(directions))
     else:
         additive = ridge(axes, y, watched, y_seen)
     result["additive"] = additive.outputs(tested)
-    result["curved"] = _through_curves(seen, y_seen, outputs)
+    result["curved"] = _through_curves(model.outputs(validation).astype(np.float64), y_seen, outputs)
     result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"])
     return result
 

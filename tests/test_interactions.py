@@ -1,3 +1,5 @@
+import warnings
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,9 +7,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score, r2_score
 
-from scbmlp.datasets import ExpressionDataset
+from scbmlp import baselines, simulate
+from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.interactions import audit, decompose, direction, interaction_matrices, interaction_matrix, linear_axis
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 
@@ -264,6 +268,186 @@ def test_audit_against_its_definition(kind):
     else:
         np.testing.assert_allclose(table["score"], r2_score(y, outputs, multioutput="raw_values"), rtol=1e-4)
         np.testing.assert_allclose(table["score_linear"], r2_score(y, linear_only, multioutput="raw_values"), rtol=1e-4)
+
+
+def of_single_genes(model):
+    """Make every hidden unit look at one gene with both branches, so that Q is diagonal and the output additive."""
+    with torch.no_grad():
+        hid, gene = model.w_l.shape
+        at = torch.eye(gene)[torch.arange(hid) % gene]
+        model.branches.weight.copy_(
+            torch.cat([at * model.w_l.sum(1, keepdim=True), at * model.w_r.sum(1, keepdim=True)])
+        )
+    return model
+
+
+def three_sets(model, n_cells, seed=0):
+    """Train, validation and test cells with the model's outputs, and noise, as targets."""
+    rng = np.random.default_rng(seed)
+    sets = []
+    for n in n_cells:
+        x = (rng.gamma(1.0, size=(n, model.cfg.d_input)) * (rng.random((n, model.cfg.d_input)) < 0.7)).astype(
+            np.float32
+        )
+        y = model.outputs(x) + rng.normal(size=(n, model.cfg.d_output)).astype(np.float32)
+        if isinstance(model, ScBMLPClassifier):
+            y = y.argmax(axis=1)
+        sets.append(ExpressionDataset(sparse.csr_matrix(x), y, model.gene_names, model.output_names))
+    return sets
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.tuples(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3), st.integers(0, 10_000)), st.booleans())
+def test_an_additive_quadratic_model_has_no_interaction(size, linear):
+    model = of_single_genes(random_model(*size, linear=linear))
+    train, val, test = three_sets(model, (80, 40, 40), seed=size[3])
+    with warnings.catch_warnings(action="ignore"):  # R2 of next to no variance
+        table = audit(model, test, train=train, validation=val)
+    known = table["linear"].notna()
+    assert (table.loc[known, "interaction"] < 1e-9).all() and (table.loc[known, "pair"] < 1e-9).all()
+    np.testing.assert_allclose(table["self"], table["quadratic"], rtol=1e-5)
+
+
+def test_interaction_is_what_the_best_additive_predictor_leaves():
+    """eq-additive."""
+    model = random_model(5, 4, 2, seed=3)
+    train, val, test = three_sets(model, (300, 100, 200))
+    table = audit(model, test, train=train, validation=val)
+    features = [np.hstack([x := part.x.toarray().astype(np.float64), x**2, x > 0]) for part in (train, val, test)]
+    mean = train.x.toarray().mean(axis=0)
+    d = [part.x.toarray() - mean for part in (train, val, test)]
+    grid = baselines.RIDGE * np.square(features[0] - features[0].mean(axis=0)).sum() / 15
+    for i, name in enumerate(model.output_names):
+        q = dense_q(model, model.w_p.double().numpy()[i])
+        pairs = [np.einsum("ci,ij,cj->c", part, q - np.diag(np.diag(q)), part) for part in d]
+        fits = [Ridge(penalty, solver="svd").fit(features[0], pairs[0]) for penalty in grid]
+        best = min(fits, key=lambda fit, pairs=pairs: np.square(fit.predict(features[1]) - pairs[1]).mean())
+        total = model.outputs(test)[:, i].var()
+        assert table.loc[name, "interaction"] == pytest.approx(
+            (pairs[2] - best.predict(features[2])).var() / total, rel=1e-3
+        )
+        assert table.loc[name, "self"] == pytest.approx(
+            (((test.x.toarray() - test.x.toarray().mean(0)) ** 2) @ np.diag(q)).var() / total, rel=1e-3
+        )
+    # What single genes do on top of it changes nothing of the variance that is left.
+    assert 0.01 < table["interaction"].min() and (table["interaction"] < table["pair"]).all()
+
+
+def test_interaction_does_not_depend_on_the_reference_and_quadratic_does():
+    model = random_model(6, 4, 2, seed=5)
+    train, val, test = three_sets(model, (200, 100, 100))
+    first, second = (audit(model, test, m, train=train, validation=val) for m in (np.zeros(6), np.full(6, 3.0)))
+    pd.testing.assert_series_equal(first["interaction"], second["interaction"])
+    assert (first["quadratic"] / second["quadratic"] - 1).abs().min() > 0.2
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+def test_gain_is_the_score_beyond_the_additive_model_of_the_target(kind):
+    """eq-gain."""
+    model = random_model(5, 4, 3, seed=1, kind=kind)
+    train, val, test = three_sets(model, (400, 200, 200))
+    table = audit(model, test, train=train, validation=val)
+    np.testing.assert_allclose(table["gain"], table["score"] - table["score_additive"])
+    assert table.attrs["gain"] == pytest.approx(table.attrs["score"] - table.attrs["score_additive"])
+    target, outputs = test.y.numpy(), model.outputs(test)
+    features = [baselines.additive_features(part.x) for part in (train, val, test)]
+    axes, y_val = baselines.Axes(features[0]), val.y.numpy()
+    if kind is ScBMLPClassifier:
+        additive = baselines.logistic(axes, train.y.numpy(), features[1], y_val, 3)
+        assert table.attrs["score_additive"] == accuracy_score(target, additive.outputs(features[2]).argmax(axis=1))
+        assert table.attrs["gain_log_loss"] > 0.1 and table.attrs["gain"] > 0.02
+    else:
+        additive = baselines.ridge(axes, train.y.numpy(), features[1], y_val)
+        expected = r2_score(target, additive.outputs(features[2]), multioutput="raw_values")
+        np.testing.assert_allclose(table["score_additive"], expected, rtol=1e-6)
+        np.testing.assert_allclose(table["score"], r2_score(target, outputs, multioutput="raw_values"), rtol=1e-4)
+        assert (table["gain"] > 0.05).all() and (table["gain_curved"] > 0.02).all()
+
+
+def test_a_link_of_an_additive_score_is_a_gain_and_no_gain_through_a_curve():
+    """eq-gain: the square of a sum of non-negative genes is a curve of that sum, though full of pairs."""
+    model = ScBMLPRegressor(Config(6, 1, 1)).eval()
+    with torch.no_grad():
+        model.branches.weight.fill_(1.0)
+        model.project.weight.fill_(1.0)
+    rng = np.random.default_rng(0)
+    sets = []
+    for n in (600, 300, 300):
+        x = rng.gamma(1.0, size=(n, 6)).astype(np.float32)
+        sets.append(ExpressionDataset(x, model.outputs(x), pd.RangeIndex(6), pd.RangeIndex(1)))
+    table = audit(model, sets[2], train=sets[0], validation=sets[1])
+    row = table.iloc[0]
+    assert row["gain"] > 0.03 and row["interaction"] > 0.03
+    # The additive model that is fitted to the target is not quite the one inside the link.
+    assert row["gain_curved"] < 0.6 * row["gain"] and row["interaction_curved"] < 0.6 * row["interaction"], row
+
+
+def test_an_exclusive_or_is_all_interaction():
+    adata = simulate.planted_interactions(seed=1, n_cells=1500, n_genes=300, n_programs=4)
+    train, val, test = get_classification_datasets(adata, "label")
+    model = ScBMLPClassifier(Config(300, 32, 2, linear=True, device="cpu"))
+    model.fit(train, val, enable_progress_bar=False)
+    table = audit(model, test, train=train, validation=val)
+    assert table["interaction"].min() > 0.85 and table.attrs["gain"] > 0.4 and table.attrs["gain_curved"] > 0.4
+    one, other = (set(adata.uns["truth"]["programs"][name]) for name in adata.uns["truth"]["pair"])
+    pairs = interaction_matrix(model, "on").top_pairs(100, dataset=train)
+    assert all(({a, b} & one) and ({a, b} & other) for a, b in pairs[["gene_a", "gene_b"]].to_numpy())
+
+
+def test_audit_without_training_cells_leaves_out_what_needs_them():
+    model = random_model(5, 4, 2, seed=1)
+    train, val, test = three_sets(model, (50, 30, 30))
+    alone, whole = audit(model, test), audit(model, test, train=train, validation=val)
+    needs = ["interaction", "interaction_curved", "gain", "gain_curved", "score_additive"]
+    assert alone[needs].isna().all(axis=None) and whole[needs].notna().all(axis=None)
+    pd.testing.assert_frame_equal(alone.drop(columns=needs), whole.drop(columns=needs))
+    for one in ({"train": train}, {"validation": val}):
+        with pytest.raises(ValueError, match=rf"audit has {next(iter(one))} alone; interaction and gain need train="):
+            audit(model, test, **one)
+
+
+def test_audit_of_a_model_that_says_nothing():
+    model = random_model(5, 4, 2, seed=1)
+    sets = three_sets(model, (50, 30, 30))
+    with torch.no_grad():
+        model.project.weight[0].zero_()
+    with warnings.catch_warnings(action="ignore"):  # R2 of a constant
+        table = audit(model, sets[2], train=sets[0], validation=sets[1])
+    assert table.loc["out0", ["linear", "quadratic", "interaction"]].isna().all()
+    assert table.loc["out1", ["linear", "quadratic", "interaction"]].notna().all()
+
+
+def test_strength_of_pairs_is_that_of_least_squares():
+    """eq-pair-strength."""
+    model = random_model(12, 5, 1, seed=4)
+    (data,) = three_sets(model, (150,))
+    matrix, x = interaction_matrix(model, 0), data.x.toarray().astype(np.float64)
+    dense, d, rows = matrix.to_dense(), x - x.mean(axis=0), []
+    for i in range(12):
+        for j in range(i + 1, 12):
+            design = np.column_stack([np.ones(150), *(f for g in (i, j) for f in (x[:, g], x[:, g] ** 2, x[:, g] > 0))])
+            product = d[:, i] * d[:, j]
+            left = product - design @ np.linalg.lstsq(design, product, rcond=None)[0]
+            rows.append((f"gene{i}", f"gene{j}", dense[i, j], 2 * abs(dense[i, j]) * np.sqrt(np.mean(left**2))))
+    expected = sorted(rows, key=lambda row: -row[3])
+    for n in (1, 5, 66):
+        table = matrix.top_pairs(n, dataset=data, block=5)
+        assert list(table.columns) == ["gene_a", "gene_b", "interaction", "strength"]
+        assert table[["gene_a", "gene_b"]].to_numpy().tolist() == [list(row[:2]) for row in expected[:n]]
+        np.testing.assert_allclose(table["strength"], [row[3] for row in expected[:n]], rtol=1e-4)
+    assert len(matrix.top_pairs(500, dataset=data)) == 66
+
+
+def test_pairs_of_barely_expressed_genes_do_not_lead():
+    model = random_model(4, 3, 1, seed=0)
+    with torch.no_grad():
+        model.branches.weight[:, 3] *= 100  # large weights that were hardly trained
+    x = np.random.default_rng(0).gamma(1.0, size=(200, 4)).astype(np.float32)
+    x[:, 3] *= 1e-5
+    data = ExpressionDataset(x, np.zeros((200, 1), np.float32), model.gene_names, model.output_names)
+    matrix = interaction_matrix(model, 0)
+    assert "gene3" in matrix.top_pairs(1)[["gene_a", "gene_b"]].to_numpy()
+    assert "gene3" not in matrix.top_pairs(3, dataset=data)[["gene_a", "gene_b"]].to_numpy()
 
 
 @pytest.mark.parametrize("linear", [False, True])

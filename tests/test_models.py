@@ -32,8 +32,10 @@ from sklearn.metrics import (
 )
 from torch.nn.functional import cross_entropy
 
+from scbmlp import models
+from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, statistics, tune
 from scbmlp.sources import glioblastoma
 
 REAL = os.environ.get("SCBMLP_DATA_DIR") or str(Path(__file__).parents[2] / "shared" / "data")
@@ -51,8 +53,8 @@ def toy(d_input=6, d_output=3, n_cells=40):
 
 def fitted_to_toy(**changes):
     cfg = Config(**(TOY | changes))
-    model = ScBMLPClassifier(cfg)
-    model.fit(toy(cfg.d_input, cfg.d_output), **QUIET)
+    model, data = ScBMLPClassifier(cfg), toy(cfg.d_input, cfg.d_output)
+    model.fit(data, data if cfg.patience else None, baseline=False, **QUIET)
     return model
 
 
@@ -86,7 +88,7 @@ def planted():
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_is_the_formula(bias, linear):
     """eq-forward, eq-linear."""
-    model = ScBMLPClassifier(Config(**TOY, bias=bias, linear=linear)).double()
+    model = ScBMLPClassifier(Config(**TOY, bias=bias, linear=linear)).double().eval()
     rng = np.random.default_rng(1)
     x, center = rng.normal(size=(7, 6)), rng.normal(size=6)
     model.center.copy_(torch.as_tensor(center))
@@ -115,17 +117,22 @@ def test_weights_are_detached_and_shaped_by_hidden_gene_and_out():
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_training_is_adam_along_a_cosine_on_the_cross_entropy(linear):
-    cfg = Config(**(TOY | {"batch_size": 100, "n_epochs": 5, "lr": 0.03, "weight_decay": 0.1}), linear=linear)
+    changes = {"batch_size": 100, "n_epochs": 5, "lr": 0.03, "weight_decay": 0.1, "dropout_rate": 0.0}
+    cfg = Config(**(TOY | changes), linear=linear, weight_decay_linear=0.3)
     model, start, data = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg), toy()
-    history = model.fit(data, **QUIET)  # a batch larger than the training set: one step an epoch
+    # A batch larger than the training set: one step an epoch.
+    history = model.fit(data, baseline=False, **QUIET)
     x = torch.as_tensor(data.x - data.x.mean(axis=0) if linear else data.x)
     left, right, p = (w.clone().requires_grad_() for w in (start.w_l, start.w_r, start.w_p))
-    extra = [start.direct.weight.detach().clone(), start.project.bias.detach().clone()] if linear else []
-    extra = [w.requires_grad_() for w in extra]
-    optimizer = torch.optim.Adam([left, right, p, *extra], lr=0.03, weight_decay=0.1)
+    # The linear part starts at 0 without a baseline, and has a penalty of its own.
+    extra = [torch.zeros(3, 6, requires_grad=True), torch.zeros(3, requires_grad=True)] if linear else []
+    groups = [{"params": [left, right, p, *extra[1:]], "weight_decay": 0.1}]
+    groups += [{"params": extra[:1], "weight_decay": 0.3}] if linear else []
+    optimizer = torch.optim.Adam(groups)
     losses = []
     for epoch in range(5):
-        optimizer.param_groups[0]["lr"] = 0.03 * (1 + np.cos(np.pi * epoch / 5)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = 0.03 * (1 + np.cos(np.pi * epoch / 5)) / 2
         y = ((x @ left.T) * (x @ right.T)) @ p.T + (x @ extra[0].T + extra[1] if linear else 0)
         loss = cross_entropy(y, data.y)
         losses.append(loss.item())
@@ -146,7 +153,7 @@ def test_the_seed_alone_decides_the_weights():
     again = fitted_to_toy(**changes)
     assert_same_weights(first, again)
     history = again.history
-    again.fit(toy(), **QUIET)  # from the start, not from where it was
+    again.fit(toy(), baseline=False, **QUIET)  # from the start, not from where it was
     assert_same_weights(first, again)
     pd.testing.assert_frame_equal(again.history, history)
     assert not torch.equal(first.w_l, fitted_to_toy(**changes, seed=1).w_l)
@@ -155,10 +162,12 @@ def test_the_seed_alone_decides_the_weights():
 
 CHANGES = {
     "d_input": 7, "d_hidden": 4, "d_output": 4, "bias": True, "linear": True, "n_epochs": 4, "batch_size": 8,
-    "lr": 0.01, "dropout_rate": 0.5, "weight_decay": 0.5, "seed": 1,
+    "lr": 0.01, "dropout_rate": 0.5, "weight_decay": 0.5, "seed": 1, "patience": 1, "weight_decay_linear": 0.5,
 }  # fmt: skip
+# Where a field takes something else to be seen.
+BESIDE = {"patience": {"lr": 5.0, "n_epochs": 20, "seed": 3}, "weight_decay_linear": {"linear": True}}
 SEEN = {"d_input": "genes", "d_hidden": "hidden", "d_output": "outputs", "bias": "names", "linear": "names",
-        "n_epochs": "epochs"}  # fmt: skip
+        "n_epochs": "epochs", "patience": "epochs"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Config) if field.name != "device"])
@@ -171,10 +180,11 @@ def test_every_field_of_the_configuration_does_something(name):
             "outputs": model.w_p.shape[0],
             "names": list(weights),
             "epochs": len(model.history),
-            "weights": round(float(model.w_l.abs().sum()), 5),
+            "weights": round(float(sum(w.detach().abs().sum() for w in model.parameters())), 5),
         }
 
-    before, after = seen(fitted_to_toy()), seen(fitted_to_toy(**{name: CHANGES[name]}))
+    beside = BESIDE.get(name, {})
+    before, after = seen(fitted_to_toy(**beside)), seen(fitted_to_toy(**beside | {name: CHANGES[name]}))
     kind = SEEN.get(name, "weights")
     assert before[kind] != after[kind]
     # Only a size or a kind of weight may change the shape of anything.
@@ -242,8 +252,9 @@ def test_validation_and_test_cells_with_other_names_are_refused(axis):
 def test_history_has_a_row_an_epoch_and_its_last_is_the_fitted_model(classifier, sets):
     history = classifier.history
     assert list(history.columns) == ["train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-    assert history.index.tolist() == list(range(1, 11)) and history.index.name == "epoch"
+    assert history.index.tolist() == list(range(11)) and history.index.name == "epoch"
     assert np.isfinite(history.to_numpy()).all()
+    history = history.loc[1:]  # epoch 0 is the linear baseline
     assert history["train_loss"].iloc[-1] < 0.5 * history["train_loss"].iloc[0]
     assert history["val_loss"].iloc[-1] < history["val_loss"].iloc[0]
     last = history.iloc[-1]
@@ -259,7 +270,7 @@ def test_without_validation_cells_the_history_is_of_training_alone():
 def test_centre_is_the_training_mean_with_a_linear_part_alone(sets):
     for linear in (True, False):
         model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1}), linear=linear))
-        model.fit(sets[0], **QUIET)
+        model.fit(sets[0], baseline=False, **QUIET)
         expected = sets[0].x.toarray().mean(axis=0) * linear
         np.testing.assert_allclose(model.center, expected, rtol=1e-5, atol=1e-7)
 
@@ -278,15 +289,18 @@ def test_regressor_learns_an_interaction_by_its_loss(planted, loss):
     history = model.fit(train, val, **QUIET)
     formula = {"mse": mean_squared_error, "l1": mean_absolute_error, "huber": lambda y, p: huber(1, y - p).mean()}
     y, predicted = val.y.numpy(), model.predict(val)
-    assert history["val_loss"].iloc[-1] == pytest.approx(formula[loss](y, predicted), rel=1e-4)
-    assert history["val_r2"].iloc[-1] == pytest.approx(model.score(val)) == pytest.approx(r2_score(y, predicted))
+    # Learnt in units of the standard deviation, told in those of the targets.
+    best = history.loc[model.best_epoch]
+    assert best["val_loss"] == pytest.approx(formula[loss](y, predicted), rel=1e-4)
+    assert best["val_r2"] == pytest.approx(model.score(val)) == pytest.approx(r2_score(y, predicted))
     table = model.evaluate(val)
     assert list(table.index) == list(val.output_names)
     np.testing.assert_allclose(table["r2"], r2_score(y, predicted, multioutput="raw_values"), rtol=1e-6)
     np.testing.assert_allclose(table["mae"], np.abs(np.asarray(y) - predicted).mean(axis=0), rtol=1e-5)
     with pytest.raises(ValueError, match="are not those of the model in their order"):
         model.evaluate(ExpressionDataset(val.x, val.y, val.gene_names, val.output_names[::-1]))
-    assert model._measure_each(model.outputs(test), test.y.numpy()).min() > 0.9
+    # The penalty of the linear part, made for thousands of genes, costs a little where eight say all without noise.
+    assert model._measure_each(model.outputs(test), test.y.numpy()).min() > 0.85
     assert list(model.output_names) == ["product", "difference"]
 
 
@@ -297,11 +311,229 @@ def test_unknown_loss_is_refused():
 
 def test_fitting_and_predicting_make_only_a_batch_dense(sets, rows_made_dense):
     model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1}), batch_size=20, linear=True))
-    model.fit(sets[0], **QUIET)
+    model.fit(sets[0], baseline=False, **QUIET)
     assert max(rows_made_dense) == 20 and sum(rows_made_dense) == 280
     rows_made_dense.clear()
     model.outputs(sets[0], batch_size=50)
     assert rows_made_dense == [50] * 5 + [30]
+
+
+# ------------------------------------------------------------------------------------- never below the linear baseline
+
+
+@pytest.fixture(scope="module")
+def graded():
+    """Cells with many noisy genes and targets that are linear in a few of them, in units far from 1."""
+    rng = np.random.default_rng(0)
+    x = rng.gamma(1.0, size=(600, 150)).astype(np.float32)
+    y = 1000 + 300 * (x[:, :4] @ np.array([[1, 0], [1, 0], [0, 1], [0, -1]]) + rng.normal(size=(600, 2)))
+    obs = pd.DataFrame(
+        {"label": np.where(y[:, 0] > np.median(y[:, 0]), "high", "low")}, [f"cell {i}" for i in range(600)]
+    )
+    return AnnData(x, obs=obs, obsm={"target": pd.DataFrame(y, obs.index, ["sum", "difference"])})
+
+
+def sets_of(adata, kind):
+    if kind is ScBMLPClassifier:
+        return get_classification_datasets(adata, "label")
+    return get_regression_datasets(adata, "target")
+
+
+def test_what_is_not_given_follows_the_form():
+    plain, linear = Config(5, 2, 1), Config(5, 2, 1, linear=True)
+    names = ("n_epochs", "batch_size", "dropout_rate", "weight_decay")
+    assert [getattr(plain, name) for name in names] == [100, 32, 0.0, 1e-4]
+    assert [getattr(linear, name) for name in names] == [40, 64, 0.2, 3e-3]
+    assert Config(5, 2, 1, linear=True, n_epochs=7, dropout_rate=0.0).n_epochs == 7
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+def test_linear_form_starts_at_the_baseline_and_never_ends_below_it_on_validation_cells(graded, kind):
+    train, val, test = sets_of(graded, kind)
+    model = kind(Config(150, 8, 2, linear=True, n_epochs=5, device="cpu"))
+    baseline = linear_baseline(train, val, exact=False)
+    with warnings.catch_warnings(action="error"):
+        history = model.fit(train, val, **QUIET)
+    assert history.index.tolist() == list(range(6))
+    assert history.loc[0, f"val_{model.metric}"] == pytest.approx(baseline.score(val), abs=1e-6)
+    assert history.loc[0, f"train_{model.metric}"] == pytest.approx(baseline.score(train), abs=1e-6)
+    loss = model.loss(torch.as_tensor(model.outputs(val)), val.y).item()
+    assert loss <= history.loc[0, "val_loss"] * (1 + 1e-6)
+    assert loss == pytest.approx(history.loc[model.best_epoch, "val_loss"], rel=1e-3)
+    assert model.score(test) > baseline.score(test) - 0.02
+    # A rate that destroys whatever it touches: the start is the best epoch, and it is the baseline to rounding.
+    model = kind(Config(150, 8, 2, linear=True, n_epochs=3, lr=50.0, device="cpu"))
+    model.fit(train, val, **QUIET)
+    assert model.best_epoch == 0
+    np.testing.assert_allclose(model.outputs(test), baseline.outputs(test), rtol=1e-4, atol=1e-2)
+
+
+def test_a_baseline_of_ones_own_is_the_start(graded):
+    train, val, test = sets_of(graded, ScBMLPRegressor)
+    baseline = linear_baseline(train, val)
+    model = ScBMLPRegressor(Config(150, 8, 2, linear=True, n_epochs=1, lr=50.0, device="cpu"))
+    model.fit(train, val, baseline=baseline, **QUIET)
+    np.testing.assert_allclose(model.outputs(test), baseline.outputs(test), rtol=1e-4, atol=1e-2)
+    assert model.history.loc[0, "val_r2"] == pytest.approx(baseline.score(val), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+def test_a_model_below_the_baseline_warns_with_both_scores_and_the_remedy(graded, kind):
+    train, val, _ = sets_of(graded, kind)
+    model = kind(Config(150, 8, 2, n_epochs=1, lr=1e-5, device="cpu"))
+    with pytest.warns(UserWarning, match="ends below a linear one") as caught:
+        model.fit(train, val, **QUIET)
+    (message,) = (str(one.message) for one in caught)
+    for score in (model.score(val), linear_baseline(train, val, exact=False).score(val)):
+        assert f"{score:.3f}" in message
+    assert "Config(linear=True)" in message and "tune" in message and f"val_{kind.metric}" in message
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with warnings.catch_warnings(action="error"):
+        history = model.fit(train, val, baseline=False, **QUIET)
+        model.fit(train, baseline=True, **QUIET)  # nothing to compare on
+    assert history.index.tolist() == [1]
+    for name, value in model.state_dict().items():  # the comparison has no part in the weights
+        assert torch.equal(value, weights[name])
+
+
+def test_without_validation_cells_the_linear_form_says_what_it_goes_without(graded):
+    train, val, _ = sets_of(graded, ScBMLPRegressor)
+    model = ScBMLPRegressor(Config(150, 4, 2, linear=True, n_epochs=2, device="cpu"))
+    with pytest.warns(UserWarning, match="no validation cells: the linear part starts at 0 .* last epoch.*pass val="):
+        model.fit(train, **QUIET)
+    assert model.best_epoch == 2
+    with pytest.raises(
+        ValueError, match=r"Config\(patience=3\) needs validation cells.*pass val= to fit, or patience=None"
+    ):
+        ScBMLPRegressor(Config(150, 4, 2, patience=3)).fit(train)
+    y = train.y.numpy().copy()
+    y[:, 1] = 3.0
+    constant = ExpressionDataset(train.x, y, train.gene_names, train.output_names)
+    with pytest.raises(ValueError, match="same value in every cell for target 1.*baseline=False"):
+        model.fit(constant, val, **QUIET)
+    model.fit(constant, val, baseline=False, **QUIET)
+
+
+def test_patience_ends_a_fit_and_keeps_the_best_epoch(graded):
+    train, val, _ = sets_of(graded, ScBMLPClassifier)
+    model = ScBMLPClassifier(Config(150, 16, 2, n_epochs=60, lr=2e-3, patience=2, device="cpu"))
+    history = model.fit(train, val, baseline=False, **QUIET)
+    assert model.best_epoch == history["val_loss"].idxmin() == len(history) - 2
+    assert 1 < len(history) < 60
+    proba = model.predict_proba(val)
+    assert history["val_loss"].min() == pytest.approx(log_loss(val.y, proba), rel=1e-4)
+
+
+def test_fitted_and_loaded_models_are_in_evaluation_mode(tmp_path):
+    model = fitted_to_toy(dropout_rate=0.5)
+    model.save(tmp_path / "model.pt")
+    x = torch.as_tensor(toy().x)
+    for one in (model, ScBMLPClassifier.load(tmp_path / "model.pt")):
+        assert torch.equal(one(x), one(x))
+    before = model.history
+    model.fit(toy(), baseline=False, **QUIET)
+    pd.testing.assert_frame_equal(model.history, before)  # the second fit has its dropout too
+
+
+def test_statistics_are_those_of_the_training_cells(sets, tmp_path):
+    model = ScBMLPClassifier(Config(**SIZES))
+    assert model.statistics is None
+    model.fit(*sets[:2], **QUIET)
+    x, y = sets[0].x.toarray().astype(np.float64), np.eye(8)[sets[0].y]
+    known = model.statistics
+    np.testing.assert_allclose(known.mean, x.mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(known.sd, x.std(axis=0), rtol=1e-4)
+    d, hidden = x - x.mean(axis=0), x @ model.branches.weight.detach().double().numpy().T
+    np.testing.assert_allclose(known.covariance, d.T @ hidden / len(x), atol=1e-5)
+    np.testing.assert_allclose(known.target, d.T @ y / len(x), atol=1e-5)
+    model.save(tmp_path / "model.pt")
+    for part, stored in zip(known, ScBMLPClassifier.load(tmp_path / "model.pt").statistics, strict=True):
+        np.testing.assert_array_equal(part, stored)
+    with pytest.raises(ValueError, match="does not match the data"):
+        statistics(model, toy())
+
+
+def test_a_model_of_version_0_1_0_is_read_without_statistics(tmp_path):
+    model = fitted_to_toy()
+    model.save(tmp_path / "model.pt")
+    stored = torch.load(tmp_path / "model.pt", weights_only=True)
+    for key in ("statistics", "baseline", "best_epoch", "trials"):
+        del stored[key]
+    for key in ("patience", "weight_decay_linear"):
+        del stored["config"][key]
+    torch.save(stored, tmp_path / "old.pt")
+    old = ScBMLPClassifier.load(tmp_path / "old.pt")
+    assert_same_weights(old, model)
+    assert old.statistics is None and old.trials is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+def test_models_side_by_side_learn_as_if_alone(graded, kind, linear, bias):
+    train, val, _ = sets_of(graded, kind)
+    cfg = {"linear": linear, "bias": bias, "n_epochs": 3, "dropout_rate": 0.0, "lr": 0.01, "device": "cpu"}
+    changes = [{"weight_decay": 0.0, "weight_decay_linear": 0.3}, {"weight_decay": 0.1}, {"weight_decay": 1.0}]
+    together = [kind(Config(150, 6, 2, **cfg, **change)) for change in changes]
+    models._fit(together, train, val, False, None, QUIET)
+    for change, model in zip(changes, together, strict=True):
+        alone = kind(Config(150, 6, 2, **cfg, **change))
+        alone.fit(train, val, baseline=False, **QUIET)
+        np.testing.assert_allclose(model.history, alone.history, rtol=2e-3, atol=1e-4)
+        assert model.best_epoch == alone.best_epoch and not model.training
+        tolerance = 1e-2 * np.abs(alone.outputs(val)).max()
+        np.testing.assert_allclose(model.outputs(val), alone.outputs(val), atol=tolerance)
+
+
+def test_dropout_rates_of_models_side_by_side_are_their_own(graded):
+    train, val, _ = sets_of(graded, ScBMLPRegressor)
+    losses = []
+    for rates in ((0.0, 0.9), (0.9, 0.0)):
+        together = [ScBMLPRegressor(Config(150, 6, 2, linear=True, n_epochs=2, dropout_rate=rate)) for rate in rates]
+        models._fit(together, train, val, True, None, QUIET)
+        losses.append([model.history["train_loss"].iloc[-1] for model in together])
+    np.testing.assert_allclose(losses[0][0], losses[1][1], rtol=1e-5)  # without dropout nothing is drawn
+    assert losses[0][0] < losses[0][1]
+
+
+def test_tune_finds_an_interaction_and_says_what_it_tried(planted, tmp_path, capsys):
+    train, val, test = get_classification_datasets(planted, "label")
+    model = tune(ScBMLPClassifier, train, val, d_hidden=8, lr=0.01, device="cpu")
+    assert model.cfg.n_epochs == 138  # 1,500 steps of 64 of the 700 cells
+    assert model.score(test) > 0.9 > linear_baseline(train, val).score(test) + 0.2
+    trials = model.trials
+    assert list(trials.columns) == [
+        "form", "val_loss", "val_accuracy", "ahead", "standard_error", "weight_decay", "dropout_rate", "best_epoch",
+        "chosen",
+    ]  # fmt: skip
+    assert trials["form"].tolist() == ["linear baseline", *["plain"] * 3, *["linear"] * 3]
+    (row,) = trials[trials["chosen"]].to_dict("records")
+    assert row["weight_decay"] == model.cfg.weight_decay and row["dropout_rate"] == model.cfg.dropout_rate
+    assert row["val_accuracy"] == pytest.approx(model.score(val)) and row["best_epoch"] == model.best_epoch
+    assert row["val_loss"] == pytest.approx(log_loss(val.y, model.predict_proba(val)), rel=1e-4)
+    assert row["ahead"] == pytest.approx(trials["val_loss"][0] - row["val_loss"], rel=1e-4)
+    assert row["ahead"] == trials["ahead"].max() > row["standard_error"] > 0
+    assert capsys.readouterr() == ("", "")  # no terminal, no bar
+    model.save(tmp_path / "model.pt")
+    pd.testing.assert_frame_equal(ScBMLPClassifier.load(tmp_path / "model.pt").trials, trials)
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+def test_tune_returns_the_linear_baseline_where_nothing_is_ahead_of_it(graded, kind):
+    train, val, test = sets_of(graded, kind)
+    # A rate that destroys whatever it touches.
+    model = tune(kind, train, val, d_hidden=4, n_epochs=2, lr=50.0, device="cpu", progress=False)
+    baseline = linear_baseline(train, val)
+    assert model.trials["chosen"].tolist() == [True, *[False] * 6] and model.best_epoch == 0
+    np.testing.assert_allclose(model.outputs(test), baseline.outputs(test), rtol=1e-4, atol=1e-2)
+    assert not model.w_p.any() and model.statistics is not None and not model.training
+    assert model.history.loc[0, f"val_{model.metric}"] == pytest.approx(baseline.score(val), abs=1e-6)
+
+
+def test_tune_hands_on_what_the_model_takes(planted):
+    train, val, _ = get_regression_datasets(planted, "target")
+    model = tune(ScBMLPRegressor, train, val, d_hidden=4, n_epochs=2, seed=3, progress=False, loss_fn="huber")
+    assert model.loss_fn == "huber" and model.cfg.seed == 3 and model.cfg.d_hidden == 4 and model.cfg.n_epochs == 2
 
 
 # -------------------------------------------------------------------------------- what is left alone, and is kept
@@ -383,14 +615,15 @@ def test_interrupted_fit_keeps_its_weights_and_rows():
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
-    cfg = Config(**(TOY | {"n_epochs": 4, "batch_size": 40, "lr": 0.03}), linear=linear)
+    changes = {"n_epochs": 4, "batch_size": 40, "lr": 0.03, "dropout_rate": 0.0}  # a resumed fit draws other masks
+    cfg = Config(**(TOY | changes), linear=linear)
     whole, stopped, resumed = (ScBMLPClassifier(cfg) for _ in range(3))
-    whole.fit(toy(), **QUIET)
-    stopped.fit(toy(), default_root_dir=tmp_path, callbacks=[_StopAt(interrupt=False)], **QUIET)
-    assert len(stopped.history) == 2
+    whole.fit(toy(), toy(), **QUIET)
+    stopped.fit(toy(), toy(), default_root_dir=tmp_path, callbacks=[_StopAt(interrupt=False)], **QUIET)
+    assert len(stopped.history) == 3
     (checkpoint,) = tmp_path.rglob("*.ckpt")
-    history = resumed.fit(toy(), default_root_dir=tmp_path, ckpt_path=checkpoint, **QUIET)
-    assert history.index.tolist() == [1, 2, 3, 4]
+    history = resumed.fit(toy(), toy(), default_root_dir=tmp_path, ckpt_path=checkpoint, **QUIET)
+    assert history.index.tolist() == [0, 1, 2, 3, 4] and resumed.best_epoch == whole.best_epoch
     pd.testing.assert_frame_equal(history, whole.history, rtol=1e-5)
     assert_same_weights(resumed, whole, rtol=1e-3, atol=1e-5)
 

@@ -8,7 +8,7 @@ from scipy import sparse
 
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.interactions import decompose, interaction_matrix
-from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.modules import gene_modules, truncation_curve
 from tests.test_interactions import random_model
 
@@ -226,3 +226,27 @@ def test_bad_requests(fitted):
         gene_modules(model, 0, 9, dataset=dataset)
     with pytest.raises(KeyError, match="'Beta' is unknown"):
         gene_modules(model, "Beta", 2, dataset=dataset)
+
+
+@pytest.mark.parametrize("metric", ["sd", "identity", "covariance"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_weights_and_statistics_are_enough(cells, sets, tmp_path, linear, metric):
+    model = ScBMLPClassifier(Config(300, 8, 8, linear=linear, n_epochs=2, device="cpu"))
+    model.fit(*sets[:2], baseline=False, enable_progress_bar=False)
+    model.save(tmp_path / "model.pt")
+    loaded = ScBMLPClassifier.load(tmp_path / "model.pt")
+    for output in ("Beta", {"Beta": 1, "Alpha": -1}):
+        given = gene_modules(model, output, 4, metric, dataset=sets[0])
+        for alone in (gene_modules(model, output, 4, metric), gene_modules(loaded, output, 4, metric)):
+            np.testing.assert_allclose(alone.eigenvalues, given.eigenvalues, rtol=1e-8)
+            np.testing.assert_allclose(alone.scores(cells), given.scores(cells), rtol=1e-6, atol=1e-8)
+            pd.testing.assert_frame_equal(alone.loadings, given.loadings)
+    other = gene_modules(model, "Beta", 4, "sd", dataset=sets[2])  # given one, it is used
+    assert not np.allclose(other.unit, gene_modules(model, "Beta", 4, "sd").unit)
+
+
+def test_a_model_without_statistics_asks_for_the_cells(fitted):
+    model, dataset = fitted
+    with pytest.raises(ValueError, match="no statistics of its training cells.*saved by scbmlp 0.1.0.*pass dataset="):
+        gene_modules(model, "out1")
+    gene_modules(model, "out1", 2, dataset=dataset)

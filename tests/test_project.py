@@ -11,13 +11,17 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
-ORDER = ["simulate", "sources", "datasets", "targets", "models", "interactions", "modules", "enrichment", "plotting"]
+ORDER = [
+    "simulate", "sources", "datasets", "targets", "baselines", "training", "models", "interactions", "modules",
+    "enrichment", "plotting",
+]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "targets": ["laplacian_frequencies", "perturbation_response"],
-    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor"],
+    "baselines": ["linear_baseline", "LinearModel"],
+    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor", "tune", "statistics"],
     "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit"],
     "modules": ["gene_modules", "GeneModules", "truncation_curve"],
     "enrichment": ["enrich"],

@@ -1,0 +1,137 @@
+"""Are the baselines the best of their kind, found by another way, in either shape of the data?"""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import sparse
+from scipy.special import log_softmax
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import accuracy_score, log_loss, r2_score
+
+from scbmlp import baselines
+from scbmlp.baselines import Axes, additive_features, linear_baseline, logistic, ridge
+from scbmlp.datasets import ExpressionDataset
+
+SHAPES = {"more cells": (120, 15), "more genes": (60, 90)}
+
+
+def cells(n_cells, n_genes, *, classes=0, seed=0, noise=0.5):
+    """Train and validation cells, sparse, with two linear targets or classes that are the largest of linear scores."""
+    rng = np.random.default_rng(seed)
+    weight = rng.normal(size=(n_genes, max(classes, 2)))
+    names = [f"out {i}" for i in range(weight.shape[1])]
+
+    def draw(n):
+        x = (rng.gamma(1.0, size=(n, n_genes)) * (rng.random((n, n_genes)) < 0.6)).astype(np.float32)
+        y = x @ weight + noise * rng.normal(size=(n, weight.shape[1]))
+        y = y.argmax(axis=1) if classes else y.astype(np.float32)
+        return ExpressionDataset(sparse.csr_matrix(x), y, pd.RangeIndex(n_genes), pd.Index(names))
+
+    return draw(n_cells), draw(40)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_ridge_is_sklearns_with_the_penalty_that_validation_cells_choose(shape, exact):
+    train, val = cells(*shape)
+    model = linear_baseline(train, val, exact=exact)
+    x, y, y_val = train.x.toarray().astype(np.float64), train.y.numpy(), val.y.numpy()
+    d = x - x.mean(axis=0)
+    grid = (baselines.RIDGE if exact else baselines.QUICK_RIDGE) * np.square(d).sum() / min(shape)
+    for i in range(2):
+        fits = [Ridge(penalty, solver="svd").fit(x, y[:, i]) for penalty in grid]
+        errors = [np.square(fit.predict(val.x.toarray()) - y_val[:, i]).mean() for fit in fits]
+        best = fits[int(np.argmin(errors))]
+        assert model.penalty[i] == pytest.approx(best.alpha)
+        np.testing.assert_allclose(model.weight[i], best.coef_, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(model.outputs(val)[:, i], best.predict(val.x.toarray()), rtol=1e-4, atol=1e-4)
+    assert model.score(val) == pytest.approx(r2_score(y_val, model.outputs(val)))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_logistic_regression_is_sklearns_on_the_genes_themselves(shape, n_classes, exact):
+    train, val = cells(*shape, classes=n_classes)
+    model = linear_baseline(train, val, exact=exact)
+    x, y = train.x.toarray().astype(np.float64), train.y.numpy()
+    fit = LogisticRegression(C=1 / model.penalty, max_iter=10_000, tol=1e-8).fit(x, y)
+    shares = np.exp(log_softmax(model.outputs(val), axis=1))
+    np.testing.assert_allclose(shares, fit.predict_proba(val.x.toarray()), atol=0.01 if exact else 0.05)
+    assert model.score(val) == accuracy_score(val.y, model.outputs(val).argmax(axis=1))
+    # No penalty of the grid has a smaller log-loss on the validation cells.
+    unit = np.square(x - x.mean(axis=0)).sum() / min(shape)
+    others = [
+        LogisticRegression(C=1 / (unit * penalty), max_iter=10_000).fit(x, y).predict_proba(val.x.toarray())
+        for penalty in (baselines.LOGISTIC if exact else baselines.QUICK_LOGISTIC)
+    ]
+    assert log_loss(val.y, shares) <= min(log_loss(val.y, other) for other in others) + (1e-3 if exact else 1e-2)
+
+
+def test_a_class_without_a_training_cell_is_never_predicted():
+    train, val = cells(80, 10, classes=2)
+    names = pd.Index(["out 0", "absent", "out 1"])
+    train, val = (ExpressionDataset(part.x, 2 * part.y.numpy(), part.gene_names, names) for part in (train, val))
+    for exact in (True, False):
+        model = linear_baseline(train, val, exact=exact)
+        assert set(model.outputs(val).argmax(axis=1)) == {0, 2} and model.score(val) > 0.8
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_axes_are_the_singular_vectors_of_the_centred_cells(shape):
+    x = cells(*shape)[0].x
+    axes = Axes(x)
+    d = x.toarray().astype(np.float64) - x.toarray().mean(axis=0)
+    values = np.linalg.svd(d, compute_uv=False) ** 2
+    values = values[values > 1e-9]
+    np.testing.assert_allclose(axes.strength[::-1], values, rtol=1e-5)
+    np.testing.assert_allclose(axes.scores.T @ axes.scores, np.diag(axes.strength), atol=1e-4)
+    np.testing.assert_allclose(axes.project(x), axes.scores, atol=1e-4)
+    np.testing.assert_allclose(axes.scores @ axes.scores.T, d @ d.T, atol=1e-3)
+
+
+def test_more_cells_and_genes_than_fit_are_drawn(monkeypatch):
+    train, val = cells(60, 90)
+    monkeypatch.setattr(baselines, "MOST", 30)
+    axes = Axes(train.x)
+    assert len(axes.rows) == 30 and axes.products.shape == (30, 30)
+    model = ridge(axes, train.y.numpy(), val.x, val.y.numpy())
+    alone = Axes(train.x[axes.rows])
+    np.testing.assert_allclose(
+        model.weight, ridge(alone, train.y.numpy()[axes.rows], val.x, val.y.numpy()).weight, rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize("make", [sparse.csr_matrix, sparse.csr_array, sparse.csc_matrix, np.asarray])
+def test_additive_features_are_sums_of_functions_of_single_genes(make):
+    """eq-additive."""
+    x = np.random.default_rng(0).poisson(0.7, (20, 5)).astype(np.float32)
+    features = additive_features(make(x))
+    assert sparse.issparse(features) == sparse.issparse(make(x))
+    dense = features.toarray() if sparse.issparse(features) else features
+    np.testing.assert_array_equal(dense, np.hstack([x, x**2, x > 0]))
+    assert features.dtype == np.float32
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_cannot_be_fitted_is_refused(exact):
+    train, val = cells(40, 10)
+    y = train.y.numpy().copy()
+    y[:, 1] = 3
+    with pytest.raises(ValueError, match=r"same value in every cell for target 1 .*drop the target.*baseline=False"):
+        linear_baseline(ExpressionDataset(train.x, y, train.gene_names, train.output_names), val, exact=exact)
+    one = ExpressionDataset(train.x, np.zeros(40, np.int64), train.gene_names, train.output_names)
+    with pytest.raises(ValueError, match=r"cells of 1 class alone.*add cells of other classes.*baseline=False"):
+        linear_baseline(one, one, exact=exact)
+
+
+def test_logistic_regression_on_axes_of_additive_features_sees_curves():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(400, 4)).astype(np.float32)
+    y = (np.abs(x[:, 0]) > 0.7).astype(np.int64)
+    features = additive_features(x)
+    model = logistic(Axes(features[:300]), y[:300], features[300:350], y[300:350], 2)
+    assert accuracy_score(y[350:], model.outputs(features[350:]).argmax(axis=1)) > 0.95
+    linear = linear_baseline(*(ExpressionDataset(x[i], y[i], pd.RangeIndex(4), pd.Index(["a", "b"]))
+                               for i in (slice(300), slice(300, 350))))  # fmt: skip
+    assert accuracy_score(y[350:], linear.outputs(x[350:]).argmax(axis=1)) < 0.75
