@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,10 +84,14 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     """
     x, x_val = train.x, match_genes(val, train.gene_names)
     y, y_val = train.y.numpy(), val.y.numpy()
-    if y.ndim == 2:
-        return ridge(Axes(x), y, x_val, y_val, RIDGE if exact else QUICK_RIDGE, exact=exact)
     if exact:
-        return logistic(Axes(x), y, x_val, y_val, len(train.output_names))
+        axes = Axes(x)
+        at_val = axes.project(x_val)
+        return (
+            ridge(axes, y, at_val, y_val) if y.ndim == 2 else logistic(axes, y, at_val, y_val, len(train.output_names))
+        )
+    if y.ndim == 2:
+        return _quick_ridge(Axes(x), y, x_val, y_val)
     # As many dense cells as 400 MB hold.
     rows, rows_val = (_some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
     dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
@@ -151,7 +156,7 @@ class Axes:
         """Squared singular values of the training cells (comp), rising."""
         return self._eigen[0]
 
-    @property
+    @cached_property
     def scores(self) -> np.ndarray:
         """Scores of the training cells (cell x comp)."""
         return self.products @ self._eigen[1] if self.dual else self.project(self.x)
@@ -171,19 +176,48 @@ class Axes:
         return LinearModel(weight.T, constant - weight.T @ self.mean, penalty)
 
 
-def ridge(
-    axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, penalties: np.ndarray = RIDGE, *, exact: bool = True
-) -> LinearModel:
+def ridge(axes: Axes, y: np.ndarray, scores_val: np.ndarray, y_val: np.ndarray) -> LinearModel:
     """Fit ridge regression with the penalty of each target (cell x out) that does best on validation cells.
 
-    Penalties are in units of the mean eigenvalue. A few are quicker without the axes (``exact=False``): a Cholesky
-    decomposition each.
+    Parameters
+    ----------
+    axes
+        Axes of the training cells.
+    y
+        Targets of the training cells (cell x out).
+    scores_val, y_val
+        Scores (cell x comp) and targets (cell x out) of the validation cells.
 
     Raises
     ------
     ValueError
         A target is constant.
     """
+    mean, centred = _centred(axes, y)
+    products = axes.scores.T @ centred
+
+    def fit(penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        found = products / (axes.strength + penalty)[:, None]
+        return found, scores_val @ found + mean
+
+    return axes.model(*_best(fit, axes.unit * RIDGE, mean, y_val))
+
+
+def _quick_ridge(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray) -> LinearModel:
+    """Do as :func:`ridge` for a few penalties without the axes: a Cholesky decomposition each."""
+    mean, centred = _centred(axes, y)
+    right = centred if axes.dual else axes.x.T @ centred
+
+    def fit(penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        system = axes.products.copy()
+        system[np.diag_indices_from(system)] += penalty
+        found = solve(system, right, assume_a="pos", overwrite_a=True)
+        return found, axes.unturned(found, mean, penalty).outputs(x_val)
+
+    return axes.unturned(*_best(fit, axes.unit * QUICK_RIDGE, mean, y_val))
+
+
+def _centred(axes: Axes, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     y = y[axes.rows].astype(np.float64)
     constant = np.flatnonzero(np.ptp(y, axis=0) == 0)
     if len(constant):
@@ -191,39 +225,43 @@ def ridge(
             f"train has the same value in every cell for target {constant[0]} (counted from 0): there is no linear "
             f"baseline of a constant; drop the target, or fit with baseline=False."
         )
-    mean = y.mean(axis=0)
-    centred = y - mean
-    right = centred if axes.dual else axes.x.T @ centred
-    if exact:
-        val = axes.project(x_val)
-        products = axes.scores.T @ centred
-    best, error, chosen = None, np.full(y.shape[1], np.inf), np.zeros(y.shape[1])
-    for penalty in penalties * axes.unit:
-        if exact:
-            found = products / (axes.strength + penalty)[:, None]
-            predicted = val @ found + mean
-        else:
-            system = axes.products.copy()
-            system[np.diag_indices_from(system)] += penalty
-            found = solve(system, right, assume_a="pos", overwrite_a=True)
-            predicted = axes.unturned(found, mean, penalty).outputs(x_val)
+    return y.mean(axis=0), y - y.mean(axis=0)
+
+
+def _best(
+    fit: Callable[[float], tuple[np.ndarray, np.ndarray]], penalties: np.ndarray, mean: np.ndarray, y_val: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the coefficients (comp x out), the mean and the penalty (out) of least squared error for each target."""
+    best, error, chosen = None, np.full(y_val.shape[1], np.inf), np.zeros(y_val.shape[1])
+    for penalty in penalties:
+        found, predicted = fit(penalty)
         here = ((predicted - y_val) ** 2).mean(axis=0)
         better = here < error
         best = found if best is None else np.where(better, found, best)
         error, chosen = np.minimum(here, error), np.where(better, penalty, chosen)
-    return (axes.model if exact else axes.unturned)(best, mean, chosen)
+    return best, mean, chosen
 
 
-def logistic(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:
+def logistic(axes: Axes, y: np.ndarray, scores_val: np.ndarray, y_val: np.ndarray, n_classes: int) -> LinearModel:
     """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
+
+    Parameters
+    ----------
+    axes
+        Axes of the training cells.
+    y
+        Class codes of the training cells (cell).
+    scores_val, y_val
+        Scores (cell x comp) and class codes (cell) of the validation cells.
+    n_classes
+        Number of classes, those without a training cell included.
 
     Raises
     ------
     ValueError
         There are cells of one class alone.
     """
-    found = _logistic(axes.scores, y[axes.rows], axes.project(x_val), y_val, n_classes, axes.unit * LOGISTIC, 1e-4)
-    return axes.model(*found)
+    return axes.model(*_logistic(axes.scores, y[axes.rows], scores_val, y_val, n_classes, axes.unit * LOGISTIC, 5e-4))
 
 
 def _logistic(
@@ -262,7 +300,7 @@ def _some(n: int, most: int) -> np.ndarray:
     return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
-def _between_cells(a: Any, b: Any, mean: np.ndarray, size: int = 2000) -> np.ndarray:
+def _between_cells(a: Any, b: Any, mean: np.ndarray, size: int = 1000) -> np.ndarray:
     """Return the products of the cells of `a` and `b`, less `mean`, summed over blocks of features."""
     same = a is b
     a, b = (x.tocsc() if sparse.issparse(x) else x for x in (a, b))
@@ -274,7 +312,7 @@ def _between_cells(a: Any, b: Any, mean: np.ndarray, size: int = 2000) -> np.nda
     return products
 
 
-def _scatter(x: Any, mean: np.ndarray, size: int = 2000) -> np.ndarray:
+def _scatter(x: Any, mean: np.ndarray, size: int = 1000) -> np.ndarray:
     """Return the products of features, less their means, summed over blocks of cells."""
     products = np.zeros((len(mean),) * 2)
     for start in range(0, x.shape[0], size):

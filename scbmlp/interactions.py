@@ -162,7 +162,7 @@ class InteractionMatrix(LinearOperator):
             )
         return positions
 
-    def top_pairs(self, n: int = 20, *, dataset: ExpressionDataset | None = None, block: int = 1024) -> pd.DataFrame:
+    def top_pairs(self, n: int = 20, *, dataset: ExpressionDataset | None = None, block: int = 256) -> pd.DataFrame:
         """Return the `n` strongest interactions of two different genes, strongest first.
 
         Parameters
@@ -635,6 +635,7 @@ def _additive(
         additive_features(match_genes(cells, model.gene_names)) for cells in (train, validation, x)
     )
     axes, directions = Axes(features), np.stack([direction(model, name) for name in model.output_names])
+    at_val = axes.project(watched)
     result = {name: np.full(len(directions), np.nan) for name in ("interaction", "interaction_curved")}
     # Around any cell the linear part and the Q_ii d_i^2 are additive as they are; only the pairs need a predictor.
     # Around the training mean, so that the answer does not depend on a reference.
@@ -642,7 +643,7 @@ def _additive(
     of_pairs, whole = zip(*(_pairs(model, cells, mean, directions) for cells in (train, validation, x)), strict=True)
     total = whole[2].var(axis=0)
     if len(varied := np.flatnonzero((np.ptp(of_pairs[0], axis=0) > 0) & (total > 0))):
-        predictor = ridge(axes, of_pairs[0][:, varied], watched, of_pairs[1][:, varied])
+        predictor = ridge(axes, of_pairs[0][:, varied], at_val, of_pairs[1][:, varied])
         left = [
             part[:, varied] - predictor.outputs(at) for part, at in zip(of_pairs[1:], (watched, tested), strict=True)
         ]
@@ -654,9 +655,9 @@ def _additive(
         result[name][(np.ptp(of_pairs[0], axis=0) == 0) & (total > 0)] = 0.0
     y, y_seen = train.y.numpy(), validation.y.numpy()
     if y.ndim == 1:
-        additive = logistic(axes, y, watched, y_seen, len(directions))
+        additive = logistic(axes, y, at_val, y_seen, len(directions))
     else:
-        additive = ridge(axes, y, watched, y_seen)
+        additive = ridge(axes, y, at_val, y_seen)
     result["additive"] = additive.outputs(tested)
     result["curved"] = _through_curves(model.outputs(validation).astype(np.float64), y_seen, outputs)
     result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"])

@@ -25,6 +25,9 @@ from scbmlp.training import Training, accelerator, loader, quiet_lightning, seed
 
 MARGIN = 0.01  # below the linear baseline by less than this is noise
 
+# Weight decay, dropout rate and weight decay of the linear part that `tune` tries, from strong to weak.
+SETTINGS = [(3e-2, 0.4, 0.03), (1e-2, 0.4, 0.1), (3e-3, 0.2, 0.1)]
+
 # What a field is where it is not given: in the plain form, and with a linear part.
 _DEFAULTS = {"n_epochs": (100, 40), "batch_size": (32, 64), "dropout_rate": (0.0, 0.2), "weight_decay": (1e-4, 3e-3)}
 
@@ -679,10 +682,12 @@ def tune(
     """Fit the plain and the linear form with several penalties, and return the one best on validation cells.
 
     Models of one form are trained at once, on the same batches, and each keeps its best epoch. They are compared with
-    the exact linear baseline, cell by cell: by log-loss for classes, by squared error in units of the target's variance
-    otherwise. The one furthest ahead is returned, if it is ahead by more than the standard error of the difference. If
-    none is, the baseline is returned as a linear form whose bilinear weights P are 0: no interaction has shown. Test
-    cells have no part in it; scores on the validation cells flatter.
+    one another and with the exact linear baseline, cell by cell: by log-loss for classes, by squared error in units of
+    the target's variance otherwise. Returned is the simplest that is behind the best by no more than the standard error
+    of their difference: the baseline first, then the linear form, then the plain one, strong penalties before weak
+    ones. The baseline comes as a linear form whose bilinear weights P are 0: no interaction has shown. Test cells have
+    no part in it. Scores on the validation cells flatter, and where cells come in donors or batches, hold out whole
+    ones: noise from donor to donor is not in a standard error over cells.
 
     Parameters
     ----------
@@ -700,8 +705,8 @@ def tune(
     Returns
     -------
     The fitted model. ``model.trials`` has a row a setting, the linear baseline first: ``form``, ``weight_decay``,
-    ``dropout_rate``, ``best_epoch``, ``val_loss``, ``val_<metric>``, ``ahead`` of the baseline, its ``standard_error``,
-    and ``chosen``.
+    ``dropout_rate``, ``weight_decay_linear``, ``best_epoch``, ``val_loss``, ``val_<metric>``, the loss that it is
+    ``behind`` the best with its ``standard_error``, and ``chosen``.
 
     Raises
     ------
@@ -716,10 +721,13 @@ def tune(
     shared["patience"] = n_epochs  # none stops before the end, each keeps its best
     groups = [
         [
-            ModelClass(Config(**size, **shared, linear=linear, weight_decay=decay, dropout_rate=rate), **options)
-            for decay, rate in settings
+            ModelClass(
+                Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c),
+                **options,
+            )
+            for a, b, c in SETTINGS
         ]
-        for linear, settings in SETTINGS.items()
+        for linear in (True, False)
     ]
     bar = tqdm(total=n_epochs * len(groups), desc="tune", unit="epoch", disable=None if progress else True)
     for models in groups:
@@ -727,32 +735,29 @@ def tune(
     bar.close()
     models = sum(groups, [])
     first, target = models[0], val.y.numpy()
-    rows = [{"form": "linear baseline", **first._baseline, "ahead": 0.0, "standard_error": 0.0}]
-    losses = first._cell_losses(baseline.outputs(val), target)
-    for model in models:
-        outputs = model.outputs(val)
-        ahead = losses - first._cell_losses(outputs, target)
+    outputs = [baseline.outputs(val), *(model.outputs(val) for model in models)]
+    losses = np.stack([first._cell_losses(one, target) for one in outputs])
+    behind = losses - losses[losses.mean(axis=1).argmin()]
+    error = behind.std(axis=1) / np.sqrt(len(target))
+    # The first, and simplest, that is not worse than the best beyond noise.
+    best = int((behind.mean(axis=1) <= error).argmax())
+    rows = [{"form": "linear baseline", **first._baseline}]
+    for model, one in zip(models, outputs[1:], strict=True):
         row = {"form": "linear" if model.cfg.linear else "plain"}
-        row |= {name: getattr(model.cfg, name) for name in ("weight_decay", "dropout_rate")}
-        row |= {"best_epoch": model.best_epoch, **model._row({"val": (outputs, val.y)})}
-        rows.append(row | {"ahead": ahead.mean(), "standard_error": ahead.std() / np.sqrt(len(ahead))})
+        row |= {name: getattr(model.cfg, name) for name in ("weight_decay", "dropout_rate", "weight_decay_linear")}
+        rows.append(row | {"best_epoch": model.best_epoch, **model._row({"val": (one, val.y)})})
     trials = pd.DataFrame(rows).drop(columns=["train_loss", f"train_{ModelClass.metric}"])
-    best = int(trials["ahead"].where(trials["ahead"] > trials["standard_error"]).fillna(0.0).idxmax())
+    trials["behind"], trials["standard_error"] = behind.mean(axis=1), error
     model = models[best - 1]
-    if best == 0:  # the last is of the linear form
+    if best == 0:
+        known = first._baseline
+        model = next(model for model in models if model.cfg.linear)
         model._begin(train, baseline, None)
         nn.init.zeros_(model.project.weight)
         model.best_epoch, model.statistics = 0, statistics(model.eval(), train)
-        model._baseline = first._baseline
+        model._baseline = known
     model.trials = trials.assign(chosen=trials.index == best)
     return model
-
-
-# Weight decay and dropout rate that `tune` tries, without and with a linear part.
-SETTINGS = {
-    False: [(3e-3, 0.2), (1e-2, 0.4), (3e-2, 0.4)],
-    True: [(3e-3, 0.2), (1e-2, 0.4), (3e-2, 0.4)],
-}
 
 
 class _Advance(lightning.Callback):
