@@ -13,6 +13,7 @@ from scipy.linalg import solve
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, r2_score
+from threadpoolctl import threadpool_limits
 
 from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
 
@@ -283,7 +284,9 @@ def _logistic(
     fit = LogisticRegression(warm_start=True, max_iter=1000, tol=tol)
     best, error = None, np.inf
     for penalty in np.sort(penalties)[::-1]:
-        fit.set_params(C=1 / penalty).fit(x, y)
+        # Many small products: threads would wait for each other, on a busy machine for most of the time.
+        with threadpool_limits(1):
+            fit.set_params(C=1 / penalty).fit(x, y)
         # Two classes have one row of weights, the difference; classes without a training cell have none.
         rows = np.vstack([-fit.coef_, fit.coef_]) / 2 if len(classes) == 2 else fit.coef_
         at_mean = np.append(-fit.intercept_, fit.intercept_) / 2 if len(classes) == 2 else fit.intercept_
