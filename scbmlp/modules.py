@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -226,6 +226,32 @@ def _uncorrelated(
         raise ValueError(f"n_modules={n_modules} were asked for; there are {len(values)} uncorrelated modules.")
     order = np.argsort(-np.abs(values), kind="stable")[:n_modules]
     return values[order], axes / root @ vectors[:, order]
+
+
+def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
+    """Return how well modules come back from fit to fit: mean |cosine| with the closest of each other fit (comp).
+
+    Closest, and not of the same rank: two modules of nearly equal strength swap their order from fit to fit.
+
+    Parameters
+    ----------
+    fits
+        For each fit the loadings of a few modules, or of factors made of them (gene x comp), genes in one order.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two fits, or their genes differ.
+    """
+    if len(fits) < 2:
+        raise ValueError(
+            f"fits has {len(fits)} table of loadings; two or more are needed to compare: refit with seeds."
+        )
+    if not all(table.index.equals(fits[0].index) for table in fits):
+        raise ValueError("fits have different genes, or in another order; fit all models on the same genes.")
+    unit = [table.to_numpy() / np.linalg.norm(table.to_numpy(), axis=0) for table in fits]
+    closest = [np.abs(a.T @ b).max(axis=1) for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j]
+    return pd.Series(np.mean(closest, axis=0), fits[0].columns, name="agreement")
 
 
 def truncation_curve(

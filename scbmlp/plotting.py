@@ -33,7 +33,7 @@ def palette(categories: Iterable[str]) -> dict[str, str]:
 
 
 def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
-    """Draw one quantity of a fit over the epochs, for training and validation cells.
+    """Draw one quantity of a fit over the epochs, for training and validation cells; dotted, the linear baseline's.
 
     Parameters
     ----------
@@ -46,7 +46,10 @@ def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
     """
     for stage, color, label in (("train", NEUTRAL, "training"), ("val", POSITIVE, "validation")):
         if f"{stage}_{metric}" in history:
-            ax.plot(history.index, history[f"{stage}_{metric}"], color=color, label=label)
+            epochs = history.loc[history.index > 0, f"{stage}_{metric}"]
+            ax.plot(epochs.index, epochs, color=color, label=label)
+            if 0 in history.index:  # the linear baseline
+                ax.axhline(history.loc[0, f"{stage}_{metric}"], color=color, linewidth=0.8, linestyle=":")
     ax.set(xlabel="epoch", ylabel=metric)
     ax.legend(frameon=False)
     return ax
@@ -159,7 +162,7 @@ def enrichment(table: pd.DataFrame, n: int = 8, *, ax: Axes) -> Axes:
 
 
 def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw the linear and the quadratic part's share of the variance of every output, on a log scale.
+    """Draw what is linear, quadratic and, at most, interaction of the variance of every output, on a log scale.
 
     Parameters
     ----------
@@ -169,12 +172,54 @@ def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
         Where to draw.
     """
     y = np.arange(len(table))
-    ax.hlines(y, table["quadratic"], table["linear"], color="#dddddd", zorder=0)
-    ax.scatter(table["linear"], y, color=NEUTRAL, label="linear")
-    ax.scatter(table["quadratic"], y, color=POSITIVE, marker="D", label="quadratic (interactions)")
+    ends = table[["linear", "quadratic", "interaction"]].astype(float)
+    ax.hlines(y, ends.min(axis=1), ends.max(axis=1), color="#dddddd", zorder=0)
+    ax.scatter(ends["linear"], y, color=NEUTRAL, label="linear")
+    ax.scatter(ends["quadratic"], y, color=NEGATIVE, marker="s", label="quadratic")
+    if ends["interaction"].notna().any():
+        ax.scatter(ends["interaction"], y, color=POSITIVE, marker="D", label="interaction, at most")
     ax.set(xscale="log", xlabel="share of the variance over cells", yticks=y, yticklabels=table.index)
     ax.invert_yaxis()
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, handletextpad=0.2)
+    return ax
+
+
+def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], *, ax: Axes) -> Axes:
+    """Draw cells in two dimensions, coloured by label, each label with an entry for a legend.
+
+    Parameters
+    ----------
+    points
+        Coordinates (cell x 2).
+    labels
+        Label of every cell (cell).
+    colors
+        Label to colour.
+    ax
+        Where to draw.
+    """
+    for name, color in colors.items():
+        ax.scatter(*points[np.asarray(labels == name)].T, s=3, color=color, rasterized=True)
+        ax.scatter([], [], s=20, color=color, label=name)
+    return ax
+
+
+def by_output(tables: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
+    """Draw a number of every output, mean and standard deviation over fits, a line for each name.
+
+    Parameters
+    ----------
+    tables
+        Name to a table (fit x out), such as scores on every split, or a column of the audit.
+    ax
+        Where to draw.
+    """
+    styles = zip((POSITIVE, NEGATIVE, "black", NEUTRAL, *MUTED[1:4]), "os^Dvx+", strict=True)
+    for (name, table), (color, marker) in zip(tables.items(), styles, strict=False):
+        at = np.arange(table.shape[1])
+        ax.errorbar(at, table.mean(), table.std(), color=color, marker=marker, markersize=5, capsize=2, label=name)
+    ax.set(xlabel=table.columns.name or "output", xticks=at, xticklabels=table.columns)
+    ax.legend(frameon=False)
     return ax
 
 

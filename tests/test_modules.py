@@ -9,7 +9,7 @@ from scipy import sparse
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.interactions import decompose, interaction_matrix
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.modules import gene_modules, truncation_curve
+from scbmlp.modules import agreement, gene_modules, truncation_curve
 from tests.test_interactions import random_model
 
 
@@ -250,3 +250,24 @@ def test_a_model_without_statistics_asks_for_the_cells(fitted):
     with pytest.raises(ValueError, match="no statistics of its training cells.*saved by scbmlp 0.1.0.*pass dataset="):
         gene_modules(model, "out1")
     gene_modules(model, "out1", 2, dataset=dataset)
+
+
+def test_agreement_is_the_closest_module_of_every_other_fit():
+    rng = np.random.default_rng(0)
+    fits = [pd.DataFrame(rng.normal(size=(20, 2)), columns=["one", "two"]) for _ in range(3)]
+    expected = [
+        np.mean([max(abs(a[m] @ b[n]) / np.sqrt(a[m] @ a[m] * (b[n] @ b[n])) for n in b) for a in fits for b in fits
+                 if a is not b])
+        for m in ("one", "two")
+    ]  # fmt: skip
+    np.testing.assert_allclose(agreement(fits), expected)
+    swapped = -3 * fits[0][["two", "one"]].set_axis(["one", "two"], axis=1)
+    np.testing.assert_allclose(agreement([fits[0], swapped]), 1)
+
+
+def test_agreement_needs_fits_on_the_same_genes():
+    table = pd.DataFrame(np.eye(3), list("abc"), ["one", "two", "three"])
+    with pytest.raises(ValueError, match="fits has 1 table"):
+        agreement([table])
+    with pytest.raises(ValueError, match="different genes"):
+        agreement([table, table.iloc[::-1]])

@@ -21,7 +21,14 @@ EIGENVALUES = pd.Series([2.0, -1.5, 1.0, -0.2])
 LABELS = pd.Series(np.repeat(["Alpha", "Beta"], [40, 60]))
 SCORES = pd.Series(np.random.default_rng(1).normal(size=100) + 2 * (LABELS == "Beta"))
 COLORS = {"Alpha": "#117733", "Beta": "#332288"}
-SHARES = pd.DataFrame({"linear": [0.9, 0.5, 0.99], "quadratic": [0.05, 0.4, 0.001]}, list("abc"))
+SHARES = pd.DataFrame(
+    {"linear": [0.9, 0.5, 0.99], "quadratic": [0.05, 0.4, 0.001], "interaction": [0.01, 0.04, 1e-4]}, list("abc")
+)
+POINTS = np.random.default_rng(2).normal(size=(100, 2))
+SPLITS = {
+    "one": pd.DataFrame([[0.9, 0.5], [0.7, 0.3]], columns=pd.Index(["x", "y"], name="frequency")),
+    "other": pd.DataFrame([[0.2, 0.1], [0.2, 0.3]], columns=pd.Index(["x", "y"], name="frequency")),
+}
 BETWEEN = pd.DataFrame([[0.5, -2.0], [1.0, 0.0], [0.1, 0.2]], list("abc"), list("xy"))
 ENRICHED = pd.DataFrame(
     {
@@ -45,6 +52,8 @@ DRAW = {
     "score_histogram": lambda ax: plotting.score_histogram(SCORES, LABELS, COLORS, ax=ax),
     "enrichment": lambda ax: plotting.enrichment(ENRICHED, ax=ax),
     "shares": lambda ax: plotting.shares(SHARES, ax=ax),
+    "embedding": lambda ax: plotting.embedding(POINTS, LABELS, COLORS, ax=ax),
+    "by_output": lambda ax: plotting.by_output(SPLITS, ax=ax),
     "interactions": lambda ax: plotting.interactions(BETWEEN, ax=ax),
 }
 
@@ -67,6 +76,10 @@ def colors(artists):
     return [to_hex(artist.get_facecolor()) for artist in artists]
 
 
+def colors_of(artist):
+    return {to_hex(color) for color in artist.get_facecolor()}
+
+
 def signed(values):
     return [(plotting.POSITIVE if value > 0 else plotting.NEGATIVE).lower() for value in values]
 
@@ -77,7 +90,7 @@ def test_figure_is_drawn_on_the_given_axes_alone(name, ax):
     style, figures = dict(matplotlib.rcParams), plt.get_fignums()
     assert DRAW[name](ax) is ax
     assert ax.has_data() and not other.has_data()
-    assert ax.get_xlabel() or name == "interactions"
+    assert ax.get_xlabel() or name in ("interactions", "embedding")
     ax.figure.canvas.draw()
     assert dict(matplotlib.rcParams) == style and plt.get_fignums() == figures
 
@@ -107,6 +120,15 @@ def test_learning_curve_has_a_line_a_stage(ax):
 def test_learning_curve_does_without_validation(ax):
     plotting.learning_curve(HISTORY, "accuracy", ax=ax)
     assert [line.get_label() for line in ax.lines] == ["training"] and ax.get_ylabel() == "accuracy"
+
+
+def test_learning_curve_has_the_linear_baseline_beside_the_epochs(ax):
+    start = pd.DataFrame({"train_loss": [2.5], "val_loss": [2.6]}, index=[0])
+    plotting.learning_curve(pd.concat([start, HISTORY[["train_loss", "val_loss"]]]), "loss", ax=ax)
+    named = {line.get_label(): line.get_xydata() for line in ax.lines}
+    np.testing.assert_array_equal(named["validation"], np.c_[[1, 2, 3], [4, 3, 2]])
+    dotted = sorted(line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":")
+    assert dotted == [2.5, 2.6]
 
 
 def test_confusion_annotates_counts_and_shades_shares_of_the_true_class(ax):
@@ -169,10 +191,36 @@ def test_enrichment_keeps_two_rows_of_one_set_apart(ax):
 def test_shares_puts_points_at_the_values_of_the_table(ax):
     plotting.shares(SHARES, ax=ax)
     points = {artist.get_label(): artist for artist in ax.collections}
-    np.testing.assert_allclose(points["linear"].get_offsets(), np.c_[SHARES["linear"], [0, 1, 2]])
-    np.testing.assert_allclose(points["quadratic (interactions)"].get_offsets(), np.c_[SHARES["quadratic"], [0, 1, 2]])
+    for label, column in {"linear": "linear", "quadratic": "quadratic", "interaction, at most": "interaction"}.items():
+        np.testing.assert_allclose(points[label].get_offsets(), np.c_[SHARES[column], [0, 1, 2]])
     assert names(ax.yaxis) == {0: "a", 1: "b", 2: "c"} and ax.get_xscale() == "log"
     assert ax.yaxis_inverted()  # the first output is on top
+
+
+def test_shares_without_interaction_draws_the_rest(ax):
+    plotting.shares(SHARES.assign(interaction=np.nan), ax=ax)
+    assert "interaction, at most" not in {artist.get_label() for artist in ax.collections}
+    line = ax.collections[0].get_segments()[1]  # from the quadratic to the linear share
+    np.testing.assert_allclose(line, [[0.4, 1], [0.5, 1]])
+
+
+def test_embedding_draws_every_cell_in_the_colour_of_its_label(ax):
+    plotting.embedding(POINTS, LABELS, COLORS, ax=ax)
+    for name, color in COLORS.items():
+        cells, entry = (artist for artist in ax.collections if colors_of(artist) == {color})
+        np.testing.assert_allclose(cells.get_offsets(), POINTS[LABELS == name])
+        assert entry.get_label() == name and len(entry.get_offsets()) == 0
+
+
+def test_by_output_draws_mean_and_standard_deviation(ax):
+    plotting.by_output(SPLITS, ax=ax)
+    lines = {container.get_label(): container for container in ax.containers}
+    for name, table in SPLITS.items():
+        line, _, (bars,) = lines[name]
+        np.testing.assert_allclose(line.get_xydata(), np.c_[[0, 1], table.mean()])
+        np.testing.assert_allclose([np.ptp(segment[:, 1]) for segment in bars.get_segments()], 2 * table.std())
+    assert list(names(ax.xaxis).values()) == ["x", "y"] and ax.get_xlabel() == "frequency"
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == set(SPLITS)
 
 
 def test_interactions_are_shaded_around_zero(ax):

@@ -74,7 +74,7 @@ def test_validation_is_never_by_assert():
 
 
 def test_every_equation_of_the_method_is_named_by_a_test():
-    labels = re.findall(r"^\$\$ \((eq-\w+)\)", (ROOT / "method.md").read_text(), flags=re.M)
+    labels = re.findall(r"^\$\$ \((eq-[\w-]+)\)", (ROOT / "method.md").read_text(), flags=re.M)
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert len(labels) >= 8
     assert [label for label in labels if label not in tests] == []
