@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from anndata import AnnData
 from scipy import sparse
 from scipy.linalg import solve
 from scipy.special import softmax
@@ -36,21 +38,33 @@ class LinearModel:
     penalty
         Penalty that validation cells chose, for each output of a regression (out) and for all classes alike: the
         weight of the squared weights beside the sum over the training cells of squared error, or of log-loss.
+    gene_names
+        Names of the features, where they are genes: AnnData and datasets are matched by name.
     """
 
     weight: np.ndarray
     constant: np.ndarray
     penalty: np.ndarray
+    gene_names: pd.Index | None = None
 
-    def outputs(self, x: ExpressionDataset | Any) -> np.ndarray:
+    def outputs(self, x: AnnData | ExpressionDataset | Any) -> np.ndarray:
         """Return the outputs of cells (cell x out): predictions, or the logits of classes.
 
         Parameters
         ----------
         x
-            A dataset or a matrix with the features in order (cell x gene).
+            AnnData or a dataset, whose genes are matched by name, or a matrix with the features in order
+            (cell x gene).
+
+        Raises
+        ------
+        KeyError
+            AnnData or a dataset lacks some of the genes.
+        ValueError
+            The number of features is another.
         """
-        return np.asarray(getattr(x, "x", x) @ self.weight.T) + self.constant
+        names = pd.RangeIndex(self.weight.shape[1]) if self.gene_names is None else self.gene_names
+        return np.asarray(match_genes(x, names) @ self.weight.T) + self.constant
 
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of classes, or R2 averaged over targets.
@@ -83,6 +97,10 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     ValueError
         There is one class, or a target is constant.
     """
+    return replace(_linear(train, val, exact), gene_names=train.gene_names)
+
+
+def _linear(train: ExpressionDataset, val: ExpressionDataset, exact: bool) -> LinearModel:
     x, x_val = train.x, match_genes(val, train.gene_names)
     y, y_val = train.y.numpy(), val.y.numpy()
     if exact:

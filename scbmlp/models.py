@@ -392,8 +392,8 @@ class _BilinearMLP(nn.Module):
 
         Returns
         -------
-        The model, in evaluation mode, with the names of its genes and outputs. A file of version 0.1.0 has no
-        ``statistics``: pass ``dataset=`` where modules are read.
+        The model, in evaluation mode, with the names of its genes and outputs. A file of an earlier version
+        has no ``statistics``: pass ``dataset=`` where modules are read.
 
         Raises
         ------
@@ -413,7 +413,7 @@ class _BilinearMLP(nn.Module):
             if stored[name] != list(range(len(stored[name]))):
                 setattr(model, name, pd.Index(stored[name]))
         model._rows = stored["history"]
-        # Files of version 0.1.0 end here.
+        # Files of earlier versions end here.
         model._baseline, model.best_epoch = stored.get("baseline"), stored.get("best_epoch")
         if stored.get("statistics"):
             model.statistics = Statistics(*(part.numpy() for part in stored["statistics"]))

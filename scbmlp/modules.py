@@ -184,8 +184,8 @@ def gene_modules(
     known = model.statistics if dataset is None else statistics(model, dataset)
     if known is None:
         raise ValueError(
-            "the model has no statistics of its training cells, since it was not fitted or was saved by scbmlp 0.1.0; "
-            "pass dataset= with the training cells."
+            "the model has no statistics of its training cells, since it was not fitted or was saved by an earlier "
+            "version of scbmlp; pass dataset= with the training cells."
         )
     genes, matrix = model.gene_names, interaction_matrix(model, output)
     unit = np.ones(len(genes)) if metric == "identity" else known.sd

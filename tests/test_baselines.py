@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from scipy import sparse
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -136,3 +137,19 @@ def test_logistic_regression_on_axes_of_additive_features_sees_curves():
     linear = linear_baseline(*(ExpressionDataset(x[i], y[i], pd.RangeIndex(4), pd.Index(["a", "b"]))
                                for i in (slice(300), slice(300, 350))))  # fmt: skip
     assert accuracy_score(y[350:], linear.outputs(x[350:]).argmax(axis=1)) < 0.75
+
+
+def test_genes_are_matched_by_name():
+    train, val = cells(60, 20)
+    names = pd.Index([f"gene {i}" for i in range(20)])
+    train, val = (ExpressionDataset(part.x, part.y, names, part.output_names) for part in (train, val))
+    model, order = linear_baseline(train, val), np.random.default_rng(0).permutation(20)
+    expected = model.outputs(val.x)
+    np.testing.assert_allclose(expected, val.x.toarray() @ model.weight.T + model.constant, rtol=1e-5)
+    turned = ExpressionDataset(val.x[:, order], val.y, names[order], val.output_names)
+    for same in (turned, AnnData(turned.x, var=pd.DataFrame(index=turned.gene_names))):
+        np.testing.assert_allclose(model.outputs(same), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(KeyError, match="lacks 1 of the 20 genes"):
+        model.outputs(ExpressionDataset(val.x[:, 1:], val.y, names[1:], val.output_names))
+    with pytest.raises(ValueError, match="19.* 20 genes"):
+        model.outputs(val.x[:, 1:])

@@ -453,7 +453,7 @@ def test_statistics_are_those_of_the_training_cells(sets, tmp_path):
         statistics(model, toy())
 
 
-def test_a_model_of_version_0_1_0_is_read_without_statistics(tmp_path):
+def test_a_model_of_an_earlier_version_is_read_without_statistics(tmp_path):
     model = fitted_to_toy()
     model.save(tmp_path / "model.pt")
     stored = torch.load(tmp_path / "model.pt", weights_only=True)
