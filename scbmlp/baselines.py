@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
 
-MOST = 6000  # cells, where features are more than that too: an eigendecomposition of this size takes half a minute
+MOST = 3000  # cells, where features are more than that too: eigenvectors take seconds, and grow with the cube
 # Penalties, in units of the mean eigenvalue of the cells' scatter.
 RIDGE, QUICK_RIDGE = np.logspace(-8, 3, 23), np.logspace(-1.5, 1, 5)
 LOGISTIC, QUICK_LOGISTIC = np.logspace(-2.5, 0.5, 7), np.logspace(-2, 0, 3)
