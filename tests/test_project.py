@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = ["simulate", "sources", "datasets", "targets", "models", "interactions", "modules", "enrichment", "plotting"]
 PUBLIC = {
-    "sources": ["pancreas", "sciplex3", "data_card"],
+    "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "targets": ["laplacian_frequencies", "perturbation_response"],
