@@ -218,7 +218,7 @@ def glioblastoma() -> AnnData:
     condition = _labels(adata, "condition", "perturbation").replace("control", "ctrl")
     patient = _labels(adata, "patient_id", "sample").str.split("-").str[0]  # a sample may be named patient-slice
     keep = condition.isin(["ctrl", "panobinostat"])
-    keep &= condition[keep].groupby(patient).nunique().eq(2).reindex(patient).to_numpy(bool)
+    keep &= condition[keep].groupby(patient).nunique().eq(2).reindex(patient, fill_value=False).to_numpy()
     return _part(adata, keep, condition=condition, patient_id=patient)
 
 
@@ -227,7 +227,7 @@ def _labels(adata: AnnData, *columns: str) -> pd.Series:
     for column in columns:
         if column in adata.obs:
             return adata.obs[column].astype(object).reset_index(drop=True)
-    file = adata.uns["scbmlp_source"]["file"]
+    file = f"{adata.uns['scbmlp_source']['name']}.h5ad"
     raise KeyError(f"{file} has no {' or '.join(columns)} in obs, only {', '.join(adata.obs)}; rename its columns.")
 
 
