@@ -222,7 +222,7 @@ def sciplex3(
     of the cells have few counts, and ``perturbation`` has categories without a cell.
 
     Simpler than the screen: every compound and dose has about as many cells, half of them MCF7; 8% of the cells are
-    vehicle, where it has 2 wells in 96, so that every plate has enough; there is no 72-hour arm.
+    vehicle, where it has 2 wells in 96, so that every plate has enough; there is neither well nor 72-hour arm.
 
     Parameters
     ----------
@@ -254,9 +254,8 @@ def sciplex3(
     names = dict(zip(compounds["plain"], compounds.index, strict=True))
     if unknown := sorted({name for pair in combinations for name in pair} - names.keys()):
         raise ValueError(f"combinations has {unknown}, which are no compounds; pass pairs of {', '.join(names)}.")
-    treatments = [(name,) for name in compounds.index] + [
-        tuple(names[plain] for plain in pair) for pair in combinations
-    ]
+    treatments = [(name,) for name in compounds.index]
+    treatments += [tuple(names[plain] for plain in pair) for pair in combinations]
     treatment = rng.integers(len(treatments), size=n_cells)
     first = compounds.loc[[taken[0] for taken in treatments]]
     # The first 8% in a random order are vehicle; going round spreads them over the plates, twice over those of MCF7.
@@ -300,8 +299,8 @@ def sciplex3(
         return np.array(["+".join(column[list(taken)]) for taken in treatments])
 
     codes = np.where(vehicle, len(treatments), treatment)
-    given_names = [*label(compounds.index.to_series()), "control", "Vehicle"]
-    adata.obs["perturbation"] = pd.Categorical.from_codes(codes, given_names)
+    labels = [*label(compounds.index.to_series()), "control", "Vehicle"]
+    adata.obs["perturbation"] = pd.Categorical.from_codes(codes, labels)
     adata.obs["dose_value"] = np.where(vehicle & (replicate == 1), np.nan, dose)
     adata.obs["dose_unit"] = pd.Categorical(["nM"] * n_cells)
     adata.obs["cell_line"] = pd.Categorical(line)
