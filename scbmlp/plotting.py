@@ -12,6 +12,8 @@ from matplotlib.axes import Axes
 
 # Paul Tol's "muted" scheme :cite:p:`tol2021`: its nine hues stay apart under every common colour blindness.
 MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#DDCC77", "#882255", "#AA4499", "#999933")
+# What the figures of the book have in common, for plt.rcParams.update.
+STYLE = {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 POSITIVE, NEGATIVE, NEUTRAL = "#CC6677", "#332288", "#888888"
 
 
