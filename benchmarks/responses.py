@@ -37,7 +37,9 @@ def main():
     strata = ["cell_line", "plate", "replicate"]
     perturbation_response(adata, "perturbation", "control", 15, strata=strata)
     lap("responses")
-    dose_coordinates(adata, "target", "dose_value", "Vehicle")
+    mechanism = dict(zip(truth["compounds"]["name"], truth["compounds"]["mechanism"], strict=True))
+    adata.obs["mechanism"] = [mechanism.get(name, "vehicle") for name in adata.obs["perturbation"]]
+    dose_coordinates(adata, "mechanism", "dose_value", "vehicle")
     train, validation, test = get_regression_datasets(adata, "X_pert")
     model = ScBMLPRegressor(Config(5000, 64, 15, n_epochs=20, batch_size=128, dropout_rate=0.2, weight_decay=3e-3))
     model.fit(train, validation, enable_progress_bar=False)
@@ -50,9 +52,9 @@ def main():
     doses = adata.obsm["X_dose"].iloc[train.indices]
     directions = LinearRegression().fit(doses.to_numpy(), train.y.numpy()).coef_.T
     modules = {
-        target: gene_modules(model, dict(zip(model.output_names, mix, strict=True)), 2, "covariance", dataset=train)
-        for target, mix in zip(doses.columns, directions / np.linalg.norm(directions, axis=1)[:, None], strict=True)
-        if target in truth["responding_lines"]
+        name: gene_modules(model, dict(zip(model.output_names, mix, strict=True)), 2, "covariance", dataset=train)
+        for name, mix in zip(doses.columns, directions / np.linalg.norm(directions, axis=1)[:, None], strict=True)
+        if name in truth["responding_lines"]
     }
     lap(f"modules of {len(modules)} directions")
     enriched = enrich(modules, truth["programs"])

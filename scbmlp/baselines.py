@@ -19,7 +19,8 @@ from threadpoolctl import threadpool_limits
 
 from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
 
-MOST = 6000  # cells, where features are more than that too: an eigendecomposition of this size takes half a minute
+MOST = 8000  # cells, where features are more than that too
+LARGE = 3000  # cells and features from which on a Cholesky decomposition a penalty is quicker than all eigenvectors
 # Penalties, in units of the mean eigenvalue of the cells' scatter.
 RIDGE, QUICK_RIDGE = np.logspace(-8, 3, 23), np.logspace(-1.5, 1, 5)
 LOGISTIC, QUICK_LOGISTIC = np.logspace(-2.5, 0.5, 7), np.logspace(-2, 0, 3)
@@ -103,24 +104,12 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
 def _linear(train: ExpressionDataset, val: ExpressionDataset, exact: bool) -> LinearModel:
     x, x_val = train.x, match_genes(val, train.gene_names)
     y, y_val = train.y.numpy(), val.y.numpy()
-    if exact:
-        axes = Axes(x)
-        at_val = axes.project(x_val)
-        return (
-            ridge(axes, y, at_val, y_val) if y.ndim == 2 else logistic(axes, y, at_val, y_val, len(train.output_names))
-        )
     if y.ndim == 2:
-        return _quick_ridge(Axes(x), y, x_val, y_val)
-    # As many dense cells as 400 MB hold.
-    rows, rows_val = (_some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
-    dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
-    mean = dense.mean(axis=0)
-    dense, dense_val = dense - mean, dense_val - mean
-    unit = np.square(dense, dtype=np.float64).sum() / min(dense.shape)
-    weights, constant, penalty = _logistic(
-        dense, y[rows], dense_val, y_val[rows_val], len(train.output_names), unit * QUICK_LOGISTIC, 1e-3
-    )
-    return LinearModel(weights.T, constant - weights.T @ mean, penalty)
+        return ridge(Axes(x), y, x_val, y_val, exact=exact)
+    n_classes = len(train.output_names)
+    if exact:
+        return logistic(Axes(x), y, x_val, y_val, n_classes)
+    return _quick_logistic(x, y, x_val, y_val, n_classes)
 
 
 def additive_features(x: Any) -> Any:
@@ -146,7 +135,7 @@ class Axes:
     """Principal axes of training cells, on which any penalty of a linear model is cheap.
 
     They are eigenvectors of the products of cells or of features, whichever are fewer. If both are more than ``MOST``,
-    that many cells are drawn.
+    that many cells are drawn. ``large`` says that eigenvectors would take long: then a few penalties are tried without.
 
     Parameters
     ----------
@@ -160,6 +149,8 @@ class Axes:
         self.mean = np.asarray(self.x.mean(axis=0), dtype=np.float64).ravel()
         self.dual = self.x.shape[0] <= self.x.shape[1]
         self.products = _between_cells(self.x, self.x, self.mean) if self.dual else _scatter(self.x, self.mean)
+        self.large = len(self.products) > LARGE
+        self._projected: tuple[Any, np.ndarray] | None = None
         self.unit = np.trace(self.products) / len(self.products)  # the mean eigenvalue, in which penalties are told
 
     @cached_property
@@ -182,8 +173,11 @@ class Axes:
 
     def project(self, x: Any) -> np.ndarray:
         """Return the scores of cells (cell x comp)."""
-        turn = self._eigen[1]
-        return _between_cells(x, self.x, self.mean) @ turn if self.dual else x @ turn - self.mean @ turn
+        if self._projected is None or self._projected[0] is not x:  # the same cells come for several targets
+            turn = self._eigen[1]
+            scores = _between_cells(x, self.x, self.mean) @ turn if self.dual else x @ turn - self.mean @ turn
+            self._projected = x, scores
+        return self._projected[1]
 
     def model(self, coefficients: np.ndarray, constant: np.ndarray, penalty: np.ndarray) -> LinearModel:
         """Return the model of the features that has these coefficients of the scores (comp x out)."""
@@ -195,7 +189,7 @@ class Axes:
         return LinearModel(weight.T, constant - weight.T @ self.mean, penalty)
 
 
-def ridge(axes: Axes, y: np.ndarray, scores_val: np.ndarray, y_val: np.ndarray) -> LinearModel:
+def ridge(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, *, exact: bool = True) -> LinearModel:
     """Fit ridge regression with the penalty of each target (cell x out) that does best on validation cells.
 
     Parameters
@@ -204,8 +198,10 @@ def ridge(axes: Axes, y: np.ndarray, scores_val: np.ndarray, y_val: np.ndarray) 
         Axes of the training cells.
     y
         Targets of the training cells (cell x out).
-    scores_val, y_val
-        Scores (cell x comp) and targets (cell x out) of the validation cells.
+    x_val, y_val
+        Features (cell x gene) and targets (cell x out) of the validation cells.
+    exact
+        Whether to try a fine grid, where `axes` are not large; else a coarse one.
 
     Raises
     ------
@@ -213,27 +209,23 @@ def ridge(axes: Axes, y: np.ndarray, scores_val: np.ndarray, y_val: np.ndarray) 
         A target is constant.
     """
     mean, centred = _centred(axes, y)
-    products = axes.scores.T @ centred
+    exact = exact and not axes.large
+    if exact:
+        products, at_val = axes.scores.T @ centred, axes.project(x_val)
+    else:
+        right = centred if axes.dual else axes.x.T @ centred
 
     def fit(penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        found = products / (axes.strength + penalty)[:, None]
-        return found, scores_val @ found + mean
-
-    return axes.model(*_best(fit, axes.unit * RIDGE, mean, y_val))
-
-
-def _quick_ridge(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray) -> LinearModel:
-    """Do as :func:`ridge` for a few penalties without the axes: a Cholesky decomposition each."""
-    mean, centred = _centred(axes, y)
-    right = centred if axes.dual else axes.x.T @ centred
-
-    def fit(penalty: float) -> tuple[np.ndarray, np.ndarray]:
+        if exact:
+            found = products / (axes.strength + penalty)[:, None]
+            return found, at_val @ found + mean
         system = axes.products.copy()
         system[np.diag_indices_from(system)] += penalty
         found = solve(system, right, assume_a="pos", overwrite_a=True)
         return found, axes.unturned(found, mean, penalty).outputs(x_val)
 
-    return axes.unturned(*_best(fit, axes.unit * QUICK_RIDGE, mean, y_val))
+    best = _best(fit, axes.unit * (RIDGE if exact else QUICK_RIDGE), mean, y_val)
+    return axes.model(*best) if exact else axes.unturned(*best)
 
 
 def _centred(axes: Axes, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -261,17 +253,17 @@ def _best(
     return best, mean, chosen
 
 
-def logistic(axes: Axes, y: np.ndarray, scores_val: np.ndarray, y_val: np.ndarray, n_classes: int) -> LinearModel:
+def logistic(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:
     """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
 
     Parameters
     ----------
     axes
-        Axes of the training cells.
+        Axes of the training cells; on them the optimum is what it is on the features.
     y
         Class codes of the training cells (cell).
-    scores_val, y_val
-        Scores (cell x comp) and class codes (cell) of the validation cells.
+    x_val, y_val
+        Features (cell x gene) and class codes (cell) of the validation cells.
     n_classes
         Number of classes, those without a training cell included.
 
@@ -280,7 +272,23 @@ def logistic(axes: Axes, y: np.ndarray, scores_val: np.ndarray, y_val: np.ndarra
     ValueError
         There are cells of one class alone.
     """
-    return axes.model(*_logistic(axes.scores, y[axes.rows], scores_val, y_val, n_classes, axes.unit * LOGISTIC, 5e-4))
+    y = y[axes.rows]
+    if axes.large:
+        return _quick_logistic(axes.x, y, x_val, y_val, n_classes)
+    return axes.model(*_logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * LOGISTIC, 5e-4))
+
+
+def _quick_logistic(x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:
+    """Do as :func:`logistic` for a few penalties on the features themselves, of as many cells as 400 MB hold."""
+    rows, rows_val = (_some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
+    dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
+    mean = dense.mean(axis=0)
+    dense, dense_val = dense - mean, dense_val - mean
+    unit = np.square(dense, dtype=np.float64).sum() / min(dense.shape)
+    weights, constant, penalty = _logistic(
+        dense, y[rows], dense_val, y_val[rows_val], n_classes, unit * QUICK_LOGISTIC, 1e-3
+    )
+    return LinearModel(weights.T, constant - weights.T @ mean, penalty)
 
 
 def _logistic(

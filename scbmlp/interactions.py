@@ -18,7 +18,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
-from scbmlp.baselines import MOST, Axes, additive_features, logistic, ridge
+from scbmlp.baselines import LARGE, Axes, additive_features, logistic, ridge
 from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
@@ -173,7 +173,7 @@ class InteractionMatrix(LinearOperator):
             Cells to measure strength on, in units of the output: 2 |Q_ij| times the standard deviation of what is left
             of d_i d_j, d = x - mean, once the functions of either gene alone are taken off it (1, x, x^2 and
             1[x > 0], by least squares). Barely expressed genes and curves of single genes then do not lead. At most
-            6,000 of the cells are used. For matrices in log-expression, as a model gives them, not for scaled ones.
+            3,000 of the cells are used. For matrices in log-expression, as a model gives them, not for scaled ones.
             If None, pairs are ordered by the entry of Q.
         block
             Genes whose interactions with all others are in memory at a time.
@@ -193,8 +193,8 @@ class InteractionMatrix(LinearOperator):
             names = self.gene_names.to_numpy()
             return pd.DataFrame({"gene_a": names[i], "gene_b": names[j], "interaction": values})
         x = match_genes(dataset, self.gene_names)
-        if x.shape[0] > MOST:
-            x = x[np.sort(np.random.default_rng(0).choice(x.shape[0], MOST, replace=False))]
+        if x.shape[0] > LARGE:
+            x = x[np.sort(np.random.default_rng(0).choice(x.shape[0], LARGE, replace=False))]
         x = dense_tensor(x).numpy()
         d = x - x.mean(axis=0)
         # Taking more off a product than its mean only lowers its deviation: candidates come by that bound, until the
@@ -635,7 +635,6 @@ def _additive(
         additive_features(match_genes(cells, model.gene_names)) for cells in (train, validation, x)
     )
     axes, directions = Axes(features), np.stack([direction(model, name) for name in model.output_names])
-    at_val = axes.project(watched)
     result = {name: np.full(len(directions), np.nan) for name in ("interaction", "interaction_curved")}
     # Around any cell the linear part and the Q_ii d_i^2 are additive as they are; only the pairs need a predictor.
     # Around the training mean, so that the answer does not depend on a reference.
@@ -643,7 +642,7 @@ def _additive(
     of_pairs, whole = zip(*(_pairs(model, cells, mean, directions) for cells in (train, validation, x)), strict=True)
     total = whole[2].var(axis=0)
     if len(varied := np.flatnonzero((np.ptp(of_pairs[0], axis=0) > 0) & (total > 0))):
-        predictor = ridge(axes, of_pairs[0][:, varied], at_val, of_pairs[1][:, varied])
+        predictor = ridge(axes, of_pairs[0][:, varied], watched, of_pairs[1][:, varied])
         left = [
             part[:, varied] - predictor.outputs(at) for part, at in zip(of_pairs[1:], (watched, tested), strict=True)
         ]
@@ -655,9 +654,9 @@ def _additive(
         result[name][(np.ptp(of_pairs[0], axis=0) == 0) & (total > 0)] = 0.0
     y, y_seen = train.y.numpy(), validation.y.numpy()
     if y.ndim == 1:
-        additive = logistic(axes, y, at_val, y_seen, len(directions))
+        additive = logistic(axes, y, watched, y_seen, len(directions))
     else:
-        additive = ridge(axes, y, at_val, y_seen)
+        additive = ridge(axes, y, watched, y_seen)
     result["additive"] = additive.outputs(tested)
     result["curved"] = _through_curves(model.outputs(validation).astype(np.float64), y_seen, outputs)
     result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"])

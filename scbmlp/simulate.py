@@ -6,6 +6,7 @@ Nothing here is a measurement: ``uns["scbmlp_source"]`` of every AnnData says so
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -50,43 +51,39 @@ HUMAN_PROGRAMS = {
     "line_K562": "HBG1 HBZ HBG2 GYPA ALAS2 GATA1 LMO2 BLVRB TFR2",
     "line_MCF7": "TFF1 KRT19 GREB1 PGR ESR1 GATA3 TFF3 XBP1 AREG",
 }
-LINES = ("A549", "K562", "MCF7", "MCF7")  # half of the cells are MCF7
-DOSES = np.array([10.0, 100.0, 1000.0, 10000.0])  # nM
-N_PLATES = 8
-# Target -> pathway, what full effect does to each program (+ raises, - silences), the lines that respond, and each
-# compound's EC50 in nM (invented, in the order of known potencies). Names as in the catalogue; others are inert.
+# The screen's 24-hour arm: 48 plates, each of one line and replicate, 8 of each; 1 to 24 are the first replicate.
+PLATE_LINES = ("K562", "A549", "MCF7")
+N_PLATES = 48
+# Two plates in a row, four times in each line and replicate, share 47 compounds. Which of the two has a compound's four
+# doses, lowest first, in either replicate:
+DOSE_PLATES = np.array([[1, 1, 0, 0], [1, 0, 0, 1]])
+N_COMPOUNDS = 188
+# Mechanism -> the lines that respond, what full effect does to each program (+ raises, - silences), and each compound's
+# EC50 in nM (invented, in the order of known potencies). The screen's other compounds are inert, siblings too.
 MECHANISMS = {
-    "HDAC": ("Epigenetic regulation", {"hdac_response": 1, "acetyl_coa": 0.7, "sterol_synthesis": 0.8,
-                                       "growth_arrest": 0.8, "cell_cycle": -0.9}, "A549 K562 MCF7",
+    "HDAC": ("A549 K562 MCF7",
+             {"hdac_response": 1, "acetyl_coa": 0.7, "sterol_synthesis": 0.8, "growth_arrest": 0.8, "cell_cycle": -0.9},
              {"Quisinostat (JNJ-26481585) 2HCl": 10, "CUDC-907": 50, "Trichostatin A (TSA)": 60,
               "Panobinostat (LBH589)": 90, "Dacinostat (LAQ824)": 150, "Abexinostat (PCI-24781)": 210, "CUDC-101": 300,
               "Givinostat (ITF2357)": 500, "Belinostat (PXD101)": 800, "AR-42": 900, "Resminostat": 1300,
               "Pracinostat (SB939)": 1500, "M344": 3000, "Mocetinostat (MGCD0103)": 4500, "Entinostat (MS-275)": 6000,
               "Tacedinaline (CI994)": 20000}),
-    "Aurora Kinase": ("Cell cycle regulation", {"growth_arrest": 1, "p53_response": 0.7, "cell_cycle": -0.7},
-                      "A549 K562 MCF7", {"Hesperadin": 100, "Barasertib": 150, "Alisertib": 250,
-                                         "Danusertib (PHA-739358)": 300, "Tozasertib": 600}),
-    "PLK": ("Cell cycle regulation", {"growth_arrest": 0.5, "cell_cycle": 0.8}, "A549 K562 MCF7",
-            {"BI 2536": 40, "Volasertib": 60}),  # cells pile up in mitosis
-    "CDK": ("Cell cycle regulation", {"growth_arrest": 0.7, "cell_cycle": -1}, "A549 K562 MCF7",
-            {"Flavopiridol HCl": 150, "SNS-032": 400}),
-    "MDM2": ("Apoptotic regulation", {"p53_response": 1, "growth_arrest": 0.9, "cell_cycle": -0.6}, "A549 MCF7",
-             {"Idasanutlin": 60, "Nutlin-3": 1500}),
-    "mTOR": ("Metabolic regulation", {"mtor_output": -0.9, "sterol_synthesis": -0.8, "cell_cycle": -0.6},
-             "A549 K562 MCF7", {"Temsirolimus": 15, "AZD8055": 60}),
-    "HSP90": ("Protein folding & Protein degradation", {"heat_shock": 1, "mapk_output": -0.5}, "A549 K562 MCF7",
-              {"Luminespib": 30, "Alvespimycin (17-DMAG) HCl": 200, "Tanespimycin (17-AAG)": 400}),
-    "MEK": ("Tyrosine kinase signaling", {"mapk_output": -1, "cell_cycle": -0.4}, "A549 K562",
-            {"Trametinib (GSK1120212)": 20}),
-    "Glucocorticoid Receptor": ("Nuclear receptor signaling", {"glucocorticoid": 1, "growth_arrest": 0.7}, "A549",
-                                {"Triamcinolone Acetonide": 15}),
+    "Aurora Kinase": ("A549 K562 MCF7", {"growth_arrest": 1, "p53_response": 0.7, "cell_cycle": -0.7},
+                      {"Hesperadin": 100, "Barasertib (AZD1152-HQPA)": 150, "Alisertib (MLN8237)": 250,
+                       "Danusertib (PHA-739358)": 300, "Tozasertib (VX-680, MK-0457)": 600}),
+    "PLK": ("A549 K562 MCF7", {"growth_arrest": 0.5, "cell_cycle": 0.8},  # cells pile up in mitosis
+            {"Rigosertib (ON-01910)": 40}),
+    "CDK": ("A549 K562 MCF7", {"growth_arrest": 0.7, "cell_cycle": -1}, {"Flavopiridol HCl": 150, "BMS-265246": 400}),
+    "MDM2": ("A549 MCF7", {"p53_response": 1, "growth_arrest": 0.9, "cell_cycle": -0.6},
+             {"JNJ-26854165 (Serdemetan)": 60}),
+    "mTOR": ("A549 K562 MCF7", {"mtor_output": -0.9, "sterol_synthesis": -0.8, "cell_cycle": -0.6},
+             {"Temsirolimus (CCI-779, NSC 683864)": 15}),
+    "HSP90": ("A549 K562 MCF7", {"heat_shock": 1, "mapk_output": -0.5},
+              {"Luminespib (AUY-922, NVP-AUY922)": 30, "Alvespimycin (17-DMAG) HCl": 200,
+               "Tanespimycin (17-AAG)": 400}),
+    "MEK": ("A549 K562", {"mapk_output": -1, "cell_cycle": -0.4}, {"Trametinib (GSK1120212)": 20}),
+    "Glucocorticoid Receptor": ("A549", {"glucocorticoid": 1, "growth_arrest": 0.7}, {"Triamcinolone Acetonide": 15}),
 }  # fmt: skip
-INERT = {
-    "JAK": ("JAK/STAT signaling", "Ruxolitinib Tofacitinib Baricitinib Filgotinib Momelotinib AZD1480 Decernotinib"),
-    "PARP": ("DNA damage & DNA repair", "Olaparib Veliparib Rucaparib"),
-    "Sirtuin": ("Epigenetic regulation", "Resveratrol Sirtinol Selisistat"),
-}
-N_COMPOUNDS = 188
 
 
 def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnData:
@@ -214,13 +211,18 @@ def planted_interactions(
 def sciplex3(
     seed: int = 0, n_cells: int = 5000, n_genes: int = 2000, combinations: Sequence[tuple[str, str]] = ()
 ) -> AnnData:
-    """Simulate a chemical screen with the design of sci-Plex3: 3 lines, 188 compounds, 4 doses, 2 replicates, vehicle.
+    """Simulate a chemical screen with the design of sci-Plex3 :cite:p:`srivatsan2020`: 3 lines, 188 compounds, vehicle.
 
-    Every compound has a mechanism; active ones change that mechanism's programs along a Hill curve of the dose, with
-    a potency of their own, in the lines that respond to it. Most do nothing. Each is on one of eight plates, which
-    differ in depth and have vehicle in both replicates. One set of target genes rises only where the response to HDAC
-    inhibitors meets a background program, another only where it meets K562's own. As in the real file, vehicle's dose
-    is 0 or missing, 4% of the cells have few counts, and ``perturbation`` has categories without a cell.
+    Facts of the real screen are the compounds' names, targets and pathways, the four doses, and which of the 48 plates
+    of the 24-hour arm have a compound at a dose: every plate is of one line and one replicate, and two plates share 47
+    compounds. Everything else is invented. A few compounds have a mechanism, and change its programs along a Hill curve
+    of the dose, with a potency of their own, in the lines that respond to it; all others do nothing, whatever their
+    target. Plates differ in depth. One set of target genes rises only where the response to HDAC inhibitors meets a
+    background program, another only where it meets K562's own. As in the real file, vehicle's dose is 0 or missing, 4%
+    of the cells have few counts, and ``perturbation`` has categories without a cell.
+
+    Simpler than the screen: every compound and dose has about as many cells, half of them MCF7; 8% of the cells are
+    vehicle, where it has 2 wells in 96, so that every plate has enough; there is neither well nor 72-hour arm.
 
     Parameters
     ----------
@@ -229,47 +231,55 @@ def sciplex3(
     n_cells, n_genes
         Number of cells, each of a condition drawn at random; of genes: about 140 real symbols, and ``Sim0001`` etc.
     combinations
-        Pairs of compounds, by ``plain`` name, that act together in as many cells as one compound; called ``A+B``.
+        Pairs of compounds, by ``plain`` name, that act together in as many cells as one compound, on the plates of the
+        first; called ``A+B``. Some compounds have a ``+`` in their own name.
 
     Returns
     -------
     Negative-binomial counts (cell x gene, sparse) with ``perturbation`` (vehicle is ``control``), ``dose_value``,
-    ``dose_unit``, ``cell_line``, ``pathway``, ``target``, ``replicate``, ``plate`` and ``ncounts`` in ``obs``.
-    ``uns["truth"]`` has ``programs``, ``interactions``, ``activities``, ``program_names`` and ``cells`` as in
-    :func:`pancreas`, ``compounds`` (arrays ``name``, ``plain`` name, ``mechanism``, ``pathway``, ``active``, ``ec50``
-    in nM, infinite for an inert one), ``responding_lines`` (mechanism: cell lines), ``plate_depth`` (plate x
-    replicate) and ``low_count`` (cell).
+    ``dose_unit``, ``cell_line``, ``pathway``, ``target``, ``replicate``, ``plate`` (``plate1`` to ``plate48``) and
+    ``ncounts`` in ``obs``. ``uns["truth"]`` has ``programs``, ``interactions``, ``activities``, ``program_names`` and
+    ``cells`` as in :func:`pancreas`, ``compounds`` (arrays ``name``, ``plain`` name, ``target``, ``pathway``,
+    ``mechanism`` or ``none``, ``active``, ``ec50`` in nM, infinite for an inert one), ``responding_lines`` (mechanism:
+    cell lines), ``plate_depth`` (of the plates in ``plates``) and ``low_count`` (cell).
 
     Raises
     ------
     ValueError
         `n_cells` is too small for vehicle on every plate, `n_genes` for every marker, or a compound is unknown.
     """
-    _check_at_least("n_cells", n_cells, 200, "are needed for vehicle cells on every plate")
+    _check_at_least("n_cells", n_cells, 600, "are needed for vehicle cells on every plate")
     rng = np.random.default_rng(seed)
     compounds = _compounds()
     names = dict(zip(compounds["plain"], compounds.index, strict=True))
     if unknown := sorted({name for pair in combinations for name in pair} - names.keys()):
         raise ValueError(f"combinations has {unknown}, which are no compounds; pass pairs of {', '.join(names)}.")
-    treatments = [*compounds.index, *("+".join(names[plain] for plain in pair) for pair in combinations)]
+    treatments = [(name,) for name in compounds.index]
+    treatments += [tuple(names[plain] for plain in pair) for pair in combinations]
     treatment = rng.integers(len(treatments), size=n_cells)
-    # The first 8% in a random order are vehicle; going round spreads them over replicates, plates and lines.
+    first = compounds.loc[[taken[0] for taken in treatments]]
+    # The first 8% in a random order are vehicle; going round spreads them over the plates, twice over those of MCF7.
     order = rng.permutation(n_cells)
     vehicle = order < 0.08 * n_cells
-    replicate, well = order % 2, order // 2 % N_PLATES
-    line = np.take(LINES, (order + order // (2 * N_PLATES)) % len(LINES))
-    plate = np.where(vehicle, well, (rng.permutation(len(treatments)) % N_PLATES)[treatment])
-    dose = np.where(vehicle, 0, rng.choice(DOSES, n_cells))
+    line_of_plate = np.take(PLATE_LINES, np.arange(N_PLATES) % 24 // 8)
+    turns = np.concatenate([np.arange(N_PLATES), np.flatnonzero(line_of_plate == "MCF7")])
+    plate = turns[order % len(turns)]
+    replicate, line = plate // 24, line_of_plate[plate]
+    step = rng.integers(4, size=n_cells)  # of the four doses
+    pair = first["plate_pair"].to_numpy()[treatment] - 1
+    plate = np.where(vehicle, plate, plate // 8 * 8 + 2 * pair + DOSE_PLATES[replicate, step])
+    doses = np.stack(first["doses_nM"].str.split()).astype(float)
+    dose = np.where(vehicle, 0, doses[treatment, step])
 
     activities = {name: np.zeros(n_cells) for name in HUMAN_PROGRAMS}
     # Untreated cells are anywhere in the cell cycle, signal, and live.
     activities["cell_cycle"] = rng.beta(1, 1.5, n_cells)
     activities |= {name: rng.uniform(0.5, 0.8, n_cells) for name in ("mapk_output", "mtor_output")}
     activities |= {"acetyl_coa": rng.uniform(0.1, 0.4, n_cells), "sterol_synthesis": rng.uniform(0.3, 0.5, n_cells)}
-    activities |= {f"line_{name}": (line == name).astype(float) for name in LINES}
-    for _, changes, responding, potencies in MECHANISMS.values():
+    activities |= {f"line_{name}": (line == name).astype(float) for name in sorted(PLATE_LINES)}
+    for responding, changes, potencies in MECHANISMS.values():
         for name, ec50 in potencies.items():
-            given = np.array([name in taken.split("+") for taken in treatments])[treatment]
+            given = np.array([name in taken for taken in treatments])[treatment]
             given = np.flatnonzero(given & np.isin(line, responding.split()))
             # Hill curve of the dose, weaker or stronger from cell to cell.
             effect = dose[given] / (dose[given] + ec50) * rng.uniform(0.6, 1, len(given))
@@ -280,25 +290,31 @@ def sciplex3(
     activities["p53_response"][line == "K562"] = 0  # K562 has lost p53
     activities |= {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 3)}
     pairs = {f"hdac_response x {other}": ("hdac_response", other) for other in ("background_1", "line_K562")}
-    plate_depth = rng.lognormal(0, 0.15, (N_PLATES, 2))
+    plate_depth = rng.lognormal(0, 0.15, N_PLATES)
     low_count = rng.random(n_cells) < 0.04
-    depth = plate_depth[plate, replicate] * np.where(low_count, 0.1, 1)
+    depth = plate_depth[plate] * np.where(low_count, 0.1, 1)
     adata = _counts_of_programs(rng, n_genes, HUMAN_PROGRAMS, activities, pairs, depth)
 
+    def label(column: pd.Series) -> np.ndarray:
+        return np.array(["+".join(column[list(taken)]) for taken in treatments])
+
     codes = np.where(vehicle, len(treatments), treatment)
-    adata.obs["perturbation"] = pd.Categorical.from_codes(codes, [*treatments, "control", "Vehicle"])
+    labels = [*label(compounds.index.to_series()), "control", "Vehicle"]
+    adata.obs["perturbation"] = pd.Categorical.from_codes(codes, labels)
     adata.obs["dose_value"] = np.where(vehicle & (replicate == 1), np.nan, dose)
     adata.obs["dose_unit"] = pd.Categorical(["nM"] * n_cells)
     adata.obs["cell_line"] = pd.Categorical(line)
-    for column, of_compound in {"pathway": "pathway", "target": "mechanism"}.items():
-        labels = ["+".join(compounds.at[name, of_compound] for name in taken.split("+")) for taken in treatments]
-        adata.obs[column] = pd.Categorical(np.where(vehicle, "Vehicle", np.take(labels, treatment)))
+    for column in ("pathway", "target"):
+        adata.obs[column] = pd.Categorical(np.where(vehicle, "Vehicle", label(compounds[column])[treatment]))
     adata.obs["replicate"] = pd.Categorical(np.take(["rep1", "rep2"], replicate))
-    adata.obs["plate"] = pd.Categorical(np.take(_numbered("plate", N_PLATES, width=1), plate))
+    plates = np.array([f"plate{i}" for i in range(1, N_PLATES + 1)])
+    adata.obs["plate"] = pd.Categorical.from_codes(plate, plates)
     adata.obs["ncounts"] = np.asarray(adata.X.sum(axis=1)).ravel()
+    known = compounds.drop(columns=["plate_pair", "doses_nM"]).reset_index()
     adata.uns["truth"] |= {
-        "compounds": {key: np.array(column.tolist()) for key, column in compounds.reset_index().items()},
-        "responding_lines": {target: np.array(spec[2].split()) for target, spec in MECHANISMS.items()},
+        "compounds": {key: np.array(column.tolist()) for key, column in known.items()},
+        "responding_lines": {mechanism: np.array(spec[0].split()) for mechanism, spec in MECHANISMS.items()},
+        "plates": plates,
         "plate_depth": plate_depth,
         "low_count": low_count,
     }
@@ -333,12 +349,17 @@ def _lineage(rng: np.random.Generator, n_cells: int) -> tuple[np.ndarray, np.nda
 
 
 def _compounds() -> pd.DataFrame:
-    """Return what the truth says of the compounds, by name; those beyond the well-known ones are made up."""
-    rows = [(name, target, pathway, float(ec50)) for target, (pathway, _, _, potencies) in MECHANISMS.items()
-            for name, ec50 in potencies.items()]  # fmt: skip
-    rows += [(name, target, pathway, np.inf) for target, (pathway, names) in INERT.items() for name in names.split()]
-    rows += [(f"Compound {i}", "Simulated", "Other", np.inf) for i in range(len(rows) + 1, N_COMPOUNDS + 1)]
-    table = pd.DataFrame(rows, columns=["name", "mechanism", "pathway", "ec50"]).set_index("name")
+    """Return the screen's compounds by name, facts of the real design, with what the simulation makes of them."""
+    table = pd.read_csv(Path(__file__).with_name("sciplex3_design.csv"), index_col="name")
+    acting = [
+        (name, mechanism, float(ec50))
+        for mechanism, (_, _, potencies) in MECHANISMS.items()
+        for name, ec50 in potencies.items()
+    ]
+    truth = pd.DataFrame(acting, columns=["name", "mechanism", "ec50"]).set_index("name")
+    # The acting ones first, so that the order of a page's tables is that of MECHANISMS.
+    table = truth.join(table, how="outer").loc[[*truth.index, *table.index.difference(truth.index, sort=False)]]
+    table = table.fillna({"mechanism": "none", "ec50": np.inf})
     return table.assign(active=np.isfinite(table["ec50"]), plain=table.index.str.split(" (", regex=False).str[0])
 
 

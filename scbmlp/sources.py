@@ -21,7 +21,11 @@ from scipy import sparse
 from scbmlp import simulate
 
 KINDS = ("local", "download", "simulated")
-SCIPLEX3_URL = "https://scverse-exampledata.s3.eu-west-1.amazonaws.com/pertpy/srivatsan_2020_sciplex3.h5ad"
+# What pertpy.data downloads, without its second copy of each file.
+PERTPY = "https://scverse-exampledata.s3.eu-west-1.amazonaws.com/pertpy"
+SCIPLEX3_URL = f"{PERTPY}/srivatsan_2020_sciplex3.h5ad"
+NORMAN_URL = f"{PERTPY}/norman_2019.h5ad"
+ZHAO_URL = f"{PERTPY}/zhaoSims2021.h5ad"
 CONDITION = ["cell_line", "perturbation", "dose_value"]
 BLOCK = 4096  # cells of a file that are in memory beside the chosen ones
 
@@ -94,9 +98,13 @@ def sciplex3(
     OSError
         As for :func:`pancreas`.
     """
-    if max_cells is not None and max_cells < 1:
-        raise ValueError(f"max_cells={max_cells} is too small; pass 1 or more, or None to keep all cells.")
-    adata = _first_of("sciplex3", _download_sciplex3, lambda: simulate.sciplex3(n_cells=60_000), backed="r")
+    _check_max_cells(max_cells)
+    adata = _first_of(
+        "sciplex3",
+        lambda path: _download(path, SCIPLEX3_URL),
+        lambda: simulate.sciplex3(n_cells=60_000),
+        backed="r",
+    )
     obs = _clean_labels(adata.obs)
     vehicle = obs["perturbation"] == "control"
     keep = obs["ncounts"] >= min_counts
@@ -115,18 +123,82 @@ def sciplex3(
     return _rows(adata, obs[keep])
 
 
-def _download_sciplex3(path: Path) -> None:
-    import scanpy
+def dexamethasone() -> AnnData:
+    """Return A549 cells after 0, 1 and 3 hours of dexamethasone, a glucocorticoid :cite:p:`cao2018`.
 
-    with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
-        scanpy.read(path, backed="r", backup_url=SCIPLEX3_URL).file.close()  # opening finds a file cut short
+    From ``a549_dexamethasone.h5ad`` in the folder ``$SCBMLP_DATA_DIR`` alone. No simulation stands in for it, and
+    pertpy downloads no such data (``srivatsan_2020_sciplex2`` is another experiment, of doses after 24 hours).
+
+    Returns
+    -------
+    Cells with ``obs["dex_hours"]``, the categories ``0``, ``1`` and ``3`` (``.astype(float)`` for a graded target);
+    2,641 cells, 1,185 genes. ``X`` is log-normalised already, and there are no counts.
+
+    Raises
+    ------
+    ValueError
+        ``SCBMLP_DATA_SOURCE`` is unknown.
+    OSError
+        The file is not there (:class:`FileNotFoundError`), or not wanted since ``SCBMLP_DATA_SOURCE`` forces another
+        source; or it cannot be read.
+    """
+    return _first_of("a549_dexamethasone")
+
+
+def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
+    """Return K562 cells in which CRISPR activates a gene, two genes or none :cite:p:`norman2019`, log-normalised.
+
+    Tried in this order: ``norman.h5ad`` in the folder ``$SCBMLP_DATA_DIR``; the public download that is pertpy's
+    ``norman_2019`` :cite:p:`heumos2024pertpy`, about 110,000 cells. No simulation stands in for them.
+
+    Parameters
+    ----------
+    max_cells
+        Most cells of one perturbation, control included, drawn at random; None keeps all, which takes several GB of
+        the download. Only the cells kept are read.
+    random_state
+        Seed of the draw.
+
+    Returns
+    -------
+    Cells in the file's order with ``obs["perturbation"]``: ``control``, the activated gene, or two joined by ``+``, in
+    the file's order of the two. ``X`` is log-normalised, 10,000 counts a cell. What else the file has stays, but for
+    the download's columns of single guides.
+
+    Raises
+    ------
+    KeyError
+        The file has no column of perturbations.
+    ValueError
+        `max_cells` is too small, or ``SCBMLP_DATA_SOURCE`` is unknown.
+    OSError
+        There is neither file nor download (:class:`FileNotFoundError`), or not in the source that
+        ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
+    """
+    _check_max_cells(max_cells)
+    adata = _first_of("norman", lambda path: _download(path, NORMAN_URL), backed="r")
+    perturbation = _labels(adata, "perturbation", "perturbation_name")
+    keep = perturbation.notna()
+    if max_cells:
+        turn = perturbation.sample(frac=1, random_state=random_state).groupby(perturbation).cumcount()
+        keep &= turn.reindex(keep.index) < max_cells
+    part = _part(adata, keep, perturbation=perturbation)
+    part.obs = part.obs.loc[:, ~part.obs.columns.str.startswith("guide_")]
+    if not np.any(_stored(part.X) % 1):
+        import scanpy
+
+        scanpy.pp.normalize_total(part, target_sum=1e4)
+        scanpy.pp.log1p(part)
+    return part
 
 
 def glioblastoma() -> AnnData:
-    """Return glioblastoma slices of five patients, with and without panobinostat :cite:p:`zhao2021`, counts in ``X``.
+    """Return glioblastoma slices, with and without panobinostat, an HDAC inhibitor :cite:p:`zhao2021`, counts in ``X``.
 
-    From ``glioblastoma_panobinostat.h5ad`` in the folder ``$SCBMLP_DATA_DIR`` alone: there is neither a public download
-    of this part nor a simulation.
+    Tried in this order: ``glioblastoma_panobinostat.h5ad`` in the folder ``$SCBMLP_DATA_DIR``; the public download that
+    is pertpy's ``zhao_2021``, 0.6 GB, harmonised by scPerturb :cite:p:`peidli2024`. Of that, the patients stay of whom
+    cells with and without panobinostat are known; what it calls control may be vehicle or untreated. No simulation
+    stands in for them.
 
     Returns
     -------
@@ -134,18 +206,54 @@ def glioblastoma() -> AnnData:
 
     Raises
     ------
+    KeyError
+        The file has no such columns.
+    ValueError
+        ``SCBMLP_DATA_SOURCE`` is unknown.
     OSError
-        The file is not there, or not wanted since ``SCBMLP_DATA_SOURCE`` is not ``local``; or it cannot be read.
+        There is neither file nor download (:class:`FileNotFoundError`), or not in the source that
+        ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
     """
-    name = "glioblastoma_panobinostat"
-    path = Path(os.environ.get("SCBMLP_DATA_DIR") or ".", f"{name}.h5ad")
-    forced = os.environ.get("SCBMLP_DATA_SOURCE") or "local"
-    if forced != "local" or not path.is_file():
-        raise FileNotFoundError(
-            f"there is no {name}.h5ad to read with SCBMLP_DATA_SOURCE={forced}; set SCBMLP_DATA_DIR to the folder that "
-            f"holds it, and unset SCBMLP_DATA_SOURCE."
-        )
-    return _read(name, "local", path, None)
+    adata = _first_of("glioblastoma_panobinostat", lambda path: _download(path, ZHAO_URL), backed="r")
+    condition = _labels(adata, "condition", "perturbation").replace("control", "ctrl")
+    patient = _labels(adata, "patient_id", "sample").str.split("-").str[0]  # a sample may be named patient-slice
+    keep = condition.isin(["ctrl", "panobinostat"])
+    keep &= condition[keep].groupby(patient).nunique().eq(2).reindex(patient, fill_value=False).to_numpy()
+    return _part(adata, keep, condition=condition, patient_id=patient)
+
+
+def _labels(adata: AnnData, *columns: str) -> pd.Series:
+    """Return the first of the columns that the cells have, without their names, which may come twice."""
+    for column in columns:
+        if column in adata.obs:
+            return adata.obs[column].astype(object).reset_index(drop=True)
+    file = f"{adata.uns['scbmlp_source']['name']}.h5ad"
+    raise KeyError(f"{file} has no {' or '.join(columns)} in obs, only {', '.join(adata.obs)}; rename its columns.")
+
+
+def _part(adata: AnnData, keep: pd.Series, **labels: pd.Series) -> AnnData:
+    """Copy the cells to keep into memory, add labels, and let the file go."""
+    part = adata[keep.to_numpy()].to_memory()
+    adata.file.close()
+    for column, values in labels.items():
+        part.obs[column] = pd.Categorical(values[keep])
+    return part
+
+
+def _stored(x: np.ndarray | sparse.spmatrix) -> np.ndarray:
+    return x.data if sparse.issparse(x) else x
+
+
+def _check_max_cells(max_cells: int | None) -> None:
+    if max_cells is not None and max_cells < 1:
+        raise ValueError(f"max_cells={max_cells} is too small; pass 1 or more, or None to keep all cells.")
+
+
+def _download(path: Path, url: str) -> None:
+    import scanpy
+
+    with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
+        scanpy.read(path, backed="r", backup_url=url).file.close()  # opening finds a file cut short
 
 
 def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
@@ -178,7 +286,10 @@ def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
 
 
 def _first_of(
-    name: str, download: Callable[[Path], None], simulation: Callable[[], AnnData], backed: str | None = None
+    name: str,
+    download: Callable[[Path], None] | None = None,
+    simulation: Callable[[], AnnData] | None = None,
+    backed: str | None = None,
 ) -> AnnData:
     """Return the data set from the first source that has it, or from the one that the environment forces."""
     forced = os.environ.get("SCBMLP_DATA_SOURCE") or None
@@ -186,14 +297,22 @@ def _first_of(
         raise ValueError(f"SCBMLP_DATA_SOURCE={forced!r} is unknown; set it to {', '.join(KINDS)}, or unset it.")
     folder = os.environ.get("SCBMLP_DATA_DIR")
     local = Path(folder, f"{name}.h5ad") if folder else None
+    remedy = f"set SCBMLP_DATA_DIR to the folder that holds {name}.h5ad"
     if forced == "local" and not (local and local.is_file()):
         raise FileNotFoundError(
-            f"SCBMLP_DATA_SOURCE=local, but {local or f'$SCBMLP_DATA_DIR/{name}.h5ad'} is not there; set "
-            f"SCBMLP_DATA_DIR to the folder that holds {name}.h5ad, or unset SCBMLP_DATA_SOURCE."
+            f"SCBMLP_DATA_SOURCE=local, but {local or f'$SCBMLP_DATA_DIR/{name}.h5ad'} is not there; {remedy}, or "
+            f"unset SCBMLP_DATA_SOURCE."
+        )
+    missing = {"download": download is None, "simulated": simulation is None}
+    if missing.get(forced):
+        what = "no public download has" if forced == "download" else "no simulation stands in for"
+        raise FileNotFoundError(
+            f"SCBMLP_DATA_SOURCE={forced}, but {what} {name}; unset SCBMLP_DATA_SOURCE, and {remedy}."
         )
     if forced in (None, "local") and local and local.is_file():
         return _read(name, "local", local, backed)
-    if forced in (None, "download"):
+    reason = "no public download"
+    if forced in (None, "download") and download:
         cached = Path(platformdirs.user_cache_dir("scbmlp"), f"{name}.h5ad")
         try:
             if not cached.is_file():
@@ -204,19 +323,22 @@ def _first_of(
                     f"the download of {name} failed ({error}); try again, or put {name}.h5ad into a folder and set "
                     f"SCBMLP_DATA_DIR to it."
                 ) from error
-            warnings.warn(
-                f"no {name}.h5ad in $SCBMLP_DATA_DIR and no download ({error}): these are SIMULATED cells.",
-                stacklevel=3,
-            )
+            reason = f"no download ({error})"
         else:
             return _read(name, "download", cached, backed)
+    if not simulation:
+        raise FileNotFoundError(
+            f"there is no {name}.h5ad in $SCBMLP_DATA_DIR, {reason}, and no simulation stands in for it; {remedy}."
+        )
+    if not forced:
+        warnings.warn(f"no {name}.h5ad in $SCBMLP_DATA_DIR and {reason}: these are SIMULATED cells.", stacklevel=3)
     return simulation()
 
 
 def _fetch(cached: Path, download: Callable[[Path], None]) -> None:
     """Download under another name first, so that an interrupted download is never taken for the data."""
     cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_suffix(".partial.h5ad")
+    partial = cached.with_suffix(f".{os.getpid()}.partial.h5ad")  # a name for each process that downloads at this time
     try:
         download(partial)
         partial.replace(cached)
@@ -267,8 +389,16 @@ class DataCard:
         return (banner if self.simulated else "") + f"<table><tbody>{cells}</tbody></table>"
 
 
+def _spread(values: np.ndarray) -> str:
+    median, low, high = np.quantile(np.asarray(values), [0.5, 0.05, 0.95])
+    return f"median {median:,.0f}, 5% to 95% {low:,.0f} to {high:,.0f}"
+
+
 def data_card(adata: AnnData) -> DataCard:
     """Describe a data set of this module: source, checksum, size, sparsity and labels.
+
+    The total of a cell is shown for counts alone. Of other expression, log-normalised say, totals mean nothing: the
+    highest value is shown, and the number of genes detected in a cell.
 
     Parameters
     ----------
@@ -284,17 +414,19 @@ def data_card(adata: AnnData) -> DataCard:
         raise KeyError("adata.uns has no 'scbmlp_source'; a data card is for cells from scbmlp.sources or simulate.")
     source = adata.uns["scbmlp_source"]
     simulated = source["kind"] == "simulated"
-    stored = adata.X.data if sparse.issparse(adata.X) else adata.X
-    depth = np.asarray(adata.X.sum(axis=1)).ravel()
+    stored = _stored(adata.X)
     origin = {"local": "real cells, local file", "download": "real cells, public download"}
     rows = {
         "Data set": source["name"],
         "Source": f"simulation, seed {source['seed']}" if simulated else f"{origin[source['kind']]} {source['file']}",
         "Cells x genes": f"{adata.n_obs:,} x {adata.n_vars:,}",
         "Zeros": f"{1 - np.count_nonzero(stored) / adata.n_obs / adata.n_vars:.0%} of the entries",
-        "Total a cell": f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f} to "
-        f"{np.quantile(depth, 0.95):,.0f}",
     }
+    if np.any(stored % 1):
+        rows["Values"] = f"not counts: fractions up to {stored.max():.2g}, as log-normalised expression has"
+        rows["Genes a cell"] = _spread((adata.X != 0).sum(axis=1))
+    else:
+        rows["Total a cell"] = _spread(adata.X.sum(axis=1))
     for key in adata.obs.select_dtypes("category"):
         sizes = adata.obs[key].value_counts()
         rows[f"Labels: {key}"] = ", ".join(f"{label} {size:,}" for label, size in sizes[sizes > 0].head(12).items())

@@ -96,11 +96,19 @@ def test_more_cells_and_genes_than_fit_are_drawn(monkeypatch):
     monkeypatch.setattr(baselines, "MOST", 30)
     axes = Axes(train.x)
     assert len(axes.rows) == 30 and axes.products.shape == (30, 30)
-    model = ridge(axes, train.y.numpy(), axes.project(val.x), val.y.numpy())
+    model = ridge(axes, train.y.numpy(), val.x, val.y.numpy())
     alone = Axes(train.x[axes.rows])
     np.testing.assert_allclose(
-        model.weight, ridge(alone, train.y.numpy()[axes.rows], alone.project(val.x), val.y.numpy()).weight, rtol=1e-6
+        model.weight, ridge(alone, train.y.numpy()[axes.rows], val.x, val.y.numpy()).weight, rtol=1e-6
     )
+
+
+@pytest.mark.parametrize("n_classes", [0, 3])
+def test_large_data_take_the_quick_way(monkeypatch, n_classes):
+    train, val = cells(60, 90, classes=n_classes)
+    quick = linear_baseline(train, val, exact=False)
+    monkeypatch.setattr(baselines, "LARGE", 30)
+    np.testing.assert_array_equal(linear_baseline(train, val).weight, quick.weight)
 
 
 @pytest.mark.parametrize("make", [sparse.csr_matrix, sparse.csr_array, sparse.csc_matrix, np.asarray])
@@ -132,7 +140,7 @@ def test_logistic_regression_on_axes_of_additive_features_sees_curves():
     y = (np.abs(x[:, 0]) > 0.7).astype(np.int64)
     features = additive_features(x)
     axes = Axes(features[:300])
-    model = logistic(axes, y[:300], axes.project(features[300:350]), y[300:350], 2)
+    model = logistic(axes, y[:300], features[300:350], y[300:350], 2)
     assert accuracy_score(y[350:], model.outputs(features[350:]).argmax(axis=1)) > 0.95
     linear = linear_baseline(*(ExpressionDataset(x[i], y[i], pd.RangeIndex(4), pd.Index(["a", "b"]))
                                for i in (slice(300), slice(300, 350))))  # fmt: skip

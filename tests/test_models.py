@@ -718,7 +718,8 @@ def test_file_without_a_model_is_refused(tmp_path, content):
 
 
 @pytest.mark.skipif(
-    not Path(REAL, "glioblastoma_panobinostat.h5ad").is_file(), reason="the tumours are not public in this form"
+    not Path(REAL, "glioblastoma_panobinostat.h5ad").is_file(),
+    reason="needs the tumours, real cells that no simulation stands in for",
 )
 def test_a_drug_is_told_in_the_tumour_of_a_patient_that_was_left_out(monkeypatch):
     monkeypatch.setenv("SCBMLP_DATA_DIR", REAL)

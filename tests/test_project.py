@@ -16,7 +16,7 @@ ORDER = [
     "enrichment", "plotting",
 ]  # fmt: skip
 PUBLIC = {
-    "sources": ["pancreas", "sciplex3", "data_card"],
+    "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "targets": ["laplacian_frequencies", "perturbation_response"],

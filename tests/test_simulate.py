@@ -1,5 +1,8 @@
 """Simulated cells: are they what they claim, and is their recorded truth true of the counts?"""
 
+import os
+from pathlib import Path
+
 import anndata
 import numpy as np
 import pandas as pd
@@ -11,6 +14,7 @@ from scbmlp import simulate
 
 SIMULATORS = {"pancreas": simulate.pancreas, "planted_interactions": simulate.planted_interactions,
               "sciplex3": simulate.sciplex3}  # fmt: skip
+REAL = Path(os.environ.get("SCBMLP_DATA_DIR") or "../shared/data", "sciplex3")
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def test_seed_decides_everything_and_the_global_generator_is_left_alone(name):
     simulator = SIMULATORS[name]
     np.random.seed(7)
     before = np.random.get_state()[1].copy()
-    first, again, other = (simulator(seed=seed, n_cells=200, n_genes=500) for seed in (3, 3, 4))
+    first, again, other = (simulator(seed=seed, n_cells=600, n_genes=500) for seed in (3, 3, 4))
     np.testing.assert_array_equal(np.random.get_state()[1], before)
     np.testing.assert_array_equal(dense(first), dense(again))
     pd.testing.assert_frame_equal(first.obs, again.obs)
@@ -68,8 +72,8 @@ def test_seed_decides_everything_and_the_global_generator_is_left_alone(name):
 
 @pytest.mark.parametrize("name", SIMULATORS)
 def test_shape_names_and_label_as_simulated(name):
-    adata = SIMULATORS[name](seed=5, n_cells=200, n_genes=500)
-    assert adata.shape == (200, 500)
+    adata = SIMULATORS[name](seed=5, n_cells=600, n_genes=500)
+    assert adata.shape == (600, 500)
     assert adata.var_names.is_unique and adata.obs_names.is_unique
     assert adata.obs_names.str.startswith("sim-").all()
     assert adata.uns["scbmlp_source"] == {"name": name, "kind": "simulated", "seed": 5}
@@ -81,7 +85,7 @@ def test_shape_names_and_label_as_simulated(name):
 
 @pytest.mark.parametrize("name", SIMULATORS)
 def test_truth_survives_a_file(name, tmp_path):
-    adata = SIMULATORS[name](n_cells=200, n_genes=500)
+    adata = SIMULATORS[name](n_cells=600, n_genes=500)
     adata.write_h5ad(tmp_path / "cells.h5ad")
     read = anndata.read_h5ad(tmp_path / "cells.h5ad")
     assert_same(adata.uns["truth"], read.uns["truth"])
@@ -97,10 +101,10 @@ def test_truth_survives_a_file(name, tmp_path):
             lambda: simulate.pancreas(n_genes=100),
             r"n_genes=100 is too small: at least \d+ .* marker genes.*pass n_genes",
         ),
-        (lambda: simulate.sciplex3(n_cells=199), "n_cells=199 is too small: at least 200"),
+        (lambda: simulate.sciplex3(n_cells=599), "n_cells=599 is too small: at least 600"),
         (lambda: simulate.sciplex3(n_genes=100), "n_genes=100 is too small: .* marker genes"),
         (
-            lambda: simulate.sciplex3(combinations=[("Nutlin-3", "Aspirin")]),
+            lambda: simulate.sciplex3(combinations=[("Trametinib", "Aspirin")]),
             r"combinations has \['Aspirin'\], which are no .* pass pairs of Quisinostat, CUDC-907, Trichostatin A,",
         ),
         (lambda: simulate.planted_interactions(n_cells=4), "n_cells=4 is too small"),
@@ -265,23 +269,61 @@ def test_sciplex3_has_the_design_of_the_screen(screen):
     assert vehicle.mean() == 0.08 and set(obs.loc[vehicle, "target"]) == {"Vehicle"}
     assert set(obs.loc[~vehicle, "dose_value"]) == {10, 100, 1000, 10000} and set(obs["dose_unit"]) == {"nM"}
     assert obs["cell_line"].value_counts(normalize=True).round(2).to_dict() == {"MCF7": 0.5, "A549": 0.25, "K562": 0.25}
-    assert set(obs["replicate"]) == {"rep1", "rep2"} and obs["plate"].nunique() == 8
-    assert obs.groupby("perturbation", observed=True)["pathway"].nunique().max() == 1
-    assert obs[~vehicle].groupby("perturbation", observed=True)["plate"].nunique().max() == 1
+    assert (
+        list(obs["plate"].cat.categories)
+        == [f"plate{i}" for i in range(1, 49)]
+        == list(obs["plate"].unique().sort_values())
+    )
     assert compounds["active"].sum() < 188 / 4  # most do nothing
     np.testing.assert_array_equal(compounds["active"], np.isfinite(compounds["ec50"]))
     acting = list(screen.uns["truth"]["responding_lines"])
     np.testing.assert_array_equal(compounds["active"], np.isin(compounds["mechanism"], acting))
+    assert set(compounds["mechanism"]) == {*simulate.MECHANISMS, "none"}
+    for column in ("target", "pathway"):
+        known = dict(zip(compounds["name"], compounds[column], strict=True)) | {"control": "Vehicle"}
+        assert list(obs[column]) == [known[name] for name in obs["perturbation"]]
     plain = dict(zip(compounds["name"], compounds["plain"], strict=True))
     assert plain["Quisinostat (JNJ-26481585) 2HCl"] == "Quisinostat" and plain["CUDC-907"] == "CUDC-907"
-    assert len(set(plain.values())) == 188
+    assert len(set(plain.values())) == simulate.N_COMPOUNDS == 188
 
 
-@pytest.mark.parametrize(("n_cells", "by"), [(200, ["plate", "replicate"]), (800, ["plate", "replicate", "cell_line"])])
-def test_sciplex3_every_plate_has_vehicle(n_cells, by):
+def test_sciplex3_plates_are_of_one_line_and_replicate_and_share_compounds_in_twos(screen):
+    obs = screen.obs[screen.obs["perturbation"] != "control"]
+    by_plate = screen.obs.groupby("plate", observed=True)
+    assert (by_plate["cell_line"].nunique() == 1).all() and (by_plate["replicate"].nunique() == 1).all()
+    assert (screen.obs.groupby(["cell_line", "replicate"], observed=True)["plate"].nunique() == 8).all()
+    pair = (obs["plate"].str.removeprefix("plate").astype(int) - 1) % 8 // 2
+    assert (pair.groupby(obs["perturbation"], observed=True).nunique() == 1).all()
+    assert set(obs.groupby(pair)["perturbation"].nunique()) == {47}
+    wells = obs.groupby(["cell_line", "replicate", "perturbation", "dose_value"], observed=True)["plate"].nunique()
+    assert (wells == 1).all()
+    assert set(obs.groupby(["plate", "perturbation"], observed=True)["dose_value"].nunique()) <= {1, 2}
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real design is in $SCBMLP_DATA_DIR/sciplex3 or ../shared/data")
+def test_sciplex3_compounds_and_wells_are_those_of_the_real_screen():
+    real = pd.read_csv(REAL / "compounds.csv").set_index("catalog_number")[["name", "target", "pathway"]]
+    # The real table has stray blanks: "Prednisone ", "E3 Ligase ,p53", "Stem Cells &  Wnt".
+    real = real.apply(lambda column: column.str.replace("  ", " ").str.replace(" ,", ",").str.strip())
+    adata = simulate.sciplex3(n_cells=60_000, n_genes=300)
+    compounds = pd.DataFrame(adata.uns["truth"]["compounds"]).set_index("name")[["target", "pathway"]]
+    pd.testing.assert_frame_equal(compounds.sort_index(), real.set_index("name").sort_index(), check_dtype=False)
+
+    design = pd.read_csv(REAL / "plate_design.csv").query("hours == 24 and not vehicle")
+    design["perturbation"] = design["catalog_number"].map(real["name"])
+    columns = ["cell_type", "replicate", "perturbation", "dose_nM", "plate_oligo"]
+    wells = set(map(tuple, design[columns].astype({"dose_nM": float}).to_numpy()))
+    treated = adata.obs[adata.obs["perturbation"] != "control"]
+    seen = treated[["cell_line", "replicate", "perturbation", "dose_value", "plate"]]
+    seen = set(map(tuple, seen.to_numpy()))
+    assert seen <= wells and len(seen) > 0.98 * len(wells)  # a well may have drawn no cell
+
+
+@pytest.mark.parametrize(("n_cells", "fewest"), [(600, 1), (30_000, 35)])
+def test_sciplex3_every_plate_has_vehicle(n_cells, fewest):
     obs = simulate.sciplex3(seed=2, n_cells=n_cells, n_genes=300).obs
-    sizes = obs[obs["perturbation"] == "control"].groupby(by, observed=True).size()
-    assert len(sizes) == np.prod([obs[key].nunique() for key in by])
+    sizes = obs[obs["perturbation"] == "control"].groupby("plate", observed=False).size()
+    assert len(sizes) == 48 and sizes.min() >= fewest
 
 
 def test_sciplex3_has_the_flaws_of_the_real_file_and_says_which(screen):
@@ -294,13 +336,21 @@ def test_sciplex3_has_the_flaws_of_the_real_file_and_says_which(screen):
     low = truth["low_count"]
     assert 0.03 < low.mean() < 0.05 and np.median(total[low]) < 0.15 * np.median(total[~low])
     inert = ~low & (activity(screen, "hdac_response") == 0) & (obs["cell_line"] == "MCF7")
-    depth = pd.Series(total[inert]).groupby([obs["plate"].to_numpy()[inert], obs["replicate"].to_numpy()[inert]]).mean()
-    assert np.corrcoef(depth.unstack().to_numpy().ravel(), truth["plate_depth"].ravel())[0, 1] > 0.95
+    depth = pd.Series(total[inert]).groupby(obs["plate"].to_numpy(str)[inert]).mean()
+    known = pd.Series(truth["plate_depth"], truth["plates"])[depth.index]
+    assert len(depth) == 16 and np.corrcoef(depth, known)[0, 1] > 0.95
 
 
 def test_sciplex3_activities_stay_between_off_and_on(screen):
     activities = screen.uns["truth"]["activities"]
     assert activities.min() >= 0 and activities.max() <= 1
+
+
+def mechanism(screen):
+    """The mechanism of every cell's compound."""
+    compounds = screen.uns["truth"]["compounds"]
+    known = dict(zip(compounds["name"], compounds["mechanism"], strict=True))
+    return np.array([known.get(name, "vehicle") for name in screen.obs["perturbation"]])
 
 
 def by_dose(screen, cells, gene):
@@ -310,14 +360,14 @@ def by_dose(screen, cells, gene):
 
 def test_sciplex3_hdac_inhibitors_act_by_dose_and_inert_compounds_do_not(screen):
     vehicle = screen.obs["perturbation"] == "control"
-    hdac = by_dose(screen, vehicle | (screen.obs["target"] == "HDAC"), "CDKN1A")
+    hdac = by_dose(screen, vehicle | (mechanism(screen) == "HDAC"), "CDKN1A")
     assert hdac.is_monotonic_increasing and hdac.iloc[-1] > 5 * hdac.iloc[0]
-    aurka = by_dose(screen, vehicle | (screen.obs["target"] == "HDAC"), "AURKA")
+    aurka = by_dose(screen, vehicle | (mechanism(screen) == "HDAC"), "AURKA")
     assert aurka.is_monotonic_decreasing and aurka.iloc[-1] < 0.5 * aurka.iloc[0]
     for gene in ("ACLY", "ACSS2", "SLC25A1", "CS"):
-        assert by_dose(screen, vehicle | (screen.obs["target"] == "HDAC"), gene).is_monotonic_increasing
+        assert by_dose(screen, vehicle | (mechanism(screen) == "HDAC"), gene).is_monotonic_increasing
     for gene in ("CDKN1A", "AURKA", "ACLY"):
-        inert = by_dose(screen, vehicle | screen.obs["target"].isin(["JAK", "PARP", "Sirtuin", "Simulated"]), gene)
+        inert = by_dose(screen, vehicle | (mechanism(screen) == "none"), gene)
         assert np.abs(inert / inert.iloc[0] - 1).max() < 0.15
 
 
@@ -344,27 +394,34 @@ def test_sciplex3_glucocorticoid_answers_in_one_line_only(screen):
 )  # fmt: skip
 def test_sciplex3_mechanisms_move_their_genes_in_their_lines(screen, target, gene, fold):
     vehicle = mean_by(screen[screen.obs["perturbation"] == "control"], "cell_line", [gene])[gene]
-    treated = screen[(screen.obs["target"] == target) & (screen.obs["dose_value"] == 10_000)]
-    for line, mean in mean_by(treated, "cell_line", [gene])[gene].items():
-        if fold[line] == 1:
-            assert 0.5 < mean / vehicle[line] < 2
+    treated = screen[mechanism(screen) == target]
+    any_dose = mean_by(treated, "cell_line", [gene])[gene]
+    high = mean_by(treated[treated.obs["dose_value"] >= 1000], "cell_line", [gene])[gene]
+    for line, mean in high.items():
+        if fold[line] == 1:  # all cells: one compound has few
+            assert 0.5 < any_dose[line] / vehicle[line] < 2
         else:
             assert mean > fold[line] * vehicle[line] if fold[line] > 1 else mean < fold[line] * vehicle[line]
 
 
 def test_sciplex3_two_compounds_at_once_both_act():
-    pairs = [("Panobinostat", "Nutlin-3"), ("Trametinib", "Compound 100")]
+    pairs = [("Panobinostat", "JNJ-26854165"), ("Trametinib", "(+)-JQ1")]
     adata = simulate.sciplex3(n_cells=20_000, n_genes=300, combinations=pairs)
-    both = "Panobinostat (LBH589)+Nutlin-3"
-    assert set(adata.obs.loc[adata.obs["perturbation"] == both, "target"]) == {"HDAC+MDM2"}
+    mdm2 = "JNJ-26854165 (Serdemetan)"
+    both = f"Panobinostat (LBH589)+{mdm2}"
+    cells = adata.obs["perturbation"] == both
+    assert set(adata.obs.loc[cells, "target"]) == {"HDAC+E3 Ligase,p53"}
+    assert set(adata.obs.loc[cells, "pathway"]) == {"Epigenetics+Apoptosis"}
+    first = adata.obs["perturbation"] == "Panobinostat (LBH589)"
+    assert set(adata.obs.loc[cells, "plate"]) == set(adata.obs.loc[first, "plate"])
     plenty = (adata.obs["dose_value"] == 10_000) & (adata.obs["cell_line"] == "MCF7")
     columns = ["hdac_response", "p53_response", "mapk_output"]
     table = pd.DataFrame({name: activity(adata, name) for name in columns}, index=adata.obs_names)[plenty]
     mean = table.groupby(adata.obs.loc[plenty, "perturbation"], observed=True).mean()
-    for name, program in {"Panobinostat (LBH589)": "hdac_response", "Nutlin-3": "p53_response"}.items():
+    for name, program in {"Panobinostat (LBH589)": "hdac_response", mdm2: "p53_response"}.items():
         assert mean.loc[name, program] > 0.6
         np.testing.assert_allclose(mean.loc[both, program], mean.loc[name, program], atol=0.1)
-    k562 = (adata.obs["perturbation"] == "Trametinib (GSK1120212)+Compound 100") & (adata.obs["cell_line"] == "K562")
+    k562 = (adata.obs["perturbation"] == "Trametinib (GSK1120212)+(+)-JQ1") & (adata.obs["cell_line"] == "K562")
     assert activity(adata, "mapk_output")[k562 & (adata.obs["dose_value"] == 10_000)].mean() < 0.2
-    alone = simulate.sciplex3(n_cells=200, n_genes=300).obs["perturbation"].cat.categories
-    assert not alone.str.contains("+", regex=False).any()
+    alone = simulate.sciplex3(n_cells=600, n_genes=300).obs["perturbation"].cat.categories
+    assert len(alone) == 188 + 2  # control, and the Vehicle that no cell has

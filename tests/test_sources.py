@@ -1,8 +1,10 @@
 """Are the cells those that were asked for, is it said where they are from, and are simulated ones never mistaken?"""
 
 import hashlib
+import os
 import shutil
 import tracemalloc
+from pathlib import Path
 
 import anndata
 import numpy as np
@@ -12,6 +14,18 @@ from anndata import AnnData
 from scipy import sparse
 
 from scbmlp import simulate, sources
+
+REAL = Path(os.environ.get("SCBMLP_DATA_DIR") or "../shared/data").resolve()
+# Data sets that no simulation stands in for, the column that says what they are about, and where they are downloaded.
+REAL_ONLY = {
+    "a549_dexamethasone": (sources.dexamethasone, "dex_hours", None),
+    "norman": (sources.norman, "perturbation", "NORMAN_URL"),
+    "glioblastoma_panobinostat": (sources.glioblastoma, "condition", "ZHAO_URL"),
+}
+needs_real = pytest.mark.skipif(
+    not all((REAL / f"{name}.h5ad").is_file() for name in REAL_ONLY),
+    reason="the real cells are in $SCBMLP_DATA_DIR or ../shared/data",
+)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +114,8 @@ def closed_world(monkeypatch, cache, small, screen, download):
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *args, **kwargs: str(cache))
     monkeypatch.setattr(simulate, "pancreas", small.copy)
     monkeypatch.setattr(simulate, "sciplex3", lambda n_cells: screen.copy())
-    monkeypatch.setattr(sources, "SCIPLEX3_URL", "file:///nowhere/sciplex3.h5ad")
+    for url in ("SCIPLEX3_URL", "NORMAN_URL", "ZHAO_URL"):
+        monkeypatch.setattr(sources, url, "file:///nowhere/cells.h5ad")
 
 
 @pytest.mark.parametrize("forced", [None, "local"])
@@ -179,6 +194,22 @@ def test_unknown_source_is_an_error(monkeypatch):
         sources.pancreas()
 
 
+def test_two_downloads_at_once_do_not_share_a_file(cache, download, h5ad, monkeypatch):
+    seen = []
+
+    def first(path):
+        seen.append(path)
+        if len(seen) == 1:  # another process asks for the same while this one downloads
+            monkeypatch.setattr(os, "getpid", lambda: -1)
+            assert sources.pancreas().n_obs == 80
+        assert not path.exists()
+        shutil.copy(h5ad, path)
+
+    monkeypatch.setattr(sources, "_download_pancreas", first)
+    assert sources.pancreas().n_obs == 80
+    assert len(set(seen)) == 2 and [path.name for path in cache.iterdir()] == ["pancreas.h5ad"]
+
+
 def test_interrupted_download_leaves_nothing_behind(cache, download, h5ad):
     download.source = KeyboardInterrupt()
     with pytest.raises(KeyboardInterrupt):
@@ -242,6 +273,17 @@ def test_card_is_the_same_for_dense_and_stored_zeros(small):
     assert rows[2]["Zeros"] == f"{(stored.X.toarray() == 0).mean():.0%} of the entries"
 
 
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+def test_card_of_log_normalised_cells_shows_no_total(small, form):
+    counts = small.X.toarray()
+    x = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
+    rows = sources.data_card(AnnData(form(x), obs=small.obs, uns=small.uns)).rows
+    assert "Total a cell" not in rows
+    assert rows["Values"] == f"not counts: fractions up to {x.max():.2g}, as log-normalised expression has"
+    assert rows["Genes a cell"].startswith(f"median {np.median((x > 0).sum(axis=1)):,.0f}, 5% to 95%")
+    assert not {"Values", "Genes a cell"} & set(sources.data_card(small).rows.index)
+
+
 def test_card_escapes_labels():
     adata = AnnData(sparse.csr_matrix(np.ones((2, 1))))
     adata.obs["<i>kind</i>"] = pd.Categorical(["<b>T cell</b>", "A & B"])
@@ -300,7 +342,7 @@ def test_screen_comes_clean(local_screen, store, expected):
         {"cell_lines": "A549"},
         {"compounds": ["AR-42", "Trichostatin A (TSA)"], "cell_lines": ["K562", "MCF7"]},
         {"doses": 10_000, "min_counts": 200},
-        {"doses": [10, 1000], "compounds": "Compound 60"},
+        {"doses": [10, 1000], "compounds": "Ruxolitinib (INCB018424)"},
     ],
 )
 def test_part_of_the_screen_is_what_was_asked_for(local_screen, expected, screen, monkeypatch, kind, wanted):
@@ -423,22 +465,179 @@ def test_simulated_screen_comes_last_as_clean_as_a_real_one_and_with_its_truth(s
     assert list(adata.obs_names) == list(screen.obs_names[screen.obs["cell_line"] == "MCF7"])
 
 
-def test_tumours_come_from_their_file_alone(folder, h5ad, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=r"no glioblastoma_panobinostat.h5ad .*set SCBMLP_DATA_DIR"):
-        sources.glioblastoma()
-    shutil.copy(h5ad, folder / "glioblastoma_panobinostat.h5ad")
-    source = sources.glioblastoma().uns["scbmlp_source"]
-    digest = hashlib.sha256(h5ad.read_bytes()).hexdigest()
-    assert source == {
-        "name": "glioblastoma_panobinostat",
-        "kind": "local",
-        "file": "glioblastoma_panobinostat.h5ad",
-        "sha256": digest,
-    }
+def stand_in(name, h5ad):
+    """A file like the local one."""
+    adata = anndata.read_h5ad(h5ad)
+    if name == "norman":
+        adata.X = adata.X.log1p()
+        adata.obs["perturbation"] = pd.Categorical(np.resize(["control", "KLF1", "SET+KLF1"], adata.n_obs))
+    elif name == "glioblastoma_panobinostat":
+        adata.obs["condition"] = pd.Categorical(np.resize(["ctrl", "panobinostat"], adata.n_obs))
+        adata.obs["patient_id"] = pd.Categorical(np.resize(["PW030", "PW030", "PW032", "PW032"], adata.n_obs))
+    else:
+        adata.obs["dex_hours"] = pd.Categorical(np.resize(["0", "1", "3"], adata.n_obs))
+    return adata
+
+
+@pytest.fixture
+def public_norman(small, tmp_path, monkeypatch):
+    """As pertpy's: log-normalised with counts in a layer, a column a guide, 150 cells of one label."""
+    adata = AnnData(
+        sparse.vstack([small.X] * 5, format="csr"), obs=pd.DataFrame(index=[f"cell{i}" for i in range(400)])
+    )
+    adata.layers["counts"] = adata.X.copy()
+    adata.X = adata.X.log1p()
+    adata.obs[["guide_KLF1", "guide_ids", "gemgroup"]] = 1, "KLF1", 1
+    labels = np.repeat(["control", "KLF1", "KLF1+MAP2K6", None], [150, 100, 120, 30]).astype(object)
+    adata.obs["perturbation_name"] = pd.Categorical(np.random.default_rng(0).permutation(labels))
+    adata.write_h5ad(tmp_path / "public.h5ad")
+    monkeypatch.setattr(sources, "NORMAN_URL", (tmp_path / "public.h5ad").as_uri())
+    return adata
+
+
+@pytest.fixture
+def public_tumours(small, tmp_path, monkeypatch):
+    """As scPerturb's: other drugs, a patient without panobinostat, one without control, barcodes that come twice."""
+    adata = small.copy()
+    adata.uns.clear()
+    adata.obs = pd.DataFrame(index=np.resize(adata.obs_names[:60], adata.n_obs))
+    adata.obs["sample"] = pd.Categorical(np.resize(["PW030-701", "PW030-704", "PW032", "PW029", "PW053"], adata.n_obs))
+    drugs = np.resize(["control", "panobinostat", "etoposide", "control", "panobinostat", "control", "control"], 80)
+    drugs[adata.obs["sample"] == "PW029"] = "control"
+    drugs[adata.obs["sample"] == "PW053"] = "panobinostat"
+    adata.obs["perturbation"] = pd.Categorical(drugs)
+    adata.write_h5ad(tmp_path / "public.h5ad")
+    monkeypatch.setattr(sources, "ZHAO_URL", (tmp_path / "public.h5ad").as_uri())
+    return adata
+
+
+@pytest.mark.parametrize("forced", [None, "local"])
+@pytest.mark.parametrize("name", REAL_ONLY)
+def test_real_cells_come_from_their_local_file(folder, h5ad, monkeypatch, name, forced):
+    load, column, _ = REAL_ONLY[name]
+    expected = stand_in(name, h5ad)
+    path = folder / f"{name}.h5ad"
+    expected.write_h5ad(path)
+    if forced:
+        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
+    adata = load()
+    assert not adata.isbacked and list(adata.obs_names) == list(expected.obs_names)
+    np.testing.assert_array_equal(adata.X.toarray(), expected.X.toarray())
+    assert list(adata.obs[column]) == list(expected.obs[column]) and adata.obs[column].dtype == "category"
+    assert set(adata.obs) == set(expected.obs)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    source = {"name": name, "kind": "local", "file": f"{name}.h5ad", "sha256": digest}
+    assert adata.uns["scbmlp_source"] == source
+    card = sources.data_card(adata)
+    assert not card.simulated and ("Total a cell" in card.rows) == (name != "norman")
+
+
+@pytest.mark.parametrize("name", REAL_ONLY)
+def test_real_cells_that_are_nowhere_are_an_error_that_says_what_to_do(folder, name):
+    load, _, url = REAL_ONLY[name]
+    why = r"no download \(.*nowhere.*\)" if url else "no public download"
+    remedy = f"set SCBMLP_DATA_DIR to the folder that holds {name}.h5ad"
+    with pytest.raises(FileNotFoundError, match=rf"no {name}.h5ad in .*, {why}, and no simulation .* it; {remedy}"):
+        load()
+
+
+@pytest.mark.parametrize("name", REAL_ONLY)
+def test_real_cells_are_not_simulated_even_if_asked_for(folder, h5ad, monkeypatch, name):
+    stand_in(name, h5ad).write_h5ad(folder / f"{name}.h5ad")
     monkeypatch.setenv("SCBMLP_DATA_SOURCE", "simulated")
-    with pytest.raises(FileNotFoundError, match="SCBMLP_DATA_SOURCE=simulated"):
-        sources.glioblastoma()
+    match = f"SCBMLP_DATA_SOURCE=simulated, but no simulation stands in for {name}; unset .* {name}.h5ad"
+    with pytest.raises(FileNotFoundError, match=match):
+        REAL_ONLY[name][0]()
+
+
+@pytest.mark.parametrize("name", REAL_ONLY)
+def test_real_cells_from_the_source_that_is_forced_or_not_at_all(folder, h5ad, monkeypatch, name):
+    load, _, url = REAL_ONLY[name]
     monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    (folder / "glioblastoma_panobinostat.h5ad").write_bytes(h5ad.read_bytes()[:1000])
+    with pytest.raises(FileNotFoundError, match=f"=local, but .*{name}.h5ad is not there"):
+        load()
+    stand_in(name, h5ad).write_h5ad(folder / f"{name}.h5ad")
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
+    message = f"download of {name} failed .*; try again" if url else f"=download, but no public download has {name}; "
+    with pytest.raises(OSError, match=message):
+        load()
+    (folder / f"{name}.h5ad").write_bytes(h5ad.read_bytes()[:1000])
+    monkeypatch.delenv("SCBMLP_DATA_SOURCE")
     with pytest.raises(OSError, match="cannot be read .*a whole copy"):
-        sources.glioblastoma()
+        load()
+
+
+@pytest.mark.parametrize("name", ["norman", "glioblastoma_panobinostat"])
+def test_file_without_the_column_is_an_error_that_names_it(folder, h5ad, name):
+    shutil.copy(h5ad, folder / f"{name}.h5ad")
+    with pytest.raises(KeyError, match=f"{name}.h5ad has no .*perturbation.* in obs, only clusters, clusters_coarse"):
+        REAL_ONLY[name][0]()
+
+
+@pytest.mark.parametrize("forced", [None, "download"])
+def test_downloaded_activations_have_the_columns_of_the_local_file(public_norman, cache, monkeypatch, forced):
+    if forced:
+        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
+    adata = sources.norman(max_cells=None)
+    known = public_norman[public_norman.obs["perturbation_name"].notna()]
+    assert list(adata.obs_names) == list(known.obs_names)
+    assert list(adata.obs["perturbation"]) == list(known.obs["perturbation_name"])
+    assert set(adata.obs["perturbation"].cat.categories) == {"control", "KLF1", "KLF1+MAP2K6"}
+    assert not adata.obs.columns.str.startswith("guide").any()
+    np.testing.assert_array_equal(adata.X.toarray(), known.X.toarray())
+    assert adata.uns["scbmlp_source"]["kind"] == "download"
+    assert [path.name for path in cache.iterdir()] == ["norman.h5ad"]
+    assert "Values" in sources.data_card(adata).rows
+
+
+def test_activations_are_thinned_at_random(public_norman):
+    few, again, other = (sources.norman(max_cells=40, random_state=seed) for seed in (0, 0, 1))
+    assert list(few.obs_names) == list(again.obs_names) != list(other.obs_names)
+    assert few.obs["perturbation"].value_counts().to_dict() == {"control": 40, "KLF1": 40, "KLF1+MAP2K6": 40}
+    assert list(few.obs_names) == [name for name in public_norman.obs_names if name in set(few.obs_names)]
+    np.testing.assert_array_equal(few.X.toarray(), public_norman[few.obs_names].X.toarray())
+    sizes = sources.norman().obs["perturbation"].value_counts().to_dict()
+    assert sizes == {"control": 100, "KLF1": 100, "KLF1+MAP2K6": 100}
+    with pytest.raises(ValueError, match="max_cells=0 is too small"):
+        sources.norman(max_cells=0)
+
+
+def test_activations_stored_as_counts_are_normalised(folder, h5ad):
+    adata = stand_in("norman", h5ad)
+    adata.X = anndata.read_h5ad(h5ad).X
+    adata.write_h5ad(folder / "norman.h5ad")
+    np.testing.assert_allclose(np.expm1(sources.norman().X.toarray()).sum(axis=1), 1e4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Observation names are not unique")
+def test_downloaded_tumours_have_the_columns_of_the_local_file(public_tumours, cache):
+    adata = sources.glioblastoma()
+    obs = public_tumours.obs
+    patient, drug = obs["sample"].str[:5].to_numpy(), obs["perturbation"].to_numpy()
+    keep = np.isin(patient, ["PW030", "PW032"]) & (drug != "etoposide")
+    assert list(adata.obs["patient_id"]) == list(patient[keep])
+    assert list(adata.obs["condition"]) == list(np.where(drug == "control", "ctrl", drug)[keep])
+    assert set(adata.obs["condition"].cat.categories) == {"ctrl", "panobinostat"}
+    assert set(adata.obs["patient_id"].cat.categories) == {"PW030", "PW032"}
+    np.testing.assert_array_equal(adata.X.toarray(), public_tumours.X[keep].toarray())
+    assert adata.uns["scbmlp_source"]["kind"] == "download" and "Total a cell" in sources.data_card(adata).rows
+    assert [path.name for path in cache.iterdir()] == ["glioblastoma_panobinostat.h5ad"]
+
+
+@needs_real
+def test_real_files_are_what_the_docstrings_say(monkeypatch):
+    monkeypatch.setenv("SCBMLP_DATA_DIR", str(REAL))
+    hours = sources.dexamethasone()
+    assert hours.shape == (2641, 1185) and list(hours.obs["dex_hours"].cat.categories) == ["0", "1", "3"]
+    activated = sources.norman()
+    labels = activated.obs["perturbation"]
+    assert activated.shape == (3375, 250) and labels.value_counts().max() == 100 and "control" in set(labels)
+    pairs = [label.split("+") for label in labels.cat.categories if "+" in label]
+    assert len(pairs) == 15 and sum({*pair} <= set(labels) for pair in pairs) == 5
+    counts = np.expm1(activated.X.toarray()) * activated.obs["ncounts"].to_numpy()[:, None] / 1e4
+    np.testing.assert_allclose(counts, activated.layers["counts_recovered"].toarray(), rtol=0.04, atol=0.5)
+    tumours = sources.glioblastoma()
+    assert tumours.shape == (5000, 300) and tumours.obs["patient_id"].nunique() == 5
+    assert (tumours.obs.groupby("patient_id", observed=True)["condition"].value_counts() == 500).all()
+    for adata, counted in ((hours, False), (activated, False), (tumours, True)):
+        assert ("Total a cell" in sources.data_card(adata).rows) == counted
