@@ -253,7 +253,9 @@ def _best(
     return best, mean, chosen
 
 
-def logistic(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:
+def logistic(
+    axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int, *, exact: bool = True
+) -> LinearModel:
     """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
 
     Parameters
@@ -266,6 +268,8 @@ def logistic(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes
         Features (cell x gene) and class codes (cell) of the validation cells.
     n_classes
         Number of classes, those without a training cell included.
+    exact
+        Whether to try a fine grid of penalties, else a coarse one.
 
     Raises
     ------
@@ -275,7 +279,8 @@ def logistic(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes
     y = y[axes.rows]
     if axes.large:
         return _quick_logistic(axes.x, y, x_val, y_val, n_classes)
-    return axes.model(*_logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * LOGISTIC, 5e-4))
+    grid, tol = (LOGISTIC, 5e-4) if exact else (QUICK_LOGISTIC, 1e-3)
+    return axes.model(*_logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * grid, tol))
 
 
 def _quick_logistic(x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:

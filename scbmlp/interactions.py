@@ -654,7 +654,7 @@ def _additive(
         result[name][(np.ptp(of_pairs[0], axis=0) == 0) & (total > 0)] = 0.0
     y, y_seen = train.y.numpy(), validation.y.numpy()
     if y.ndim == 1:
-        additive = logistic(axes, y, watched, y_seen, len(directions))
+        additive = logistic(axes, y, watched, y_seen, len(directions), exact=False)
     else:
         additive = ridge(axes, y, watched, y_seen)
     result["additive"] = additive.outputs(tested)
