@@ -563,7 +563,7 @@ class ScBMLPRegressor(_BilinearMLP):
         )
 
 
-def statistics(model: _BilinearMLP, dataset: ExpressionDataset) -> Statistics:
+def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDataset) -> Statistics:
     """Take from cells what modules need of them; sparse cells stay sparse.
 
     Parameters
@@ -666,7 +666,7 @@ def _fit(
 
 
 def tune(
-    ModelClass: type[_BilinearMLP],
+    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
     train: ExpressionDataset,
     val: ExpressionDataset,
     *,
@@ -678,7 +678,7 @@ def tune(
     device: str = "auto",
     progress: bool = True,
     **options: Any,
-) -> _BilinearMLP:
+) -> ScBMLPClassifier | ScBMLPRegressor:
     """Fit the plain and the linear form with several penalties, and return the one best on validation cells.
 
     Models of one form are trained at once, on the same batches, and each keeps its best epoch. They are compared with

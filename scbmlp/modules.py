@@ -229,7 +229,7 @@ def _uncorrelated(
 
 
 def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
-    """Return how well modules come back from fit to fit: mean |cosine| with the closest of each other fit (comp).
+    """Return how well modules come back from fit to fit: mean absolute cosine with the closest of each (comp).
 
     Closest, and not of the same rank: two modules of nearly equal strength swap their order from fit to fit.
 
