@@ -170,10 +170,11 @@ class InteractionMatrix(LinearOperator):
         n
             Number of pairs.
         dataset
-            Cells to measure strength on, in units of the output: twice the absolute Q_ij times the standard deviation of what is left
-            of d_i d_j, d = x - mean, once the functions of either gene alone are taken off it (1, x, x^2 and
-            1[x > 0], by least squares). Barely expressed genes and curves of single genes then do not lead. At most
-            3,000 of the cells are used. For matrices in log-expression, as a model gives them, not for scaled ones.
+            Cells to measure strength on, in units of the output: twice the absolute Q_ij times the standard deviation
+            of what is left of d_i d_j, d = x - mean, once the functions of either gene alone are taken off it (1, x,
+            x^2 and 1[x > 0], by least squares). Barely expressed genes and curves of single genes then do not lead. At
+            most 3,000 of the cells are used. For matrices in log-expression, as a model gives them, not for scaled
+            ones.
             If None, pairs are ordered by the entry of Q.
         block
             Genes whose interactions with all others are in memory at a time.
