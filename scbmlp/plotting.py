@@ -111,6 +111,7 @@ def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(xlabel="loading", ylabel="")
     ax.margins(y=0.01)
+    ax.locator_params(axis="x", nbins=4)
     return ax
 
 
