@@ -119,6 +119,56 @@ class GeneModules:
         mix.loc[pair.index] = np.sqrt(pair.abs().to_numpy())[:, None] * [[1, 1], [1, -1]]
         return mix
 
+    def factor_along(
+        self,
+        x: AnnData | ExpressionDataset | Any,
+        values: Any,
+        first: int | str = 0,
+        second: int | str = 1,
+    ) -> pd.Series:
+        """Return what turns the scores of two modules into one score, the one that follows given values (comp).
+
+        Of two modules of opposite sign it is one of their two :meth:`factors`, of two of the same sign one of the
+        modules, whichever correlates more with `values`, turned so that it rises with them. ``scores(x) @ factor`` is
+        its score, ``loadings @ factor`` are its genes.
+
+        Parameters
+        ----------
+        x
+            Cells, as in :meth:`scores`.
+        values
+            What to follow (cell), such as the target along the direction of the modules.
+        first, second
+            Rank or name of the modules.
+
+        Returns
+        -------
+        Weight of every module. ``attrs["correlation"]`` says how well the score follows `values`.
+
+        Raises
+        ------
+        KeyError
+            There is no such module.
+        ValueError
+            `values` are not one a cell, or constant.
+        """
+        names, values = [self._name(first), self._name(second)], np.asarray(values, dtype=np.float64).ravel()
+        if self.eigenvalues[names].prod() < 0:
+            mix = self.factors(first, second)
+        else:
+            mix = pd.DataFrame(np.eye(len(self.eigenvalues)), self.eigenvalues.index, self.eigenvalues.index)[names]
+        scores = self.scores(x) @ mix
+        if len(values) != len(scores) or np.ptp(values) == 0:
+            raise ValueError(
+                f"values has {len(values)} numbers from {values.min():.3g} to {values.max():.3g} for {len(scores)} "
+                f"cells; one a cell is needed, and not the same in all."
+            )
+        r = scores.corrwith(pd.Series(values, scores.index))
+        best = r.abs().idxmax()
+        factor = (mix[best] * np.sign(r[best])).rename("factor")
+        factor.attrs["correlation"] = float(abs(r[best]))
+        return factor
+
     def _name(self, module: int | str) -> str:
         names = list(self.loadings.columns)
         if module not in names and module not in range(len(names)):

@@ -251,3 +251,92 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
         ax=ax,
     )
     return ax
+
+
+def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
+    """Draw a table as points, a line a row, a colour and marker a column, the first row on top.
+
+    Parameters
+    ----------
+    table
+        What to compare, such as the score of every output (rows) with every model (columns); missing ones are left out.
+    ax
+        Where to draw.
+    """
+    y = np.arange(len(table))
+    ax.hlines(y, table.min(axis=1), table.max(axis=1), color="#dddddd", zorder=0)
+    styles = zip((POSITIVE, MUTED[2], "black", NEGATIVE, NEUTRAL), "oD|s^", strict=True)
+    for (name, column), (color, marker) in zip(table.items(), styles, strict=False):
+        ax.scatter(column, y, color=color, marker=marker, s=90 if marker == "|" else 26, label=name)
+    ax.set(yticks=y, yticklabels=table.index)
+    ax.margins(y=0.05)
+    ax.invert_yaxis()
+    return ax
+
+
+def dose_response(table: pd.DataFrame, *, ax: Axes) -> Axes:
+    """Draw mean effects with their 95% interval against the dose on a log scale, a line a compound.
+
+    Parameters
+    ----------
+    table
+        ``effect`` and ``error`` by compound and dose (rows), as from :func:`scbmlp.effects.mean_effects`.
+    ax
+        Where to draw.
+    """
+    compounds = table.index.get_level_values(0).unique()
+    for name, color in palette(compounds).items():
+        curve = table.loc[name]
+        ax.errorbar(
+            curve.index, curve["effect"], 1.96 * curve["error"], color=color, marker="o", markersize=4, capsize=2,
+            linewidth=1.2, label=name,
+        )  # fmt: skip
+    ax.axhline(0, color="black", linewidth=0.5)
+    ax.set(xscale="log", xlabel="dose", ylabel="effect")
+    ax.legend(frameon=False, fontsize="x-small")
+    return ax
+
+
+def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *, ax: Axes) -> Axes:
+    """Draw a table with its numbers, shaded around 0.
+
+    Parameters
+    ----------
+    table
+        Numbers.
+    limit
+        Value of the darkest shades, either sign; the largest of the table if None.
+    fmt
+        Format of the numbers.
+    ax
+        Where to draw.
+    """
+    limit = np.nanmax(np.abs(table.to_numpy())) if limit is None else limit
+    text = {"annot": True, "fmt": f"z{fmt}"}  # z: no "-0.0"
+    colors = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "cbar": False}
+    sns.heatmap(table, annot_kws={"fontsize": "small"}, xticklabels=True, yticklabels=True, ax=ax, **text, **colors)
+    ax.set(xlabel="", ylabel="")
+    return ax
+
+
+def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Axes:
+    """Draw the values of groups as points, a line a group, over a band around 0 that chance would leave them in.
+
+    Parameters
+    ----------
+    groups
+        Values of each group, from top to bottom.
+    band
+        Half the width of the band.
+    ax
+        Where to draw.
+    """
+    rng = np.random.default_rng(0)
+    for row, values in enumerate(groups.values()):
+        values = np.ravel(list(values))
+        color = np.where(np.abs(values) > band, POSITIVE, NEUTRAL)
+        ax.scatter(values, row + rng.uniform(-0.2, 0.2, len(values)), s=12, color=color)
+    ax.axvspan(-band, band, color="#dddddd", zorder=0)
+    ax.set(yticks=range(len(groups)), yticklabels=groups)
+    ax.invert_yaxis()
+    return ax

@@ -222,7 +222,7 @@ def perturbation_response(
     if sizes.min() < min_cells:
         few = ", ".join(f"{label} ({size})" for label, size in sizes[sizes < min_cells].items())
         raise ValueError(f"fewer than min_cells={min_cells} cells of {few}; drop these perturbations, or lower it.")
-    stratum = adata.obs[names].astype(str).agg(", ".join, axis=1) if names else pd.Series("all", adata.obs_names)
+    stratum = _strata(adata, names)
     vehicle = (labels == control).groupby(stratum).sum()
     if vehicle.min() < min_cells:
         few = "; ".join(f"{name}: {size}" for name, size in vehicle[vehicle < min_cells].items())
@@ -330,6 +330,10 @@ def dose_coordinates(
     scaled = np.log1p(numbers) / np.log1p(numbers.max())
     table = (labels.to_numpy()[:, None] == compounds) * scaled.to_numpy()[:, None]
     adata.obsm[key_added] = pd.DataFrame(table.astype(np.float32), adata.obs_names, compounds)
+
+
+def _strata(adata: AnnData, names: Sequence[str]) -> pd.Series:
+    return adata.obs[names].astype(str).agg(", ".join, axis=1) if names else pd.Series("all", adata.obs_names)
 
 
 def _labels(adata: AnnData, key: str, control: str) -> pd.Series:

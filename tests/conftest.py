@@ -1,6 +1,8 @@
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from anndata import AnnData
 from scipy import sparse
 
 from scbmlp import simulate
@@ -29,6 +31,24 @@ def cells():
 def sets(cells):
     """Train, validation and test set of `cells`; not to be changed."""
     return get_classification_datasets(cells, "clusters")
+
+
+@pytest.fixture(scope="session")
+def treated():
+    """Two lines, far apart; a drug raises gene 0 and lowers gene 1, another does nothing; copy before changing it."""
+    rng = np.random.default_rng(0)
+    n = 360
+    obs = pd.DataFrame(
+        {
+            "drug": np.tile(["control", "active", "inert"], n // 3),
+            "line": np.repeat(["a", "b"], n // 2),
+            "dose": np.tile([np.nan, 100, 10], n // 3),
+        },
+        index=[f"cell{i}" for i in range(n)],
+    )
+    x = rng.uniform(1, 2, (n, 12)) + 3 * (obs["line"] == "b").to_numpy()[:, None] * np.eye(12)[5]
+    x[obs["drug"] == "active"] += np.eye(12)[0] - 0.5 * np.eye(12)[1]
+    return AnnData(sparse.csr_matrix(x, dtype=np.float32), obs=obs)
 
 
 @pytest.fixture

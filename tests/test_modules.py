@@ -130,6 +130,40 @@ def test_factors_of_one_hidden_unit_are_its_two_maps(fitted):
     np.testing.assert_allclose(np.abs(factors.T @ maps).max(axis=0), 1, atol=1e-5)
 
 
+@pytest.mark.parametrize("turn", [1, -1])
+def test_factor_along_is_the_factor_that_follows_and_rises_with_it(fitted, turn):
+    model, dataset = fitted
+    modules = gene_modules(model, 0, None, "covariance", dataset=dataset)
+    signs = np.sign(modules.eigenvalues)
+    pair = [signs.idxmax(), signs.idxmin()]
+    # The definition: the roots of the eigenvalues weigh the scores; plus or minus, whichever correlates more.
+    root = np.sqrt(modules.eigenvalues[pair].abs().to_numpy())
+    scores = modules.scores(dataset)[pair].to_numpy() * root
+    brackets = {"plus": scores.sum(axis=1), "minus": scores[:, 0] - scores[:, 1]}
+    noise = np.random.default_rng(0).normal(size=len(dataset)) * 0.1
+    for wanted in brackets.values():
+        factor = modules.factor_along(dataset, turn * wanted + noise, *pair)
+        found = modules.scores(dataset) @ factor
+        np.testing.assert_allclose(found, turn * wanted, atol=1e-8)
+        r = np.corrcoef(found, turn * wanted + noise)[0, 1]
+        assert factor.attrs["correlation"] == pytest.approx(r) and r > 0
+
+
+def test_factor_along_of_modules_of_one_sign_is_one_of_them(fitted):
+    model, dataset = fitted
+    modules = gene_modules(model, 0, None, dataset=dataset)
+    same = list(modules.eigenvalues.index[modules.eigenvalues > 0][:2])
+    values = -modules.scores(dataset)[same[1]]
+    factor = modules.factor_along(dataset, values, *same)
+    assert factor.to_dict() == dict.fromkeys(modules.eigenvalues.index, 0.0) | {same[1]: -1.0}
+    with pytest.raises(ValueError, match="values has 3 numbers from 1 to 3 for 60 cells"):
+        modules.factor_along(dataset, [1, 2, 3])
+    with pytest.raises(ValueError, match="not the same in all"):
+        modules.factor_along(dataset, np.ones(60))
+    with pytest.raises(KeyError, match="module=99 is unknown"):
+        modules.factor_along(dataset, values, 0, 99)
+
+
 def test_modules_of_one_sign_are_no_product(fitted):
     model, dataset = fitted
     modules = gene_modules(model, 0, None, dataset=dataset)

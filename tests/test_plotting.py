@@ -44,6 +44,12 @@ ENRICHED = pd.DataFrame(
         "q": [3e-6, 1.5e-3, 0.5],
     }
 )
+MISSING = pd.DataFrame({"one": [0.1, 0.5, np.nan], "other": [0.3, 0.2, 0.4]}, list("abc"))
+CURVES = pd.DataFrame(
+    {"effect": [0.1, 1.0, 0.2, 2.0], "error": [0.1, 0.2, 0.1, 0.3]},
+    pd.MultiIndex.from_product([["drug", "other"], [10.0, 1000.0]]),
+)
+GROUPS = {"acts": [3.0, -4.0], "silent": np.array([0.5, -0.2, 1.0])}
 DRAW = {
     "learning_curve": lambda ax: plotting.learning_curve(HISTORY, "loss", ax=ax),
     "confusion": lambda ax: plotting.confusion(COUNTS, ax=ax),
@@ -55,7 +61,12 @@ DRAW = {
     "embedding": lambda ax: plotting.embedding(POINTS, LABELS, COLORS, ax=ax),
     "by_output": lambda ax: plotting.by_output(SPLITS, ax=ax),
     "interactions": lambda ax: plotting.interactions(BETWEEN, ax=ax),
+    "dots": lambda ax: plotting.dots(MISSING, ax=ax),
+    "dose_response": lambda ax: plotting.dose_response(CURVES, ax=ax),
+    "heatmap": lambda ax: plotting.heatmap(BETWEEN, ax=ax),
+    "strip": lambda ax: plotting.strip(GROUPS, 2.0, ax=ax),
 }
+UNLABELLED = ("interactions", "embedding", "dots", "heatmap", "strip")  # the caller says what is on the axis
 
 
 @pytest.fixture
@@ -90,7 +101,7 @@ def test_figure_is_drawn_on_the_given_axes_alone(name, ax):
     style, figures = dict(matplotlib.rcParams), plt.get_fignums()
     assert DRAW[name](ax) is ax
     assert ax.has_data() and not other.has_data()
-    assert ax.get_xlabel() or name in ("interactions", "embedding")
+    assert ax.get_xlabel() or name in UNLABELLED
     ax.figure.canvas.draw()
     assert dict(matplotlib.rcParams) == style and plt.get_fignums() == figures
 
@@ -231,3 +242,45 @@ def test_interactions_are_shaded_around_zero(ax):
     red, blue = mesh.cmap(1.0), mesh.cmap(0.0)
     assert red[0] > red[2] and blue[2] > blue[0]
     assert list(names(ax.yaxis).values()) == list("abc") and list(names(ax.xaxis).values()) == list("xy")
+
+
+def test_dots_puts_a_marker_of_each_column_on_the_line_of_its_row(ax):
+    plotting.dots(MISSING, ax=ax)
+    points = {artist.get_label(): artist for artist in ax.collections[1:]}
+    for name, column in MISSING.items():
+        x, y = np.ma.filled(points[name].get_offsets(), np.nan).T
+        np.testing.assert_allclose(x, column)
+        np.testing.assert_allclose(y[~np.isnan(x)], np.flatnonzero(column.notna()))
+    assert names(ax.yaxis) == {0: "a", 1: "b", 2: "c"} and ax.yaxis_inverted()
+    np.testing.assert_allclose(ax.collections[0].get_segments()[1], [[0.2, 1], [0.5, 1]])
+    assert len({to_hex(artist.get_facecolor()[0]) for artist in points.values()}) == 2
+
+
+def test_dose_response_draws_means_with_their_95_percent_interval(ax):
+    plotting.dose_response(CURVES, ax=ax)
+    assert ax.get_xscale() == "log"
+    lines = {container.get_label(): container for container in ax.containers}
+    for name in ("drug", "other"):
+        line, _, (bars,) = lines[name]
+        np.testing.assert_allclose(line.get_xydata(), np.c_[[10, 1000], CURVES.loc[name, "effect"]])
+        ends = [segment[:, 1] for segment in bars.get_segments()]
+        np.testing.assert_allclose(np.ptp(ends, axis=1), 2 * 1.96 * CURVES.loc[name, "error"])
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"drug", "other"}
+
+
+def test_heatmap_is_shaded_around_zero_and_leaves_missing_numbers_out(ax):
+    plotting.heatmap(BETWEEN.mask(BETWEEN == 1.0).replace(0.0, -0.01), ax=ax)
+    assert ax.collections[0].get_clim() == (-2, 2)
+    assert [text.get_text() for text in ax.texts] == ["0.5", "-2.0", "0.0", "0.1", "0.2"]  # and no "-0.0"
+    assert plotting.heatmap(BETWEEN, 5, ax=Figure().add_subplot()).collections[0].get_clim() == (-5, 5)
+
+
+def test_strip_puts_every_value_on_the_line_of_its_group_and_colours_those_outside_the_band(ax):
+    plotting.strip(GROUPS, 2.0, ax=ax)
+    acts, silent = ax.collections[:2]
+    for row, (artist, values) in enumerate(zip((acts, silent), GROUPS.values(), strict=True)):
+        np.testing.assert_allclose(artist.get_offsets()[:, 0], values)
+        assert np.abs(artist.get_offsets()[:, 1] - row).max() <= 0.2
+    assert colors_of(acts) == {plotting.POSITIVE.lower()} and colors_of(silent) == {plotting.NEUTRAL.lower()}
+    box = ax.patches[0].get_extents().transformed(ax.transData.inverted())
+    assert (box.x0, box.x1) == pytest.approx((-2, 2)) and list(names(ax.yaxis).values()) == list(GROUPS)

@@ -199,24 +199,6 @@ def test_graph_of_all_cells_and_a_choice_of_cells_is_an_error():
 # ------------------------------------------------------------------------------------------------ perturbations
 
 
-@pytest.fixture(scope="module")
-def treated():
-    """Two lines, far apart; a drug raises gene 0 and lowers gene 1, another does nothing."""
-    rng = np.random.default_rng(0)
-    n = 360
-    obs = pd.DataFrame(
-        {
-            "drug": np.tile(["control", "active", "inert"], n // 3),
-            "line": np.repeat(["a", "b"], n // 2),
-            "dose": np.tile([np.nan, 100, 10], n // 3),
-        },
-        index=[f"cell{i}" for i in range(n)],
-    )
-    x = rng.uniform(1, 2, (n, 12)) + 3 * (obs["line"] == "b").to_numpy()[:, None] * np.eye(12)[5]
-    x[obs["drug"] == "active"] += np.eye(12)[0] - 0.5 * np.eye(12)[1]
-    return AnnData(sparse.csr_matrix(x, dtype=np.float32), obs=obs)
-
-
 def expected_signature(adata):
     """The definition: cell minus the mean of the control cells of its line."""
     x = adata.X.toarray() if sparse.issparse(adata.X) else adata.X

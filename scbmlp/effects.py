@@ -1,0 +1,265 @@
+"""What perturbations do to scores of cells: directions, means against control cells, and whether two of them add up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+from sklearn.linear_model import LinearRegression
+
+from scbmlp.datasets import obs_column
+from scbmlp.targets import _labels, _strata
+
+
+def response_directions(
+    adata: AnnData,
+    embedding: str = "X_pert",
+    doses: str = "X_dose",
+    *,
+    strata: str | None = None,
+    cells: Any = None,
+) -> pd.DataFrame:
+    """Return where each compound takes a cell: the slopes of an embedding on the doses, within each stratum.
+
+    By least squares, one intercept a stratum. A compound need not do the same in every line of cells, so that what is
+    a stratum here is better a line than a plate.
+
+    Parameters
+    ----------
+    adata
+        Cells with both tables.
+    embedding
+        ``obsm[embedding]``, as from :func:`perturbation_response` (cell x comp).
+    doses
+        ``obsm[doses]``, a DataFrame as from :func:`dose_coordinates` (cell x compound).
+    strata
+        Column of ``obs`` within which slopes are fitted; all cells together if None.
+    cells
+        Positions or mask of the cells to fit on; all if None.
+
+    Returns
+    -------
+    A row a stratum and compound, ``(stratum, compound)``, or a compound if `strata` is None: what the highest dose
+    adds to each component of the embedding.
+
+    Raises
+    ------
+    KeyError
+        A table or column is not there.
+    """
+    for key in (embedding, doses):
+        if key not in adata.obsm:
+            raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
+    table, y = adata.obsm[doses], np.asarray(adata.obsm[embedding])
+    rows = np.arange(adata.n_obs)[slice(None) if cells is None else cells]
+    labels = np.full(adata.n_obs, "all") if strata is None else obs_column(adata, strata, "strata").astype(str)
+    found = {}
+    for name, group in pd.Series(rows).groupby(np.asarray(labels)[rows]):
+        fitted = LinearRegression().fit(table.to_numpy()[group], y[group])
+        found[name] = pd.DataFrame(fitted.coef_.T, table.columns)
+    return found["all"] if strata is None else pd.concat(found, names=[strata, None])
+
+
+def against_control(
+    scores: pd.DataFrame | pd.Series,
+    adata: AnnData,
+    perturbation_key: str,
+    control: str,
+    *,
+    strata: str | Sequence[str] | None = None,
+) -> pd.DataFrame:
+    """Return scores of cells less the mean of their stratum's control cells, in the controls' standard deviation.
+
+    Parameters
+    ----------
+    scores
+        Scores of the cells of `adata`, in their order (cell x score).
+    adata
+        Cells.
+    perturbation_key, control
+        Column of ``obs`` with the perturbation of every cell, and its label for control cells.
+    strata
+        Columns of ``obs`` within which cells are compared, such as line, plate and replicate. The standard deviation
+        is that of all control cells around the means of their strata.
+
+    Raises
+    ------
+    KeyError
+        A column is not in ``obs``, or `control` is not one of the labels.
+    ValueError
+        A label is missing, a stratum has no control cells, or `scores` are not those of the cells.
+    """
+    control_cells, stratum = _controls(adata, perturbation_key, control, strata)
+    scores = pd.DataFrame(scores)
+    if len(scores) != adata.n_obs:
+        raise ValueError(f"scores has {len(scores)} rows for {adata.n_obs} cells; score the cells of adata, in order.")
+    at_control = scores.to_numpy()[control_cells]
+    means = pd.DataFrame(at_control).groupby(stratum[control_cells]).mean()
+    centred = scores - means.loc[stratum].to_numpy()
+    # As many means were fitted as there are strata.
+    freedom = max(len(at_control) - len(means), 1)
+    return centred / np.sqrt((centred.to_numpy()[control_cells] ** 2).sum(axis=0) / freedom)
+
+
+def mean_effects(
+    scores: pd.DataFrame | pd.Series,
+    adata: AnnData,
+    perturbation_key: str,
+    control: str,
+    *,
+    by: str | Sequence[str] | None = None,
+    strata: str | Sequence[str] | None = None,
+    cells: Any = None,
+) -> pd.DataFrame:
+    """Return the mean score of every condition against control cells of the same strata, with its standard error.
+
+    The error has two parts: that of the condition's own cells, and that of the control means which were taken off,
+    1 / (control cells) in each stratum, weighted by the square of the stratum's share of the condition's cells. Cells
+    are taken as independent within a stratum; what differs from well to well is in neither part.
+
+    Parameters
+    ----------
+    scores, adata, perturbation_key, control, strata
+        As in :func:`against_control`; all control cells of `adata` are compared with.
+    by
+        Columns of ``obs`` that make the conditions, such as compound and dose; `perturbation_key` if None.
+    cells
+        Positions or mask of the cells to average; all if None.
+
+    Returns
+    -------
+    A row a condition and score: ``effect``, in standard deviations of the controls, ``error``, ``z`` (the one over the
+    other; about standard normal where nothing is done) and ``n_cells``. Conditions of a single cell have no error.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As for :func:`against_control`, and if a column of `by` is not there.
+    """
+    effects = against_control(scores, adata, perturbation_key, control, strata=strata)
+    control_cells, stratum = _controls(adata, perturbation_key, control, strata)
+    per_stratum = pd.Series(stratum[control_cells]).value_counts()
+    by = [by] if isinstance(by, str) else list(by or [perturbation_key])
+    keys = [obs_column(adata, key, "by").to_numpy() for key in by]
+    rows = np.arange(adata.n_obs)[slice(None) if cells is None else cells]
+    found = {}
+    for name, group in pd.Series(rows).groupby([key[rows] for key in keys], observed=True):
+        share = pd.Series(stratum[group]).value_counts(normalize=True)
+        of_controls = (share**2 / per_stratum[share.index]).sum()
+        here = effects.iloc[group]
+        mean, error = here.mean(), np.sqrt(here.var() / len(group) + of_controls)
+        table = pd.DataFrame({"effect": mean, "error": error, "z": mean / error, "n_cells": len(group)})
+        found[name if len(by) > 1 else name[0]] = table
+    return pd.concat(found, names=[*by, "score"])
+
+
+def additivity(
+    values: Any,
+    adata: AnnData,
+    perturbation_key: str,
+    control: str,
+    *,
+    separator: str = "+",
+    n_splits: int = 100,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Say how well the effects of two perturbations add up to that of both, and how well they could at most.
+
+    An effect is the mean of a perturbation's cells less that of the control cells. A correlation of noisy means is low
+    even where effects add up, and one of effects that share their controls is high even where they do not. So all
+    cells, controls included, are split into halves at random: what the halves say of one and the same effect is the
+    most that a prediction across halves can reach.
+
+    Parameters
+    ----------
+    values
+        Expression or an embedding of the cells of `adata` (cell x feature).
+    adata
+        Cells.
+    perturbation_key, control
+        Column of ``obs`` with the perturbation of every cell, and its label for control cells.
+    separator
+        What joins two perturbations in the label of both.
+    n_splits
+        Number of random halvings to average over.
+    random_state
+        Seed of the halvings.
+
+    Returns
+    -------
+    A row a double perturbation whose two singles are there.
+
+    - ``n_cells``: fewest cells of the three and the controls.
+    - ``r``: correlation over features of the double's effect and the sum of the singles' effects, on all cells, whose
+      controls they share.
+    - ``r_halves``: the same between halves, so that no cell is in both.
+    - ``ceiling``: geometric mean of the correlations between halves of the double's effect with itself and of the sum
+      with itself, 0 where either is not positive. Additive effects reach it; near 0, nothing can be said.
+    - ``slope``: length of the double's effect along the sum, in lengths of the sum; 1 if effects add up.
+
+    Raises
+    ------
+    KeyError
+        The column is not in ``obs``, or `control` is not one of the labels.
+    ValueError
+        No double has both singles, one of the labels has fewer than two cells, or `values` are not those of the cells.
+    """
+    labels = _labels(adata, perturbation_key, control).to_numpy()
+    x = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
+    if len(x) != adata.n_obs:
+        raise ValueError(f"values has {len(x)} rows for {adata.n_obs} cells; pass those of adata, in order.")
+    present = set(labels)
+    pairs = {name: name.split(separator) for name in sorted(present)}
+    pairs = {name: pair for name, pair in pairs.items() if len(pair) == 2 and present.issuperset(pair)}
+    if not pairs:
+        raise ValueError(
+            f"no label of obs[{perturbation_key!r}] is two others joined by {separator!r}; there are: "
+            f"{', '.join(sorted(present)[:10])}."
+        )
+    cells = {name: np.flatnonzero(labels == name) for name in {control, *pairs, *sum(pairs.values(), [])}}
+    if few := [name for name, rows in cells.items() if len(rows) < 2]:
+        raise ValueError(f"{', '.join(sorted(few))} have a single cell, which cannot be split; drop these labels.")
+    rng, rows = np.random.default_rng(random_state), {name: [] for name in pairs}
+    for _ in range(n_splits):
+        halves = {name: np.array_split(rng.permutation(found), 2) for name, found in cells.items()}
+        mean = {name: np.stack([x[half].mean(axis=0) for half in both]) for name, both in halves.items()}
+        for name, (a, b) in pairs.items():
+            double, total = mean[name] - mean[control], mean[a] + mean[b] - 2 * mean[control]
+            r = np.corrcoef(np.vstack([double, total]))
+            along = double[0] @ total[1] + double[1] @ total[0]
+            rows[name].append([(r[0, 3] + r[1, 2]) / 2, r[0, 1], r[2, 3], along, 2 * total[0] @ total[1]])
+    table = {}
+    for name, (a, b) in pairs.items():
+        of_all = {key: x[cells[key]].mean(axis=0) for key in (name, a, b, control)}
+        effect, total = of_all[name] - of_all[control], of_all[a] + of_all[b] - 2 * of_all[control]
+        between, of_double, of_sum, along, length = np.mean(rows[name], axis=0)
+        table[name] = {
+            "n_cells": min(len(cells[key]) for key in of_all),
+            "r": np.corrcoef(effect, total)[0, 1],
+            "r_halves": between,
+            "ceiling": np.sqrt(max(of_double, 0) * max(of_sum, 0)),
+            "slope": along / length,
+        }
+    return pd.DataFrame(table).T.astype({"n_cells": int})
+
+
+def _controls(
+    adata: AnnData, perturbation_key: str, control: str, strata: str | Sequence[str] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which cells are controls and the stratum of every cell; every stratum has controls."""
+    names = [strata] if isinstance(strata, str) else list(strata or [])
+    for key in names:
+        obs_column(adata, key, "strata")
+    cells = (_labels(adata, perturbation_key, control) == control).to_numpy()
+    stratum = _strata(adata, names).to_numpy()
+    lacking = sorted(set(stratum) - set(stratum[cells]))
+    if lacking:
+        raise ValueError(
+            f"strata={names} have no cell of {control!r} to compare with in {'; '.join(lacking[:5])}; drop the cells "
+            f"of these strata, or name fewer columns."
+        )
+    return cells, stratum

@@ -1,0 +1,128 @@
+"""Directions, mean effects and additivity, against computations by hand and repeated experiments."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from anndata import AnnData
+from scipy import sparse
+
+from scbmlp.effects import additivity, against_control, mean_effects, response_directions
+from scbmlp.targets import dose_coordinates
+
+
+def test_directions_are_slopes_on_the_dose_within_each_stratum(treated):
+    adata = treated.copy()
+    dose_coordinates(adata, "drug", "dose", "control")
+    rng = np.random.default_rng(0)
+    adata.obsm["X_pert"] = rng.normal(size=(adata.n_obs, 2)) + adata.obsm["X_dose"].to_numpy() @ [[3, 0], [0, -1]]
+    chosen = rng.random(adata.n_obs) < 0.7
+    found = response_directions(adata, strata="line", cells=chosen)
+    for line in "ab":
+        rows = chosen & (adata.obs["line"] == line).to_numpy()
+        design = np.column_stack([np.ones(rows.sum()), adata.obsm["X_dose"].to_numpy()[rows]])
+        slopes = np.linalg.lstsq(design, adata.obsm["X_pert"][rows], rcond=None)[0][1:]
+        np.testing.assert_allclose(found.loc[line], slopes, atol=1e-6)
+    assert list(found.loc["a"].index) == ["active", "inert"]
+    together = response_directions(adata)
+    assert list(together.index) == ["active", "inert"] and together.loc["active", 0] == pytest.approx(3, abs=0.4)
+    with pytest.raises(KeyError, match="'X_none' is not in adata.obsm; there are: X_dose, X_pert"):
+        response_directions(adata, "X_none")
+    with pytest.raises(KeyError, match="'plate' is not a column"):
+        response_directions(adata, strata="plate")
+
+
+@pytest.fixture
+def scored(treated):
+    rng = np.random.default_rng(1)
+    line, drug = (treated.obs[key].to_numpy() for key in ("line", "drug"))
+    score = rng.normal(size=treated.n_obs) * 2 + 10 * (line == "b") + 3 * (drug == "active")
+    return pd.DataFrame({"one": score, "other": rng.normal(size=treated.n_obs)}, treated.obs_names)
+
+
+def test_scores_against_control_are_in_units_of_the_controls_around_their_own_means(treated, scored):
+    found = against_control(scored, treated, "drug", "control", strata="line")
+    line, control = treated.obs["line"].to_numpy(), (treated.obs["drug"] == "control").to_numpy()
+    for name in scored:
+        groups = [scored[name][control & (line == which)] for which in "ab"]
+        pooled = np.sqrt(sum((len(g) - 1) * g.var() for g in groups) / (control.sum() - 2))
+        for which, group in zip("ab", groups, strict=True):
+            rows = line == which
+            np.testing.assert_allclose(found[name][rows], (scored[name][rows] - group.mean()) / pooled)
+    # Without strata, the lines' difference is taken for spread.
+    assert against_control(scored["one"], treated, "drug", "control").loc[control, "one"].std() == pytest.approx(1)
+
+
+def test_mean_effects_and_their_errors_by_hand(treated, scored):
+    rows = np.arange(treated.n_obs) % 5 != 0
+    line, drug = (treated.obs[key].to_numpy() for key in ("line", "drug"))
+    rows &= (line == "a") | (np.arange(treated.n_obs) % 2 == 0)  # unequal strata
+    found = mean_effects(scored, treated, "drug", "control", strata="line", cells=rows)
+    effects = against_control(scored, treated, "drug", "control", strata="line")
+    for name in ("active", "inert", "control"):
+        here = rows & (drug == name)
+        shares = [np.mean(line[here] == which) for which in "ab"]
+        controls = [np.sum((line == which) & (drug == "control")) for which in "ab"]
+        own = effects["one"][here].var() / here.sum()
+        row = found.loc[name, "one"]
+        assert row["effect"] == pytest.approx(effects["one"][here].mean())
+        assert row["error"] == pytest.approx(
+            np.sqrt(own + sum(s**2 / n for s, n in zip(shares, controls, strict=True)))
+        )
+        assert row["z"] == pytest.approx(row["effect"] / row["error"]) and row["n_cells"] == here.sum()
+    assert found.loc[("active", "one"), "z"] > 5
+    by = mean_effects(scored["one"], treated, "drug", "control", by=["drug", "line"], strata="line")
+    assert by.index.names == ["drug", "line", "score"] and len(by) == 6
+
+
+def test_errors_of_mean_effects_are_those_of_repeated_experiments():
+    """The control means are part of the noise: with few controls, z without them would not be standard normal."""
+    rng = np.random.default_rng(0)
+    obs = pd.DataFrame({"drug": ["control"] * 8 + ["inert"] * 40, "plate": ["p", "q"] * 24})
+    adata = AnnData(np.zeros((48, 1), np.float32), obs=obs.set_index(obs.index.astype(str)))
+    scores = pd.DataFrame(rng.normal(size=(48, 2000)), adata.obs_names)
+    z = mean_effects(scores, adata, "drug", "control", strata="plate", cells=obs["drug"] == "inert")["z"]
+    # In units of a standard deviation from 6 degrees of freedom the tails are a little heavier.
+    assert z.std() == pytest.approx(1, abs=0.25) and abs(z.mean()) < 0.1
+    assert z.abs().quantile(0.68) == pytest.approx(1, abs=0.15)
+
+
+def test_effects_that_add_up_reach_the_ceiling_and_others_do_not():
+    rng, n_cells = np.random.default_rng(0), 200
+    a, b, c = rng.normal(size=(3, 60))
+    effects = {"control": 0 * a, "A": a, "B": b, "A+B": a + b, "C": c, "A+C": a + 2 * rng.normal(size=60)}
+    effects |= {"D": 0 * a, "E": 0 * a, "D+E": 0 * a, "A+none": a}
+    labels = np.repeat(list(effects), n_cells)
+    x = np.stack([effects[name] for name in labels]) + rng.normal(size=(len(labels), 60)) * 3
+    adata = AnnData(np.zeros((len(x), 1), np.float32), obs=pd.DataFrame({"given": labels}, map(str, range(len(x)))))
+    found = additivity(x, adata, "given", "control", n_splits=20)
+    assert list(found.index) == ["A+B", "A+C", "D+E"] and (found["n_cells"] == n_cells).all()
+    mean = {name: x[labels == name].mean(axis=0) for name in effects}
+    total = mean["A"] + mean["B"] - 2 * mean["control"]
+    assert found.loc["A+B", "r"] == pytest.approx(np.corrcoef(mean["A+B"] - mean["control"], total)[0, 1])
+    assert found.loc["A+B", "r_halves"] == pytest.approx(found.loc["A+B", "ceiling"], abs=0.03)
+    assert found.loc["A+B", "ceiling"] > 0.8 and found.loc["A+B", "slope"] == pytest.approx(1, abs=0.1)
+    assert found.loc["A+C", "r_halves"] < found.loc["A+C", "ceiling"] - 0.2
+    # Nothing is done, but the shared controls correlate.
+    assert found.loc["D+E", "ceiling"] < 0.3 < found.loc["D+E", "r"]
+    same = additivity(sparse.csr_matrix(x), adata, "given", "control", n_splits=20)
+    pd.testing.assert_frame_equal(same, found)
+
+
+def test_scores_and_pairs_that_cannot_be_compared_are_refused(treated, scored):
+    with pytest.raises(ValueError, match="scores has 3 rows for 360 cells"):
+        against_control(scored[:3], treated, "drug", "control")
+    with pytest.raises(KeyError, match="control='DMSO' is no label"):
+        mean_effects(scored, treated, "drug", "DMSO")
+    with pytest.raises(KeyError, match="'plate' is not a column"):
+        mean_effects(scored, treated, "drug", "control", by="plate")
+    lacking = treated[(treated.obs["line"] == "a") | (treated.obs["drug"] != "control")].copy()
+    with pytest.raises(ValueError, match=r"strata=\['line'\] have no cell of 'control' to compare with in b"):
+        against_control(scored.loc[lacking.obs_names], lacking, "drug", "control", strata="line")
+    with pytest.raises(ValueError, match=r"no label of obs\['drug'\] is two others joined by '\+'"):
+        additivity(treated.X, treated, "drug", "control")
+    with pytest.raises(ValueError, match="values has 2 rows for 360 cells"):
+        additivity(treated.X[:2], treated, "drug", "control")
+    few = treated[:4].copy()
+    few.obs["drug"] = ["control", "A", "B", "A+B"]
+    with pytest.raises(ValueError, match="A, A\\+B, B, control have a single cell"):
+        additivity(few.X, few, "drug", "control")
