@@ -28,6 +28,7 @@ from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, tune
 from scbmlp.targets import laplacian_frequencies, perturbation_response
 
 Sets = tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]
+Split = Callable[[int], tuple[Sets, np.ndarray | None]]  # with the donor of every validation cell, where there are any
 FOLDER = Path(os.environ.get("SCBMLP_DATA_DIR") or ".")
 
 
@@ -39,34 +40,36 @@ def read(name: str, *, normalise: bool) -> AnnData:
     return adata
 
 
-def classes(adata: AnnData, key: str) -> Callable[[int], Sets]:
-    return lambda seed: get_classification_datasets(adata, key, random_state=seed)
+def classes(adata: AnnData, key: str) -> Split:
+    return lambda seed: (get_classification_datasets(adata, key, random_state=seed), None)
 
 
-def targets(adata: AnnData, key: str) -> Callable[[int], Sets]:
-    return lambda seed: get_regression_datasets(adata, key, random_state=seed)
+def targets(adata: AnnData, key: str) -> Split:
+    return lambda seed: (get_regression_datasets(adata, key, random_state=seed), None)
 
 
-def cell_types() -> Callable[[int], Sets]:
+def cell_types() -> Split:
     return classes(read("pancreas", normalise=True), "clusters")
 
 
-def frequencies() -> Callable[[int], Sets]:
+def frequencies() -> Split:
     adata = read("pancreas", normalise=True)
     laplacian_frequencies(adata)
     return targets(adata, "X_freq")
 
 
-def tumours() -> Callable[[int], Sets]:
+def tumours() -> Split:
     adata = read("glioblastoma_panobinostat", normalise=True)
     patient = adata.obs["patient_id"].astype("category").cat.codes.to_numpy()
 
-    def leave_out(seed: int) -> Sets:
-        # A patient to test on, the next to validate on: what is chosen must hold in a patient that was not seen.
+    def leave_out(seed: int) -> tuple[Sets, np.ndarray]:
+        # A patient to test on, the next two to validate on: what is chosen must hold in patients that were not seen.
         n = patient.max() + 1
-        split = np.select([patient == seed % n, patient == (seed + 1) % n], ["test", "val"], "train")
+        after = (patient - seed) % n
+        split = np.select([after == 0, after < 3], ["test", "val"], "train")
         adata.obs["split"] = split
-        return get_classification_datasets(adata, "condition", split_key="split")
+        sets = get_classification_datasets(adata, "condition", split_key="split")
+        return sets, patient[sets[1].indices]
 
     return leave_out
 
@@ -79,18 +82,18 @@ def dexamethasone() -> AnnData:
     return adata
 
 
-def response() -> Callable[[int], Sets]:
+def response() -> Split:
     adata = dexamethasone()
     perturbation_response(adata, "treated", "vehicle", 1)
     return targets(adata, "X_pert")
 
 
-def knock_outs() -> Callable[[int], Sets]:
+def knock_outs() -> Split:
     adata = read("papalexi", normalise=True)
     return classes(adata[adata.obs["grna_top_frac"] > 0.8].copy(), "target")
 
 
-def bone_marrow() -> Callable[[int], Sets]:
+def bone_marrow() -> Split:
     adata = sc.datasets.pbmc68k_reduced()
     whole = adata.raw.to_adata()
     sizes = whole.obs["bulk_labels"].value_counts()
@@ -110,7 +113,7 @@ TASKS = {
 }
 
 
-def fits(sets: Sets, seed: int, skip: list[str]) -> Iterator[tuple[str, float, float]]:
+def fits(sets: Sets, donors: np.ndarray | None, seed: int, skip: list[str]) -> Iterator[tuple[str, float, float]]:
     """Yield the name of each model, its score on the test cells, and the seconds that it took."""
     train, val, test = sets
     kind = ScBMLPClassifier if train.y.ndim == 1 else ScBMLPRegressor
@@ -120,7 +123,7 @@ def fits(sets: Sets, seed: int, skip: list[str]) -> Iterator[tuple[str, float, f
         "linear": lambda: linear_baseline(train, val),
         "plain": lambda: fitted(kind(plain), train, val, baseline=False),
         "linear form": lambda: fitted(kind(Config(**size, linear=True)), train, val),
-        "tune": lambda: tune(kind, train, val, seed=seed, progress=False),
+        "tune": lambda: tune(kind, train, val, groups=donors, seed=seed, progress=False),
     }
     for name, make in makers.items():
         if name not in skip:
@@ -149,7 +152,7 @@ def main() -> None:
             continue
         rows, seconds = [], []
         for seed in range(args.splits):
-            made = list(fits(split(seed), seed, args.skip))
+            made = list(fits(*split(seed), seed, args.skip))
             rows.append({name: score for name, score, _ in made})
             seconds.append({name: time for name, _, time in made})
         scores, beside = pd.DataFrame(rows), pd.DataFrame(rows).sub(pd.DataFrame(rows)["linear"], axis=0)

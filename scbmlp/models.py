@@ -670,6 +670,7 @@ def tune(
     train: ExpressionDataset,
     val: ExpressionDataset,
     *,
+    groups: Any = None,
     d_hidden: int = 128,
     n_epochs: int | None = None,
     batch_size: int = 64,
@@ -686,8 +687,8 @@ def tune(
     the target's variance otherwise. Returned is the simplest that is behind the best by no more than the standard error
     of their difference: the baseline first, then the linear form, then the plain one, strong penalties before weak
     ones. The baseline comes as a linear form whose bilinear weights P are 0: no interaction has shown. Test cells have
-    no part in it. Scores on the validation cells flatter, and where cells come in donors or batches, hold out whole
-    ones: noise from donor to donor is not in a standard error over cells.
+    no part in it. Scores on the validation cells flatter. Where cells come in donors or batches, validate on whole ones
+    and pass them as `groups`: noise from donor to donor is in no standard error over cells.
 
     Parameters
     ----------
@@ -695,6 +696,9 @@ def tune(
         ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
     train, val
         Cells to learn from, and cells that choose.
+    groups
+        Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor, and
+        the standard error is that of the donors' means.
     d_hidden, n_epochs, batch_size, lr, seed, device
         As in :class:`Config`, for all models alike. If None there are 40 epochs, or up to 200 for 1,500 steps.
     progress
@@ -711,15 +715,25 @@ def tune(
     Raises
     ------
     ValueError
-        A size is out of its range, or the linear baseline cannot be fitted.
+        A size is out of its range, the linear baseline cannot be fitted, or `groups` are not one a validation cell, or
+        fewer than two.
     """
+    # Without groups every cell is one of its own.
+    donors = np.arange(len(val)) if groups is None else pd.factorize(np.asarray(groups))[0]
+    n_groups = len(set(donors) - {-1})
+    if groups is not None and (len(donors) != len(val) or n_groups < 2 or -1 in donors):
+        raise ValueError(
+            f"groups has {len(donors)} labels of {n_groups} groups, {np.sum(donors == -1)} of them missing, for "
+            f'{len(val)} validation cells; pass one a cell of two groups or more, such as adata.obs["donor"].iloc['
+            f"val.indices], after holding out more donors, or leave groups out."
+        )
     if n_epochs is None:
         n_epochs = int(np.clip(np.ceil(1500 * batch_size / len(train)), 40, 200))
     baseline = linear_baseline(train, val)
     size = {"d_input": len(train.gene_names), "d_hidden": d_hidden, "d_output": len(train.output_names)}
     shared = {"n_epochs": n_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
     shared["patience"] = n_epochs  # none stops before the end, each keeps its best
-    groups = [
+    forms = [
         [
             ModelClass(
                 Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c),
@@ -729,16 +743,17 @@ def tune(
         ]
         for linear in (True, False)
     ]
-    bar = tqdm(total=n_epochs * len(groups), desc="tune", unit="epoch", disable=None if progress else True)
-    for models in groups:
+    bar = tqdm(total=n_epochs * len(forms), desc="tune", unit="epoch", disable=None if progress else True)
+    for models in forms:
         _fit(models, train, val, baseline, None, {"enable_progress_bar": False, "callbacks": [_Advance(bar)]})
     bar.close()
-    models = sum(groups, [])
+    models = sum(forms, [])
     first, target = models[0], val.y.numpy()
     outputs = [baseline.outputs(val), *(model.outputs(val) for model in models)]
     losses = np.stack([first._cell_losses(one, target) for one in outputs])
+    losses = pd.DataFrame(losses.T).groupby(donors).mean().to_numpy().T
     behind = losses - losses[losses.mean(axis=1).argmin()]
-    error = behind.std(axis=1) / np.sqrt(len(target))
+    error = behind.std(axis=1, ddof=1) / np.sqrt(behind.shape[1])
     # The first, and simplest, that is not worse than the best beyond noise.
     best = int((behind.mean(axis=1) <= error).argmax())
     rows = [{"form": "linear baseline", **first._baseline}]

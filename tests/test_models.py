@@ -19,7 +19,7 @@ import scanpy as sc
 import torch
 from anndata import AnnData
 from scipy import sparse
-from scipy.special import huber
+from scipy.special import huber, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
@@ -530,6 +530,28 @@ def test_tune_returns_the_linear_baseline_where_nothing_is_ahead_of_it(graded, k
     np.testing.assert_allclose(model.outputs(test), baseline.outputs(test), rtol=1e-4, atol=1e-2)
     assert not model.w_p.any() and model.statistics is not None and not model.training
     assert model.history.loc[0, f"val_{model.metric}"] == pytest.approx(baseline.score(val), abs=1e-6)
+
+
+def test_tune_compares_donor_by_donor_where_cells_come_in_donors(planted):
+    train, val, _ = get_classification_datasets(planted, "label")
+    donors = np.array(["a", "b", "c"])[np.minimum(np.arange(len(val)) % 7, 2)]  # unequal, and none counts for more
+    model = tune(ScBMLPClassifier, train, val, groups=donors, d_hidden=8, n_epochs=60, lr=0.01, device="cpu")
+    chosen = model.trials.set_index("chosen").loc[True]
+    assert chosen["behind"] == 0 and chosen["form"] == "linear"
+    rows, y = np.arange(len(val)), val.y.numpy()
+    losses = [-np.log(softmax(one.outputs(val), axis=1)[rows, y]) for one in (linear_baseline(train, val), model)]
+    by_donor = [np.mean((losses[0] - losses[1])[donors == donor]) for donor in "abc"]
+    baseline = model.trials.iloc[0]
+    assert baseline["behind"] == pytest.approx(np.mean(by_donor), rel=1e-3)
+    assert baseline["standard_error"] == pytest.approx(np.std(by_donor, ddof=1) / np.sqrt(3), rel=1e-3)
+
+
+@pytest.mark.parametrize("groups", [["a"], "one", "missing"])
+def test_tune_refuses_groups_that_cannot_be_compared(graded, groups):
+    train, val, _ = sets_of(graded, ScBMLPRegressor)
+    labels = {"one": ["a"] * len(val), "missing": [None, *"ab" * len(val)][: len(val)]}.get(str(groups), groups)
+    with pytest.raises(ValueError, match="groups has .* validation cells; pass one a cell of two groups or more"):
+        tune(ScBMLPRegressor, train, val, groups=labels, progress=False)
 
 
 def test_tune_hands_on_what_the_model_takes(planted):
