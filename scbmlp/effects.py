@@ -220,7 +220,9 @@ def additivity(
             f"no label of obs[{perturbation_key!r}] is two others joined by {separator!r}; there are: "
             f"{', '.join(sorted(present)[:10])}."
         )
-    cells = {name: np.flatnonzero(labels == name) for name in {control, *pairs, *sum(pairs.values(), [])}}
+    # In order: a set's differs from process to process, and the halves with it.
+    names = sorted({control, *pairs, *sum(pairs.values(), [])})
+    cells = {name: np.flatnonzero(labels == name) for name in names}
     if few := [name for name, rows in cells.items() if len(rows) < 2]:
         raise ValueError(f"{', '.join(sorted(few))} have a single cell, which cannot be split; drop these labels.")
     rng, rows = np.random.default_rng(random_state), {name: [] for name in pairs}

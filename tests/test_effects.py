@@ -1,5 +1,9 @@
 """Directions, mean effects and additivity, against computations by hand and repeated experiments."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -126,3 +130,26 @@ def test_scores_and_pairs_that_cannot_be_compared_are_refused(treated, scored):
     few.obs["drug"] = ["control", "A", "B", "A+B"]
     with pytest.raises(ValueError, match="A, A\\+B, B, control have a single cell"):
         additivity(few.X, few, "drug", "control")
+
+
+def test_halves_are_the_same_in_every_process():
+    script = """
+import numpy as np, pandas as pd
+from anndata import AnnData
+from scbmlp.effects import additivity
+labels = np.repeat(["control", "A", "B", "A+B"], 10)
+x = np.random.default_rng(0).normal(size=(40, 5))
+adata = AnnData(x, obs=pd.DataFrame({"given": labels}, map(str, range(40))))
+print(additivity(x, adata, "given", "control", n_splits=3)["r_halves"].iloc[0])
+"""
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }
+    assert len(found) == 1
