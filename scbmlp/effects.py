@@ -172,7 +172,7 @@ def additivity(
     An effect is the mean of a perturbation's cells less that of the control cells. A correlation of noisy means is low
     even where effects add up, and one of effects that share their controls is high even where they do not. So all
     cells, controls included, are split into halves at random: what the halves say of one and the same effect is the
-    most that a prediction across halves can reach.
+    most that a prediction across halves can reach :cite:p:`spearman1904`.
 
     Parameters
     ----------

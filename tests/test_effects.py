@@ -79,7 +79,7 @@ def test_mean_effects_and_their_errors_by_hand(treated, scored):
 
 
 def test_errors_of_mean_effects_are_those_of_repeated_experiments():
-    """The control means are part of the noise: with few controls, z without them would not be standard normal."""
+    """eq-effect-error: with few controls, z without the noise of their means would not be standard normal."""
     rng = np.random.default_rng(0)
     obs = pd.DataFrame({"drug": ["control"] * 8 + ["inert"] * 40, "plate": ["p", "q"] * 24})
     adata = AnnData(np.zeros((48, 1), np.float32), obs=obs.set_index(obs.index.astype(str)))
@@ -110,6 +110,25 @@ def test_effects_that_add_up_reach_the_ceiling_and_others_do_not():
     assert found.loc["D+E", "ceiling"] < 0.3 < found.loc["D+E", "r"]
     same = additivity(sparse.csr_matrix(x), adata, "given", "control", n_splits=20)
     pd.testing.assert_frame_equal(same, found)
+
+
+@pytest.mark.parametrize("truth", [0.5, 0.9])
+@pytest.mark.parametrize("noise", [3, 8])
+def test_correlation_over_ceiling_is_that_of_the_true_effects(truth, noise):
+    """eq-ceiling"""
+    rng, n_genes, n_cells = np.random.default_rng(0), 4000, 100
+    a, b, other = rng.normal(size=(3, n_genes))
+    both = truth * (a + b) + np.sqrt(2 * (1 - truth**2)) * other
+    effects = {"control": 0 * a, "A": a, "B": b, "A+B": both}
+    labels = np.repeat(list(effects), n_cells)
+    x = np.stack([effects[name] for name in labels]) + noise * rng.normal(size=(len(labels), n_genes))
+    adata = AnnData(np.zeros((len(x), 1), np.float32), obs=pd.DataFrame({"given": labels}, map(str, range(len(x)))))
+    found = additivity(x, adata, "given", "control", n_splits=10).loc["A+B"]
+    # The ceiling by arithmetic: signal over signal and noise of a half, whose control cells count too.
+    of_double, of_sum = (2 / (2 + k * noise**2 / (n_cells / 2)) for k in (2, 6))
+    assert found["ceiling"] == pytest.approx(np.sqrt(of_double * of_sum), abs=0.03)
+    assert found["r_halves"] / found["ceiling"] == pytest.approx(truth, abs=0.06)
+    assert found["slope"] == pytest.approx(truth, abs=0.05)
 
 
 def test_scores_and_pairs_that_cannot_be_compared_are_refused(treated, scored):
