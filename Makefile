@@ -6,9 +6,10 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 # A kernel of the user's own must not stand in for the one of the virtual environment.
 export JUPYTER_PREFER_ENV_PATH := 1
-# Chapters run in their own folder, so a path relative to this one is made absolute.
+# Chapters run in their own folder, so a path relative to this one is made absolute, blanks and all.
 ifdef SCBMLP_DATA_DIR
-export SCBMLP_DATA_DIR := $(abspath $(SCBMLP_DATA_DIR))
+override SCBMLP_DATA_DIR := $(shell $(PYTHON) -c 'import os, sys; print(os.path.abspath(os.path.expanduser(sys.argv[1])))' "$(SCBMLP_DATA_DIR)")
+export SCBMLP_DATA_DIR
 endif
 
 .PHONY: book test outputs figure lock clean

@@ -40,22 +40,27 @@ class LinearModel:
         Penalty that validation cells chose, for each output of a regression (out) and for all classes alike: the
         weight of the squared weights beside the sum over the training cells of squared error, or of log-loss.
     gene_names
-        Names of the features, where they are genes: AnnData and datasets are matched by name.
+        Names of the features, where they are genes: AnnData, DataFrames and datasets are matched by name.
+    layer
+        Layer of AnnData that it was fitted on, and reads again; None for ``X``.
     """
 
     weight: np.ndarray
     constant: np.ndarray
     penalty: np.ndarray
     gene_names: pd.Index | None = None
+    layer: str | None = None
 
-    def outputs(self, x: AnnData | ExpressionDataset | Any) -> np.ndarray:
+    def outputs(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the outputs of cells (cell x out): predictions, or the logits of classes.
 
         Parameters
         ----------
         x
-            AnnData or a dataset, whose genes are matched by name, or a matrix with the features in order
+            AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix with the features in order
             (cell x gene).
+        layer
+            Layer of AnnData to read; that of the training cells if None.
 
         Raises
         ------
@@ -65,7 +70,7 @@ class LinearModel:
             The number of features is another.
         """
         names = pd.RangeIndex(self.weight.shape[1]) if self.gene_names is None else self.gene_names
-        return np.asarray(match_genes(x, names) @ self.weight.T) + self.constant
+        return np.asarray(match_genes(x, names, layer or self.layer) @ self.weight.T) + self.constant
 
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of classes, or R2 averaged over targets.
@@ -98,7 +103,7 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     ValueError
         There is one class, or a target is constant.
     """
-    return replace(_linear(train, val, exact), gene_names=train.gene_names)
+    return replace(_linear(train, val, exact), gene_names=train.gene_names, layer=train.layer)
 
 
 def _linear(train: ExpressionDataset, val: ExpressionDataset, exact: bool) -> LinearModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,17 @@ from scipy import sparse
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset
+
+from scbmlp.checks import (
+    check_finite,
+    check_log_normalised,
+    expression,
+    numeric_matrix,
+    obs_column,
+    obs_labels,
+    plain_names,
+    warn,
+)
 
 
 class ExpressionDataset(Dataset):
@@ -26,13 +36,21 @@ class ExpressionDataset(Dataset):
     x
         Expression, log-normalised, cell x gene.
     y
-        Class codes (cell) or continuous targets (cell x out).
+        Class codes, whole numbers (cell), or continuous targets (cell x out; one output may be flat).
     gene_names
         Names of the columns of `x` (gene).
     output_names
         Names of the classes, or of the columns of `y` (out).
     indices
         Row of each cell in the AnnData it came from (cell), so that ``adata[dataset.indices]`` gives the cells back.
+    layer
+        Layer of the AnnData that `x` came from, None for ``X``; a model trained on it reads the same layer again.
+
+    Raises
+    ------
+    ValueError
+        A matrix is not one of finite numbers, sizes differ, a name is missing or comes twice, or a class code has no
+        class.
     """
 
     def __init__(
@@ -42,12 +60,21 @@ class ExpressionDataset(Dataset):
         gene_names: pd.Index,
         output_names: pd.Index,
         indices: np.ndarray | None = None,
+        layer: str | None = None,
     ) -> None:
-        self.x = x
-        self.y = torch.as_tensor(y)
-        self.gene_names = pd.Index(gene_names)
-        self.output_names = pd.Index(output_names)
-        self.indices = np.arange(len(self)) if indices is None else indices
+        self.x = numeric_matrix(x, "x", np.float32)
+        check_finite(self.x, "x")
+        self.gene_names = plain_names(gene_names, "genes")
+        self.output_names = plain_names(output_names, "outputs")
+        self.y = torch.as_tensor(_targets(y, len(self.output_names)))
+        self.indices = np.arange(len(self)) if indices is None else np.asarray(indices)
+        self.layer = layer
+        if self.x.shape[1] != len(self.gene_names):
+            raise ValueError(f"x has {self.x.shape[1]} columns, gene_names has {len(self.gene_names)}; name every one.")
+        if not len(self) == len(self.y) == len(self.indices):
+            raise ValueError(
+                f"x has {len(self)} cells, y has {len(self.y)}, indices has {len(self.indices)}; one a cell is needed."
+            )
 
     def __len__(self) -> int:
         return self.x.shape[0]
@@ -60,6 +87,26 @@ class ExpressionDataset(Dataset):
 
     def __repr__(self) -> str:
         return f"ExpressionDataset: {len(self)} cells x {len(self.gene_names)} genes, {len(self.output_names)} outputs"
+
+
+def _targets(y: Any, n_outputs: int) -> np.ndarray:
+    """Return class codes as int64 (cell), or continuous targets as float32 (cell x out)."""
+    y = np.asarray(y)
+    if y.ndim == 1 and y.dtype.kind in "biu":
+        if len(y) and not 0 <= y.min() <= y.max() < n_outputs:
+            raise ValueError(
+                f"y has class codes from {y.min()} to {y.max()}; there are {n_outputs} outputs, so 0 to "
+                f"{n_outputs - 1} are allowed: encode the classes anew, or pass float numbers for a regression."
+            )
+        return y.astype(np.int64)
+    y = numeric_matrix(y[:, None] if y.ndim == 1 else y, "y", np.float32)
+    check_finite(y, "y", "drop those cells")
+    if y.shape[1] != n_outputs:
+        raise ValueError(
+            f"y has {y.shape[1]} columns, output_names has {n_outputs}; name every one, and encode classes as "
+            f"whole numbers."
+        )
+    return y
 
 
 def dense_tensor(x: sparse.spmatrix | np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -75,15 +122,20 @@ def standard_deviation(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:
     return np.where(scaler.var_ > 0, np.sqrt(scaler.var_), scaler.mean_)
 
 
-def match_genes(x: AnnData | ExpressionDataset | Any, gene_names: pd.Index) -> Any:
+def match_genes(
+    x: AnnData | ExpressionDataset | Any, gene_names: pd.Index, layer: str | None = None
+) -> sparse.csr_matrix | np.ndarray:
     """Return the expression in `x` with exactly these genes, in this order.
 
     Parameters
     ----------
     x
-        AnnData or a dataset, whose genes are matched by name, or a dense or sparse matrix with the genes in order.
+        AnnData, a DataFrame or a dataset, whose genes are matched by name, or a dense, sparse or dask matrix with the
+        genes in order.
     gene_names
         Names of the genes wanted (gene); a RangeIndex stands for genes that nobody named.
+    layer
+        Layer of AnnData to read instead of ``X``.
 
     Returns
     -------
@@ -92,27 +144,84 @@ def match_genes(x: AnnData | ExpressionDataset | Any, gene_names: pd.Index) -> A
     Raises
     ------
     KeyError
-        AnnData or a dataset lacks some of the genes.
+        Genes are missing, or the layer is.
     ValueError
-        A matrix does not have that many columns, or AnnData is backed by a file.
+        A gene that is needed comes twice, values are not finite, AnnData has negative ones or is backed by a file, or
+        a matrix does not have that many columns.
     """
-    if isinstance(x, AnnData):
-        _check_in_memory(x)
-        names, x = x.var_names, x.X
+    names, adata, where = None, x if isinstance(x, AnnData) else None, "x"
+    if adata is not None:
+        names = adata.var_names
+        x, where = expression(adata, layer)
+    elif isinstance(x, pd.DataFrame):
+        names = x.columns
+    elif isinstance(x, ExpressionDataset):
+        names, x = x.gene_names, x.x
+    elif isinstance(x, pd.Series):
+        raise ValueError(f"x is a Series of {len(x)} values; pass one cell as a table, x.to_frame().T.")
+    if names is not None and not isinstance(gene_names, pd.RangeIndex):
+        names = plain_names(names, "genes", unique=False)
+        if not names.equals(gene_names):
+            at = _find(names, gene_names)
+            x = x.iloc[:, at] if isinstance(x, pd.DataFrame) else x[:, at]
+    x = numeric_matrix(x, where)
+    if x.shape[1] != len(gene_names):
+        raise ValueError(f"{where} has shape {tuple(x.shape)}; (cell, gene) with {len(gene_names)} genes is needed.")
+    if adata is None:
+        check_finite(x, where)
     else:
-        names, x = getattr(x, "gene_names", None), getattr(x, "x", x)
-    x = x.tocsr() if sparse.issparse(x) else x
-    if names is not None and not isinstance(gene_names, pd.RangeIndex) and not names.equals(gene_names):
-        missing = gene_names.difference(names)
-        if len(missing):
-            raise KeyError(
-                f"x lacks {len(missing)} of the {len(gene_names)} genes needed, such as "
-                f"{', '.join(map(str, missing[:5]))}; use data with all of them."
-            )
-        x = x[:, names.get_indexer(gene_names)]
-    if x.ndim != 2 or x.shape[1] != len(gene_names):
-        raise ValueError(f"x has shape {tuple(x.shape)}; (cell, gene) with {len(gene_names)} genes is needed.")
+        check_log_normalised(x, where, adata)
     return x
+
+
+def _find(names: pd.Index, wanted: pd.Index) -> np.ndarray:
+    """Return where each gene is among others."""
+    missing = wanted.difference(names, sort=False)
+    if len(missing):
+        lower = set(names.astype(str).str.lower())
+        turned = [name for name in missing if str(name).lower() in lower]
+        hint = f" ({len(turned)} are there in another case, such as {turned[0]})" if turned else ""
+        raise KeyError(
+            f"x lacks {len(missing)} of the {len(wanted)} genes needed, such as "
+            f"{', '.join(map(str, missing[:5]))}{hint}; use data with all of them."
+        )
+    twice = names[names.duplicated()].intersection(wanted)
+    if len(twice):
+        raise ValueError(
+            f"x has {len(twice)} of the genes needed more than once, such as {', '.join(map(str, twice[:5]))}; keep "
+            f"one column of each, or give them names of their own: adata.var_names_make_unique()."
+        )
+    return pd.Series(np.arange(len(names)), names)[wanted].to_numpy()
+
+
+def gene_vector(values: Any, gene_names: pd.Index, what: str) -> np.ndarray:
+    """Return one number a gene, a Series matched by name and anything else by order.
+
+    Parameters
+    ----------
+    values
+        Numbers (gene).
+    gene_names
+        Names of the genes, in the order wanted.
+    what
+        What the numbers are, for the message.
+
+    Raises
+    ------
+    KeyError
+        A Series lacks genes.
+    ValueError
+        It is not one finite number a gene.
+    """
+    if isinstance(values, pd.Series) and not isinstance(gene_names, pd.RangeIndex):
+        values = values.to_numpy()[_find(plain_names(values.index, "genes", unique=False), gene_names)]
+    values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64).ravel()
+    if values.shape != (len(gene_names),) or not np.isfinite(values).all():
+        raise ValueError(
+            f"{what} has {len(values)} values, {(~np.isfinite(values)).sum()} of them NaN or infinite; one for each of "
+            f"the model's {len(gene_names)} genes is needed."
+        )
+    return values
 
 
 def get_classification_datasets(
@@ -141,7 +250,7 @@ def get_classification_datasets(
         Layer of `adata` to read instead of ``adata.X``.
     split_key
         Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
-        with another label are in no set. Then the fractions and the seed do not count.
+        with another label or none are in no set. Then the fractions and the seed do not count.
 
     Returns
     -------
@@ -152,26 +261,36 @@ def get_classification_datasets(
     KeyError
         `class_key`, `layer` or `split_key` is not in `adata`.
     ValueError
-        Labels are missing, a class is too small to be in all three sets, the fractions leave a set empty, or the
-        expression is not finite and non-negative.
+        Labels are missing, there is one class, a class is too small to be in all three sets, the fractions leave a set
+        empty, or the expression is not finite and non-negative.
     """
     labels = obs_labels(adata, class_key, "class_key").astype("category").cat.remove_unused_categories()
-    _check_fractions(train_split, val_split)
-    needed = int(np.ceil(1 / min(train_split, val_split, 1 - train_split - val_split) - 1e-9))
     sizes = labels.value_counts()
-    if sizes.min() < needed:
+    if len(sizes) < 2:
         raise ValueError(
-            f"class_key={class_key!r}: class {sizes.idxmin()!r} has {sizes.min()} cells, but {needed} are needed for "
-            f"one in every set at train_split={train_split}, val_split={val_split}; merge the class with another, "
-            f"drop it, or make the smallest set larger."
+            f"class_key={class_key!r} has the class {', '.join(map(repr, sizes.index))} alone, and nothing to tell it "
+            f"from; add cells of other classes, or name another column."
         )
-    return _split(
-        adata,
-        labels.cat.codes.to_numpy(np.int64),
-        labels.cat.categories,
-        (train_split, val_split, random_state, split_key),
-        layer,
-    )
+    if split_key is None:
+        _check_fractions(train_split, val_split)
+        needed = int(np.ceil(1 / min(train_split, val_split, 1 - train_split - val_split) - 1e-9))
+        if sizes.min() < needed:
+            raise ValueError(
+                f"class_key={class_key!r}: class {sizes.idxmin()!r} has {sizes.min()} cells, but {needed} are needed "
+                f"for one in every set at train_split={train_split}, val_split={val_split}; merge the class with "
+                f"another, drop it, or make the smallest set larger."
+            )
+    codes, classes = labels.cat.codes.to_numpy(np.int64), labels.cat.categories
+    sets = _split(adata, codes, classes, (train_split, val_split, random_state, split_key), layer)
+    for name, one in zip(("train", "val", "test"), sets, strict=True):
+        lacking = [str(classes[code]) for code in np.setdiff1d(codes, one.y.numpy())]
+        if lacking:
+            what = "cannot be learnt" if name == "train" else f"does not count in what is said of {name} cells"
+            warn(
+                f"split_key={split_key!r} has no {name} cell of the class {', '.join(lacking[:5])}, which {what}; drop "
+                f"its cells, or label some of them {name!r}."
+            )
+    return sets
 
 
 def get_regression_datasets(
@@ -200,7 +319,7 @@ def get_regression_datasets(
         Layer of `adata` to read instead of ``adata.X``.
     split_key
         Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
-        with another label are in no set. Then the fractions and the seed do not count.
+        with another label or none are in no set. Then the fractions and the seed do not count.
 
     Returns
     -------
@@ -211,77 +330,31 @@ def get_regression_datasets(
     KeyError
         `target_key`, `layer` or `split_key` is not in `adata`.
     ValueError
-        The targets are not a finite cell x out table or one of them is constant, the fractions leave a set empty, or
-        the expression is not finite and non-negative.
+        The targets are not a finite cell x out table or one of them is constant or named twice, the fractions leave a
+        set empty, or the expression is not finite and non-negative.
     """
     if target_key not in adata.obsm:
         raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}.")
-    target = adata.obsm[target_key]
-    y = np.asarray(target, dtype=np.float32)
-    if y.ndim != 2:
-        raise ValueError(f"adata.obsm[{target_key!r}] has shape {y.shape}; two axes (cell, out) are needed.")
-    if not np.isfinite(y).all():
-        bad = (~np.isfinite(y).all(axis=1)).sum()
-        raise ValueError(f"adata.obsm[{target_key!r}] is NaN or infinite in {bad} cells; drop those cells first.")
-    names = target.columns if isinstance(target, pd.DataFrame) else [f"{target_key}_{i}" for i in range(y.shape[1])]
+    target, where = adata.obsm[target_key], f"adata.obsm[{target_key!r}]"
+    names = None
+    if isinstance(target, pd.DataFrame):
+        names = plain_names(target.columns, where)
+        # Numbers that a pipeline made categorical are numbers all the same.
+        numeric = [pd.api.types.is_numeric_dtype(getattr(kind, "categories", kind)) for kind in target.dtypes]
+        target = target.astype({name: float for name, yes in zip(target.columns, numeric, strict=True) if yes})
+    y = numeric_matrix(target, where, np.float32)
+    y = y.toarray() if sparse.issparse(y) else y
+    check_finite(y, where, "drop those cells")
+    names = plain_names([f"{target_key}_{i}" for i in range(y.shape[1])], where) if names is None else names
     constant = [str(name) for name, column in zip(names, y.T, strict=True) if np.ptp(column) == 0]
     if constant or not len(names):
         raise ValueError(
             f"adata.obsm[{target_key!r}] is the same in every cell for {', '.join(constant) or 'want of a column'}: "
             f"there is nothing to learn; drop such columns."
         )
-    _check_fractions(train_split, val_split)
+    if split_key is None:
+        _check_fractions(train_split, val_split)
     return _split(adata, y, names, (train_split, val_split, random_state, split_key), layer)
-
-
-def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
-    """Return a column of ``adata.obs``.
-
-    Parameters
-    ----------
-    adata
-        Cells.
-    key
-        Column of ``obs``.
-    argument
-        What the caller named it by, for the message.
-
-    Raises
-    ------
-    KeyError
-        There is no such column.
-    """
-    if key not in adata.obs:
-        raise KeyError(f"{argument}={key!r} is not a column of adata.obs; there are: {', '.join(adata.obs)}.")
-    return adata.obs[key]
-
-
-def obs_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
-    """Return a column of ``adata.obs`` with a label for every cell.
-
-    Parameters
-    ----------
-    adata
-        Cells.
-    key
-        Column of ``obs``.
-    argument
-        What the caller named it by, for the message.
-
-    Raises
-    ------
-    KeyError
-        There is no such column.
-    ValueError
-        A cell has no label.
-    """
-    labels = obs_column(adata, key, argument)
-    if labels.isna().any():
-        raise ValueError(
-            f"{argument}={key!r} has no label for {labels.isna().sum()} of {len(labels)} cells; "
-            f"keep the labelled ones: adata = adata[adata.obs[{key!r}].notna()].copy()"
-        )
-    return labels
 
 
 def _check_fractions(train_split: float, val_split: float) -> None:
@@ -294,7 +367,10 @@ def _check_fractions(train_split: float, val_split: float) -> None:
 
 def _split(adata, y, output_names, how, layer):
     """Cut the checked expression and `y` into three sets; integer targets are stratified."""
-    x = _expression(adata, layer)
+    x, where = expression(adata, layer, np.float32)
+    if not adata.var_names.is_unique:
+        raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
+    check_log_normalised(x, where, adata)
     train_split, val_split, random_state, split_key = how
 
     def cut(cells, fraction):
@@ -306,7 +382,7 @@ def _split(adata, y, output_names, how, layer):
         train, rest = cut(np.arange(adata.n_obs), train_split)
         val, test = cut(rest, val_split)
     else:
-        part = obs_column(adata, split_key, "split_key")
+        part = obs_column(adata, split_key, "split_key").astype(str)  # a missing label is no label
         train, val, test = (np.flatnonzero(part == name) for name in ("train", "val", "test"))
         if not (len(train) and len(val) and len(test)):
             raise ValueError(
@@ -314,38 +390,5 @@ def _split(adata, y, output_names, how, layer):
                 f"'test'; label at least one cell for each."
             )
     return tuple(
-        ExpressionDataset(x[i], y[i], adata.var_names, output_names, i) for i in map(np.sort, (train, val, test))
+        ExpressionDataset(x[i], y[i], adata.var_names, output_names, i, layer) for i in map(np.sort, (train, val, test))
     )
-
-
-def _check_in_memory(adata: AnnData) -> None:
-    if adata.isbacked:
-        raise ValueError("adata is backed by a file; take the cells to work on into memory: adata.to_memory().")
-
-
-def _expression(adata: AnnData, layer: str | None) -> sparse.csr_matrix | np.ndarray:
-    """Return the expression as float32, rows first, after checking that it is log-normalised expression."""
-    if layer is not None and layer not in adata.layers:
-        raise KeyError(f"layer={layer!r} is not in adata.layers; there are: {', '.join(adata.layers) or 'none'}.")
-    _check_in_memory(adata)
-    if not adata.var_names.is_unique:
-        raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
-    x = adata.X if layer is None else adata.layers[layer]
-    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-    x = sparse.csr_matrix(x, dtype=np.float32) if sparse.issparse(x) else np.asarray(x, dtype=np.float32)
-    values = x.data if sparse.issparse(x) else x
-    if not np.isfinite(values).all():
-        raise ValueError(f"{where} holds NaN or infinite values; drop those cells or genes, or set them to 0.")
-    if values.size and values.min() < 0:
-        raise ValueError(
-            f"{where} holds negative values (minimum {values.min():.3g}); expression must not be scaled or centred: "
-            f"pass log-normalised values, scanpy.pp.normalize_total then scanpy.pp.log1p."
-        )
-    if values.size and values.max() > 1 and np.array_equal(values, np.round(values)):
-        warnings.warn(
-            f"{where} holds only whole numbers, like raw counts; log-normalise first: "
-            f"scanpy.pp.normalize_total(adata); scanpy.pp.log1p(adata).",
-            UserWarning,
-            stacklevel=4,
-        )
-    return x

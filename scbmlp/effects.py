@@ -11,8 +11,7 @@ from anndata import AnnData
 from scipy import sparse
 from sklearn.linear_model import LinearRegression
 
-from scbmlp.datasets import obs_column
-from scbmlp.targets import _labels, _strata
+from scbmlp.checks import control_labels, obs_column, obs_labels, positions, strata_of
 
 
 def response_directions(
@@ -55,8 +54,8 @@ def response_directions(
         if key not in adata.obsm:
             raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
     table, y = adata.obsm[doses], np.asarray(adata.obsm[embedding])
-    rows = np.arange(adata.n_obs)[slice(None) if cells is None else cells]
-    labels = np.full(adata.n_obs, "all") if strata is None else obs_column(adata, strata, "strata").astype(str)
+    rows = positions(cells, adata.n_obs)
+    labels = np.full(adata.n_obs, "all") if strata is None else obs_labels(adata, strata, "strata").astype(str)
     found = {}
     for name, group in pd.Series(rows).groupby(np.asarray(labels)[rows]):
         fitted = LinearRegression().fit(table.to_numpy()[group], y[group])
@@ -68,7 +67,7 @@ def against_control(
     scores: pd.DataFrame | pd.Series,
     adata: AnnData,
     perturbation_key: str,
-    control: str,
+    control: Any,
     *,
     strata: str | Sequence[str] | None = None,
 ) -> pd.DataFrame:
@@ -109,7 +108,7 @@ def mean_effects(
     scores: pd.DataFrame | pd.Series,
     adata: AnnData,
     perturbation_key: str,
-    control: str,
+    control: Any,
     *,
     by: str | Sequence[str] | None = None,
     strata: str | Sequence[str] | None = None,
@@ -145,7 +144,7 @@ def mean_effects(
     per_stratum = pd.Series(stratum[control_cells]).value_counts()
     by = [by] if isinstance(by, str) else list(by or [perturbation_key])
     keys = [obs_column(adata, key, "by").to_numpy() for key in by]
-    rows = np.arange(adata.n_obs)[slice(None) if cells is None else cells]
+    rows = positions(cells, adata.n_obs)
     found = {}
     for name, group in pd.Series(rows).groupby([key[rows] for key in keys], observed=True):
         share = pd.Series(stratum[group]).value_counts(normalize=True)
@@ -161,7 +160,7 @@ def additivity(
     values: Any,
     adata: AnnData,
     perturbation_key: str,
-    control: str,
+    control: Any,
     *,
     separator: str = "+",
     n_splits: int = 100,
@@ -208,7 +207,8 @@ def additivity(
     ValueError
         No double has both singles, one of the labels has fewer than two cells, or `values` are not those of the cells.
     """
-    labels = _labels(adata, perturbation_key, control).to_numpy()
+    labels, control = control_labels(adata, perturbation_key, control)
+    labels = labels.to_numpy()
     x = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
     if len(x) != adata.n_obs:
         raise ValueError(f"values has {len(x)} rows for {adata.n_obs} cells; pass those of adata, in order.")
@@ -250,14 +250,12 @@ def additivity(
 
 
 def _controls(
-    adata: AnnData, perturbation_key: str, control: str, strata: str | Sequence[str] | None
+    adata: AnnData, perturbation_key: str, control: Any, strata: str | Sequence[str] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return which cells are controls and the stratum of every cell; every stratum has controls."""
-    names = [strata] if isinstance(strata, str) else list(strata or [])
-    for key in names:
-        obs_column(adata, key, "strata")
-    cells = (_labels(adata, perturbation_key, control) == control).to_numpy()
-    stratum = _strata(adata, names).to_numpy()
+    labels, control = control_labels(adata, perturbation_key, control)
+    stratum, names = strata_of(adata, strata)
+    cells, stratum = (labels == control).to_numpy(), stratum.to_numpy()
     lacking = sorted(set(stratum) - set(stratum[cells]))
     if lacking:
         raise ValueError(

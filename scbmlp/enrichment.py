@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,13 +10,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
+from scbmlp.checks import data_file, warn
 from scbmlp.modules import GeneModules
 
 GeneSets = str | Path | Mapping[str, Iterable[str]]
 
 
 def read_gene_sets(gene_sets: GeneSets) -> dict[str, list[str]]:
-    """Return gene sets as a dictionary of lists.
+    """Return gene sets as a dictionary of lists, without blanks around names and genes.
 
     Parameters
     ----------
@@ -28,21 +28,38 @@ def read_gene_sets(gene_sets: GeneSets) -> dict[str, list[str]]:
     Raises
     ------
     ValueError
-        There is no such file, and the library cannot be had.
+        There is no such file and the library cannot be had, a set comes twice, or one is no list of genes.
     """
     if isinstance(gene_sets, Mapping):
-        return {term: list(genes) for term, genes in gene_sets.items()}
-    path = Path(gene_sets)
-    if path.suffix != ".gmt" and "SCBMLP_DATA_DIR" in os.environ:
-        local = Path(os.environ["SCBMLP_DATA_DIR"], "gene_sets", f"{gene_sets}.gmt")
-        path = local if local.is_file() else path
-    try:
-        return gseapy.read_gmt(str(path)) if path.suffix == ".gmt" else gseapy.get_library(str(path))
-    except Exception as error:  # gseapy raises plain Exception, requests and OSError for one and the same cause
-        raise ValueError(
-            f"gene_sets={str(gene_sets)!r} is neither a GMT file that can be read nor an Enrichr library that can be "
-            f"downloaded ({error}); pass the path of a .gmt file or a dictionary."
-        ) from error
+        named = list(gene_sets.items())
+    else:
+        path = Path(gene_sets).expanduser()
+        local = None if path.suffix == ".gmt" else data_file("gene_sets", f"{gene_sets}.gmt")
+        path = local if local and local.is_file() else path
+        try:
+            if path.suffix == ".gmt":
+                # gseapy's reader keeps the last of two sets of one name, and says nothing
+                rows = [line.split("\t") for line in path.read_text("utf-8").splitlines() if line.strip()]
+                if short := [row[0] for row in rows if len(row) < 2]:
+                    raise ValueError(f"no tabs in the line of {short[0][:40]!r}")
+                named = [(row[0], row[2:]) for row in rows]
+            else:
+                named = list(gseapy.get_library(str(path), max_size=10**9).items())
+        except Exception as error:  # gseapy raises plain Exception, requests and OSError for one and the same cause
+            raise ValueError(
+                f"gene_sets={str(gene_sets)!r} is neither a GMT file that can be read nor an Enrichr library that can "
+                f"be downloaded ({error}); pass the path of a .gmt file or a dictionary."
+            ) from error
+    sets: dict[str, list[str]] = {}
+    for term, genes in named:
+        name = str(term).strip()
+        if isinstance(genes, str) or not isinstance(genes, Iterable):
+            raise ValueError(f"gene_sets has {genes!r} for {name!r}; a list of genes is needed.")
+        if name in sets:
+            raise ValueError(f"gene_sets has {name!r} twice; merge the two sets, or give each a name of its own.")
+        genes = [str(gene).strip() for gene in genes if not (pd.api.types.is_scalar(gene) and pd.isna(gene))]
+        sets[name] = list(dict.fromkeys(gene for gene in genes if gene))
+    return sets
 
 
 def enrich(
@@ -58,7 +75,7 @@ def enrich(
 
     Hypergeometric tests by gseapy :cite:p:`fang2023gseapy`, one Benjamini-Hochberg correction
     :cite:p:`benjamini1995` over all that is tested in the call. Symbols are matched whatever their case, so that
-    mouse genes meet human sets.
+    mouse genes meet human sets; genes whose names differ by case alone count once.
 
     Parameters
     ----------
@@ -67,9 +84,9 @@ def enrich(
     gene_sets
         As in :func:`read_gene_sets`.
     background
-        Genes that could have been found; those of the modules if None.
+        Genes that could have been found; those of each output's own model if None.
     n_top
-        Number of genes taken from each pole.
+        Most genes taken from each pole.
     min_size, max_size
         Gene sets are tested if that many of their genes are in the background.
 
@@ -82,32 +99,42 @@ def enrich(
     Raises
     ------
     ValueError
-        No gene set has `min_size` to `max_size` genes in the background.
+        No gene set has `min_size` to `max_size` genes in the background, or there are no modules.
     """
     named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
-    sets = {term: {str(gene).upper() for gene in genes} for term, genes in read_gene_sets(gene_sets).items()}
-    genes = background if background is not None else next(iter(named.values())).loadings.index
-    symbol = {str(gene).upper(): str(gene) for gene in genes}
-    seen = {term: members & symbol.keys() for term, members in sets.items()}
-    tested = {term: sorted(members) for term, members in seen.items() if min_size <= len(members) <= max_size}
-    if not tested:
-        raise ValueError(
-            f"none of {len(sets)} gene sets has {min_size} to {max_size} of the {len(symbol)} background genes; "
-            f"check the organism of the symbols, or lower min_size={min_size}."
-        )
-    tables = []
+    if not named:
+        raise ValueError("modules is empty; pass those of one output, or a dictionary of several by name.")
+    sets = {term: {gene.upper() for gene in genes} for term, genes in read_gene_sets(gene_sets).items()}
+    known, tables, terms, unmatched = set().union(*sets.values()), [], set(), set()
     for output, module_set in named.items():
+        # Each output is held against the genes that its own model could have found.
+        genes = [str(gene) for gene in (module_set.loadings.index if background is None else background)]
+        symbol = {gene.upper(): gene for gene in genes}
+        if len(symbol) < len(genes):
+            warn(
+                f"{len(genes) - len(symbol)} genes of {output} differ from another by case alone, and count as one "
+                f"symbol."
+            )
+        seen = {term: members & symbol.keys() for term, members in sets.items()}
+        tested = {term: sorted(members) for term, members in seen.items() if min_size <= len(members) <= max_size}
+        if not tested:
+            raise ValueError(
+                f"none of {len(sets)} gene sets has {min_size} to {max_size} of the {len(symbol)} background genes; "
+                f"check the organism of the symbols, or lower min_size={min_size}."
+            )
+        terms |= tested.keys()
+        unmatched |= symbol.keys() - known
         for module in module_set.loadings:
             for pole in "+-":
                 top = [gene.upper() for gene in map(str, module_set.top_genes(module, n_top, pole=pole).index)]
-                table = _over_representation(top, tested, list(symbol))
+                table = _over_representation([gene for gene in top if gene in symbol], tested, list(symbol))
+                table["genes"] = [", ".join(symbol[gene] for gene in row) for row in table["genes"]]
                 tables.append(table.assign(output=output, module=module, pole=pole))
     table = pd.concat(tables, ignore_index=True)
     table["q"] = false_discovery_control(table["p"])
-    table["genes"] = [", ".join(symbol[gene] for gene in row) for row in table["genes"]]
     columns = ["output", "module", "pole", "term", "overlap", "size", "odds_ratio", "p", "q", "genes"]
     table = table.sort_values(["p", "output", "module", "pole", "term"], ignore_index=True)[columns]
-    table.attrs = {"n_terms": len(tested), "n_unmatched": len(symbol.keys() - set().union(*sets.values()))}
+    table.attrs = {"n_terms": len(terms), "n_unmatched": len(unmatched)}
     return table
 
 

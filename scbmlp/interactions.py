@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from difflib import get_close_matches
 from functools import cache
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
 from scbmlp.baselines import LARGE, Axes, additive_features, logistic, ridge
-from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
+from scbmlp.checks import nearest
+from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
 Model = ScBMLPClassifier | ScBMLPRegressor
@@ -40,19 +41,33 @@ def direction(model: Model, output: Output) -> np.ndarray:
     Raises
     ------
     KeyError
-        An output is unknown.
+        An output is unknown, or a number may mean two of them.
+    ValueError
+        A weight is no finite number.
     """
     mix = output if isinstance(output, Mapping) else {output: 1.0}
     names = list(model.output_names)
     weights = np.zeros(len(names))
+    numbered = isinstance(model.output_names, pd.RangeIndex) or not pd.api.types.is_numeric_dtype(model.output_names)
+    if not names or not mix:
+        raise KeyError(f"output={output!r} names nothing; the outputs are {', '.join(map(str, names))}.")
     for name, weight in mix.items():
+        number = isinstance(name, int | np.integer) and not isinstance(name, bool)
+        if not (isinstance(weight, Real) and np.isfinite(weight)):
+            raise ValueError(f"output={output!r}: the weight of {name!r} is {weight!r}; a finite number is needed.")
         if name in names:
             weights[names.index(name)] += weight
-        elif isinstance(name, int | np.integer) and -len(names) <= name < len(names):
+        # Where outputs are numbers a number is a name, and where their text is one it may be taken for either.
+        elif number and numbered and -len(names) <= name < len(names):
+            if str(name) in names and names[name] != str(name):
+                raise KeyError(
+                    f"output={name!r} may be the output named {str(name)!r}, or the one at that place, which is "
+                    f"{names[name]!r}; pass the name as text."
+                )
             weights[name] += weight
         else:
             raise KeyError(
-                f"output={name!r} is unknown; the outputs are {', '.join(map(str, names))}{_nearest(name, names)}."
+                f"output={name!r} is unknown; the outputs are {', '.join(map(str, names))}{nearest(name, names)}."
             )
     if isinstance(model, ScBMLPClassifier) and not isinstance(output, Mapping):
         weights -= weights.mean()
@@ -118,9 +133,9 @@ class InteractionMatrix(LinearOperator):
         Parameters
         ----------
         x
-            Cells, a dense or sparse matrix, cell x gene.
+            Cells, cell x gene: AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix.
         """
-        projected = x @ self.basis
+        projected = match_genes(x, self.gene_names) @ self.basis
         return np.einsum("ci,ij,cj->c", projected, self.core, projected, optimize=True)
 
     def diagonal(self) -> np.ndarray:
@@ -158,7 +173,7 @@ class InteractionMatrix(LinearOperator):
         if unknown:
             raise KeyError(
                 f"{len(unknown)} of {len(genes)} genes are not the model's: {', '.join(map(str, unknown[:5]))}"
-                f"{_nearest(unknown[0], self.gene_names)}."
+                f"{nearest(unknown[0], self.gene_names)}."
             )
         return positions
 
@@ -252,8 +267,9 @@ class InteractionMatrix(LinearOperator):
         Parameters
         ----------
         scale
-            Unit of every gene (gene).
+            Unit of every gene (gene), a Series matched by name.
         """
+        scale = gene_vector(scale, self.gene_names, "scale")
         return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names)
 
     def eigh(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -394,13 +410,6 @@ def _beside_branches(model: Model) -> tuple[np.ndarray, np.ndarray]:
     return constant, slope
 
 
-def _nearest(name: Any, names: Iterable[Any]) -> str:
-    """Return what a mistyped name may have meant, to end a message with."""
-    lower = {str(candidate).lower(): str(candidate) for candidate in names}
-    matches = [lower[match] for match in get_close_matches(str(name).lower(), lower, n=3)]
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
-
-
 class Parts(NamedTuple):
     """Three parts of the outputs, each cell x out, that add up to them."""
 
@@ -435,12 +444,13 @@ def decompose(model: Model, x: Any, reference: np.ndarray, *, batch_size: int = 
     ValueError
         `reference` does not have the model's genes.
     """
-    x = match_genes(x, model.gene_names)
+    x = match_genes(x, model.gene_names, model.layer)
+    reference = gene_vector(reference, model.gene_names, "reference")
     constant, axis = _expand(model, reference)
     left, right, p = _float64(model.w_l, model.w_r, model.w_p)
     linear, quadratic = [], []
     for start in range(0, x.shape[0], batch_size):
-        d = dense_tensor(x[start : start + batch_size]).numpy() - np.ravel(reference)
+        d = dense_tensor(x[start : start + batch_size]).numpy() - reference
         linear.append(d @ axis.T)
         quadratic.append(((d @ left.T) * (d @ right.T)) @ p.T)
     linear, quadratic = np.vstack(linear), np.vstack(quadratic)
@@ -471,11 +481,7 @@ def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Serie
 
 def _expand(model: Model, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the outputs (out) and their slopes (out x gene) at a reference cell."""
-    reference = np.asarray(reference, dtype=np.float64).ravel()
-    if reference.shape != (model.cfg.d_input,):
-        raise ValueError(
-            f"reference has {len(reference)} values; one for each of the model's {model.cfg.d_input} genes is needed."
-        )
+    reference = gene_vector(reference, model.gene_names, "reference")
     left, right, p = _float64(model.w_l, model.w_r, model.w_p)
     at_left, at_right = _at(model, reference)
     constant, slope = _beside_branches(model)
@@ -504,8 +510,8 @@ def audit(
     dataset
         Cells with their targets, best ones that neither `train` nor `validation` has.
     reference
-        Expression of the reference cell (gene), or the name of a class for the mean of its cells in `dataset`; the
-        mean of `dataset` if None.
+        Expression of the reference cell (gene), a Series matched by name, or the name of a class for the mean of its
+        cells in `dataset`; the mean of `dataset` if None.
     train, validation
         Cells that additive models are fitted on, and cells that choose their penalty and fit the curves. Without both,
         ``interaction``, ``gain`` and what goes with them are NaN.
@@ -549,11 +555,18 @@ def audit(
             f"additive models and validation= to choose their penalty: pass both, or neither to go without."
         )
     x, target = match_genes(dataset, model.gene_names), dataset.y.numpy()
-    if reference is None or isinstance(reference, str):
+    if reference is None or np.ndim(reference) == 0:
         if reference is not None and (target.ndim > 1 or reference not in model.output_names):
-            raise KeyError(f"reference={reference!r} is not a class{_nearest(reference, model.output_names)}.")
+            names = list(model.output_names)
+            raise KeyError(
+                f"reference={reference!r} is not a class; they are {', '.join(map(repr, names))}"
+                f"{nearest(reference, names)}."
+            )
         chosen = slice(None) if reference is None else np.flatnonzero(target == model.output_names.get_loc(reference))
+        if not isinstance(chosen, slice) and not len(chosen):
+            raise ValueError(f"reference={reference!r}: dataset has no cell of that class; pass its mean expression.")
         reference = np.asarray(x[chosen].mean(axis=0)).ravel()
+    reference = gene_vector(reference, model.gene_names, "reference")
     constant, linear, quadratic = decompose(model, x, reference)
     directions = np.stack([direction(model, name) for name in model.output_names])
     one, two, alone = linear @ directions.T, quadratic @ directions.T, _self_terms(model, x, reference)

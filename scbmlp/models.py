@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
+import os
 import pickle
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -14,15 +19,19 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from scbmlp.baselines import LinearModel, linear_baseline
+from scbmlp.checks import plain_names, warn
 from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes, standard_deviation
-from scbmlp.training import Training, accelerator, loader, quiet_lightning, seeded
+from scbmlp.training import Training, accelerator, check_trainer, interruptible, loader, quiet_lightning, seeded
 
+FORMAT = 2  # of saved models; files of the first were torch's
 MARGIN = 0.01  # below the linear baseline by less than this is noise
 
 # Weight decay, dropout rate and weight decay of the linear part that `tune` tries, from strong to weak.
@@ -89,19 +98,37 @@ class Config:
     def __post_init__(self) -> None:
         for name, defaults in _DEFAULTS.items():
             if getattr(self, name) is None:
-                setattr(self, name, defaults[bool(self.linear)])
-        counts = ["d_input", "d_hidden", "d_output", "n_epochs", "batch_size"]
-        for name in counts if self.patience is None else [*counts, "patience"]:
+                setattr(self, name, defaults[self.linear is True or self.linear is np.True_])
+        # Values of a numpy grid become Python's own, which every file can hold.
+        for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size", "patience", "seed"):
+            value, least = getattr(self, name), -(2**63) if name == "seed" else 1
+            if name == "patience" and value is None:
+                continue
+            number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+            if not (number and least <= value < 2**63 and value == int(value)):
+                what = "a whole number" if name == "seed" else "a whole number of at least 1"
+                raise ValueError(f"Config({name}={value!r}): {what} is needed.")
+            setattr(self, name, int(value))
+        for name in ("lr", "dropout_rate", "weight_decay", "weight_decay_linear"):
             value = getattr(self, name)
-            if not (value >= 1 and value == int(value)):
-                raise ValueError(f"Config({name}={value}): a whole number of at least 1 is needed.")
-        decays = min(self.weight_decay, self.weight_decay_linear)
-        if not (self.lr > 0 and decays >= 0 and 0 <= self.dropout_rate < 1) or np.isnan(self.weight_decay_linear):
+            number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+            most, positive = 1 if name == "dropout_rate" else np.inf, name == "lr"
+            if not (number and 0 <= value < most) or (positive and value == 0):
+                allowed = "at least 0 and below 1" if most == 1 else "positive" if positive else "at least 0"
+                raise ValueError(f"Config({name}={value!r}): a number is needed, {allowed}.")
+            setattr(self, name, float(value))
+        for name in ("bias", "linear"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"Config({name}={getattr(self, name)!r}): True or False is needed.")
+            setattr(self, name, bool(getattr(self, name)))
+        self.device = str(self.device)
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError:
             raise ValueError(
-                f"Config(lr={self.lr}, weight_decay={self.weight_decay}, dropout_rate={self.dropout_rate}, "
-                f"weight_decay_linear={self.weight_decay_linear}): lr must be positive, both weight decays at least 0, "
-                f"dropout_rate at least 0 and below 1."
-            )
+                f"Config(device={self.device!r}): 'auto', 'cpu', 'cuda', 'cuda:0' or 'mps' are known, and what else "
+                f"torch understands."
+            ) from None
 
 
 class Statistics(NamedTuple):
@@ -128,12 +155,14 @@ class _BilinearMLP(nn.Module):
     """What classifier and regressor share; they add the loss, the score and what a prediction is."""
 
     metric: str
+    _targets: str
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
         self.gene_names = pd.RangeIndex(cfg.d_input)
         self.output_names = pd.RangeIndex(cfg.d_output)
+        self.layer: str | None = None
         with seeded(cfg.seed):
             # Both branches in one layer, so that x is read once and its transposed weight is B = [L' R'].
             self.branches = nn.Linear(cfg.d_input, 2 * cfg.d_hidden, bias=cfg.bias)
@@ -199,7 +228,8 @@ class _BilinearMLP(nn.Module):
             chooses; or one from :func:`scbmlp.baselines.linear_baseline`. It is where the linear part starts, row 0 of
             the history, and what the fitted model is warned to be below of. Without `val` there is none.
         ckpt_path
-            Checkpoint of an interrupted fit to go on from.
+            Checkpoint of an interrupted fit to go on from, as if it had not been interrupted; ``"last"`` for the newest
+            whole one in ``default_root_dir``, or a fresh start where there is none.
         trainer_kwargs
             Handed to ``lightning.Trainer``: ``enable_progress_bar=False`` for a quiet fit, ``default_root_dir=...``
             for a folder that gets a checkpoint after each epoch, ``callbacks=[...]`` for early stopping.
@@ -207,7 +237,8 @@ class _BilinearMLP(nn.Module):
         Returns
         -------
         One row an epoch: ``train_loss``, ``train_<metric>`` (under dropout), ``val_loss``, ``val_<metric>``; epoch 0
-        is the linear baseline. An interrupted fit keeps its weights, and the rows so far in ``history``.
+        is the linear baseline. Ctrl-C ends a fit after the step it is in: a KeyboardInterrupt, upon which the model has
+        its best weights so far, or the last where none are kept, and ``history`` the rows of whole epochs.
 
         Raises
         ------
@@ -225,7 +256,7 @@ class _BilinearMLP(nn.Module):
                 layer.reset_parameters()
         self.train()
         self._rows, self._baseline, self.statistics, self.trials = [], None, None, None
-        self.gene_names, self.output_names = train.gene_names, train.output_names
+        self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
         if self.cfg.linear:
             self.center.copy_(torch.as_tensor(np.asarray(train.x.mean(axis=0)).ravel()))
             nn.init.zeros_(self.direct.weight)
@@ -280,8 +311,16 @@ class _BilinearMLP(nn.Module):
         Raises
         ------
         ValueError
-            The number of genes or outputs is not the model's, or the outputs are others.
+            The number of genes or outputs is not the model's, the outputs are others, or targets are continuous for a
+            classifier, classes for a regressor.
         """
+        kind = "class codes" if dataset.y.ndim == 1 else "continuous targets"
+        if kind != self._targets:
+            getter = {"class codes": "get_classification_datasets"}.get(self._targets, "get_regression_datasets")
+            raise ValueError(
+                f"the data have {kind}, {type(self).__name__} takes {self._targets}; cut them by "
+                f"scbmlp.datasets.{getter}, or choose the other model."
+            )
         for name, what in (("d_input", "genes"), ("d_output", "outputs")):
             size = len(dataset.gene_names if name == "d_input" else dataset.output_names)
             if getattr(self.cfg, name) != size:
@@ -302,14 +341,18 @@ class _BilinearMLP(nn.Module):
 
     # ----------------------------------------------------------------------------------------------- prediction
 
-    def outputs(self, x: AnnData | ExpressionDataset | Any, *, batch_size: int = 1024) -> np.ndarray:
+    def outputs(
+        self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None, batch_size: int = 1024
+    ) -> np.ndarray:
         """Return the raw outputs of cells: logits of a classifier, predictions of a regressor.
 
         Parameters
         ----------
         x
-            Cells, cell x gene: AnnData or a dataset, whose genes are matched by name, or a dense or sparse matrix
-            with the model's genes in order.
+            Cells, cell x gene: AnnData, a DataFrame or a dataset, whose genes are matched by name, or a dense, sparse
+            or dask matrix with the model's genes in order.
+        layer
+            Layer of AnnData to read; that of the training cells if None, ``X`` where they were read from ``X``.
         batch_size
             Cells made dense at a time.
 
@@ -320,11 +363,11 @@ class _BilinearMLP(nn.Module):
         Raises
         ------
         ValueError
-            The number of genes is not the model's.
+            The number of genes is not the model's, a gene comes twice, or values are not finite or negative.
         KeyError
-            AnnData or a dataset lacks genes of the model.
+            Genes of the model are missing, or the layer is.
         """
-        x = match_genes(x, self.gene_names)
+        x = match_genes(x, self.gene_names, layer or self.layer)
         was_training = self.training
         self.eval()
         device = self.branches.weight.device
@@ -357,29 +400,49 @@ class _BilinearMLP(nn.Module):
     def save(self, path: str | Path) -> None:
         """Write configuration, weights, names, history and the statistics of the training cells to one file.
 
-        The statistics are a gene's mean and standard deviation and covariances: no cell can be told from them.
+        The file is in the safetensors format, which holds numbers and text alone, written under another name and
+        renamed: a file that was there is whole until then. The statistics are a gene's mean and standard deviation and
+        covariances: no cell can be told from them.
 
         Parameters
         ----------
         path
             File to write.
+
+        Raises
+        ------
+        ValueError
+            A name is neither text nor a number, which a file could not hold.
         """
-        torch.save(
-            {
-                "class": type(self).__name__,
-                "config": asdict(self.cfg),
-                "options": self._options(),
-                "weights": self.state_dict(),
-                "gene_names": self.gene_names.tolist(),
-                "output_names": self.output_names.tolist(),
-                "history": self._rows,
-                "baseline": self._baseline,
-                "best_epoch": self.best_epoch,
-                "statistics": self.statistics and [torch.as_tensor(part) for part in self.statistics],
-                "trials": None if self.trials is None else self.trials.to_dict("list"),
-            },
-            path,
-        )
+        path = Path(path)
+        tensors = dict(self.state_dict())
+        if self.statistics is not None:
+            for name, part in self.statistics._asdict().items():
+                tensors[f"statistics.{name}"] = torch.as_tensor(part)
+        known = {
+            "format": FORMAT,
+            "class": type(self).__name__,
+            "config": asdict(self.cfg),
+            "options": self._options(),
+            "gene_names": plain_names(self.gene_names, "gene_names").tolist(),
+            "output_names": plain_names(self.output_names, "output_names").tolist(),
+            "named": [not isinstance(names, pd.RangeIndex) for names in (self.gene_names, self.output_names)],
+            "layer": self.layer,
+            "history": self._rows,
+            "baseline": self._baseline,
+            "best_epoch": self.best_epoch,
+            "trials": None if self.trials is None else self.trials.to_dict("list"),
+            "versions": {name: version(name) for name in ("scbmlp", "torch", "numpy", "lightning")},
+        }
+        stored = {"scbmlp": json.dumps(known, default=lambda value: value.item())}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        stored["sha256"] = _digest(stored["scbmlp"], tensors)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, stored)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -388,38 +451,102 @@ class _BilinearMLP(nn.Module):
         Parameters
         ----------
         path
-            File to read.
+            File to read; files of earlier versions of scbmlp are read too. No code is run from any file.
 
         Returns
         -------
-        The model, in evaluation mode, with the names of its genes and outputs. A file of an earlier version
+        The model, in evaluation mode, with the names of its genes and outputs. A file of the first version
         has no ``statistics``: pass ``dataset=`` where modules are read.
 
         Raises
         ------
+        FileNotFoundError
+            There is no such file.
         ValueError
-            The file holds another class of model, or no model.
+            The file holds another class of model, or no model of scbmlp, is damaged, or was written by a later
+            version.
         """
+        name, (known, tensors) = Path(path).name, _read_model(Path(path))
+        if known["class"] != cls.__name__:
+            raise ValueError(f"{name} holds {known['class']}, not {cls.__name__}; load it by {known['class']}.load.")
         try:
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, RuntimeError):  # not written by torch, empty, or cut short
-            stored = None
-        kind = stored.get("class") if isinstance(stored, dict) else None
-        if kind != cls.__name__:
-            raise ValueError(f"{Path(path).name} holds {kind or 'no scbmlp model'}, not {cls.__name__}.")
-        model = cls(Config(**stored["config"]), **stored["options"])
-        model.load_state_dict(stored["weights"])
-        for name in ("gene_names", "output_names"):
-            if stored[name] != list(range(len(stored[name]))):
-                setattr(model, name, pd.Index(stored[name]))
-        model._rows = stored["history"]
-        # Files of earlier versions end here.
-        model._baseline, model.best_epoch = stored.get("baseline"), stored.get("best_epoch")
-        if stored.get("statistics"):
-            model.statistics = Statistics(*(part.numpy() for part in stored["statistics"]))
-        if stored.get("trials"):
-            model.trials = pd.DataFrame(stored["trials"])
+            model = cls(Config(**known["config"]), **known["options"])
+            parts = {key: tensors.pop(f"statistics.{key}", None) for key in Statistics._fields}
+            model.load_state_dict(tensors)
+            for key, named in zip(("gene_names", "output_names"), known["named"], strict=True):
+                if named:
+                    setattr(model, key, plain_names(known[key], key))
+            model.layer, model._rows = known["layer"], known["history"]
+            model._baseline, model.best_epoch = known["baseline"], known["best_epoch"]
+            if parts["mean"] is not None:
+                model.statistics = Statistics(**{key: part.numpy() for key, part in parts.items()})
+            if known["trials"]:
+                model.trials = pd.DataFrame(known["trials"])
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            raise ValueError(f"{name} is damaged ({error}); save the model again, or take another copy.") from error
         return model.eval()
+
+
+def _digest(text: str, tensors: dict[str, Tensor]) -> str:
+    """Return a checksum of all that a file holds."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file says of a model, and its tensors; whatever is wrong with the file is told here."""
+    foreign = ValueError(f"{path.name} holds no scbmlp model; give a file that save has written.")
+    damaged = ValueError(f"{path.name} is damaged: save the model again, or take another copy.")
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[:2] == b"PK":
+        return _read_earlier(path, foreign, damaged)
+    if len(start) < 9 or start[8:] != b"{":
+        raise damaged if 0 < len(start) < 9 and start[-4:] == bytes(4) else foreign
+    try:
+        with safe_open(path, "pt") as file:
+            stored = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except Exception as error:  # noqa: BLE001  safetensors has an error of its own, made in Rust
+        raise damaged from error
+    if "scbmlp" not in stored:
+        raise foreign
+    try:
+        known = json.loads(stored["scbmlp"])
+        newer = known["format"] > FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged from error
+    if newer:
+        raise ValueError(
+            f"{path.name} was written by scbmlp {known.get('versions', {}).get('scbmlp')}, in format "
+            f"{known['format']}; this version reads up to {FORMAT}: update scbmlp."
+        )
+    if stored.get("sha256") != _digest(stored["scbmlp"], tensors):
+        raise damaged
+    return known, tensors
+
+
+def _read_earlier(path: Path, foreign: Exception, damaged: Exception) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a file of the time when models were written by torch."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
+        # torch refuses objects that could run code, and cannot open a file cut short: a model is neither.
+        raise (foreign if isinstance(error, pickle.UnpicklingError) else damaged) from error
+    if not (isinstance(stored, dict) and {"class", "config", "weights", "gene_names", "output_names"} <= stored.keys()):
+        raise foreign
+    tensors = dict(stored["weights"])
+    if stored.get("statistics"):
+        tensors |= {
+            f"statistics.{name}": part for name, part in zip(Statistics._fields, stored["statistics"], strict=False)
+        }
+    known = {"options": {}, "history": [], "baseline": None, "best_epoch": None, "trials": None, "layer": None}
+    known |= {name: value for name, value in stored.items() if name not in ("weights", "statistics")}
+    known["named"] = [known[name] != list(range(len(known[name]))) for name in ("gene_names", "output_names")]
+    return known, tensors
 
 
 class ScBMLPClassifier(_BilinearMLP):
@@ -446,6 +573,7 @@ class ScBMLPClassifier(_BilinearMLP):
     """
 
     metric = "accuracy"
+    _targets = "class codes"
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy of logits (cell x out) and class codes (cell)."""
@@ -461,25 +589,25 @@ class ScBMLPClassifier(_BilinearMLP):
         codes = range(self.cfg.d_output)
         return recall_score(target, outputs.argmax(axis=1), labels=codes, average=None, zero_division=np.nan)
 
-    def predict(self, x: AnnData | ExpressionDataset | Any) -> np.ndarray:
+    def predict(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the name of the most probable class of every cell (cell); codes while the model has no names.
 
         Parameters
         ----------
-        x
+        x, layer
             Cells, as in :meth:`outputs`.
         """
-        return self.output_names.to_numpy()[self.outputs(x).argmax(axis=1)]
+        return self.output_names.to_numpy()[self.outputs(x, layer=layer).argmax(axis=1)]
 
-    def predict_proba(self, x: AnnData | ExpressionDataset | Any) -> np.ndarray:
+    def predict_proba(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the probability of every class (cell x out).
 
         Parameters
         ----------
-        x
+        x, layer
             Cells, as in :meth:`outputs`.
         """
-        return torch.as_tensor(self.outputs(x)).softmax(dim=1).numpy()
+        return torch.as_tensor(self.outputs(x, layer=layer)).softmax(dim=1).numpy()
 
 
 class ScBMLPRegressor(_BilinearMLP):
@@ -506,6 +634,7 @@ class ScBMLPRegressor(_BilinearMLP):
     """
 
     metric = "r2"
+    _targets = "continuous targets"
     _losses = {"mse": nn.functional.mse_loss, "l1": nn.functional.l1_loss, "huber": nn.functional.huber_loss}
 
     def __init__(self, cfg: Config, loss_fn: Literal["mse", "l1", "huber"] = "mse") -> None:
@@ -532,15 +661,15 @@ class ScBMLPRegressor(_BilinearMLP):
             return np.full(self.cfg.d_output, np.nan)
         return r2_score(target, outputs, multioutput="raw_values")
 
-    def predict(self, x: AnnData | ExpressionDataset | Any) -> np.ndarray:
+    def predict(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the predicted targets (cell x out).
 
         Parameters
         ----------
-        x
+        x, layer
             Cells, as in :meth:`outputs`.
         """
-        return self.outputs(x)
+        return self.outputs(x, layer=layer)
 
     def evaluate(self, dataset: ExpressionDataset) -> pd.DataFrame:
         """Return ``r2`` and ``mae``, the mean absolute error in target units, of every output (out).
@@ -599,6 +728,7 @@ def _fit(
     trainer_kwargs: dict[str, Any],
 ) -> None:
     """Fit one model, or several of one form, size, seed and number of epochs on the same batches."""
+    check_trainer(trainer_kwargs)
     first, cfg = models[0], models[0].cfg
     for dataset in (train,) if val is None else (train, val):
         first.check(dataset, names=False)
@@ -612,11 +742,10 @@ def _fit(
             f"patience=None to keep the last."
         )
     if val is None and cfg.linear and baseline is True:
-        warnings.warn(
+        warn(
             "fit has no validation cells: the linear part starts at 0 and not at the linear baseline, whose penalty "
             "they choose, the last epoch is kept and not the best, and the fit is not compared with a linear model; "
-            "pass val=.",
-            stacklevel=3,
+            "pass val=."
         )
     linear_model = baseline if isinstance(baseline, LinearModel) else None
     if baseline is True and val is not None:
@@ -631,8 +760,9 @@ def _fit(
             sets = {"train": train} if val is None else {"train": train, "val": val}
             model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
     best = val is not None and (cfg.linear or cfg.patience is not None)
-    training = Training(models, units, [model._start(val, linear_model, units) for model in models] if best else None)
     generator = torch.Generator().manual_seed(cfg.seed)
+    starts = [model._start(val, linear_model, units) for model in models] if best else None
+    training = Training(models, units, starts, generator)
     loaders = [loader(train, cfg.batch_size, generator)]
     loaders += [] if val is None else [loader(val, max(cfg.batch_size, 1024))]
     defaults = {
@@ -643,8 +773,10 @@ def _fit(
         "num_sanity_val_steps": 0,
         **accelerator(cfg.device),
     }
+    if ckpt_path == "last":
+        ckpt_path = _newest_checkpoint(Path(trainer_kwargs.get("default_root_dir") or "."))
     try:
-        with seeded(cfg.seed), quiet_lightning():
+        with seeded(cfg.seed, cfg.device), quiet_lightning(), interruptible(training):
             trainer = lightning.Trainer(**(defaults | trainer_kwargs))
             trainer.fit(training, *loaders, ckpt_path=ckpt_path)
     finally:
@@ -658,11 +790,19 @@ def _fit(
             remedy = "scbmlp.models.tune searches form and penalties"
             if not cfg.linear:
                 remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
-            warnings.warn(
+            warn(
                 f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
-                f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}.",
-                stacklevel=3,
+                f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
             )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole; a process may have been killed while it wrote one."""
+    for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with contextlib.suppress(pickle.UnpicklingError, EOFError, RuntimeError, OSError):
+            torch.load(path, map_location="cpu", weights_only=True)
+            return path
+    return None
 
 
 def tune(

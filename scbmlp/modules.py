@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
+from scbmlp.checks import plain_names
 from scbmlp.datasets import ExpressionDataset, match_genes
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
 from scbmlp.models import statistics
@@ -35,6 +36,8 @@ class GeneModules:
         Standard deviation of every gene, or 1 in metric ``identity`` (gene), log-expression.
     output
         What the modules are modules of.
+    layer
+        Layer of AnnData that the model was trained on, and scores are read from; None for ``X``.
     """
 
     eigenvalues: pd.Series
@@ -43,32 +46,43 @@ class GeneModules:
     origin: pd.Series
     unit: pd.Series
     output: Any
+    layer: str | None = None
 
-    def scores(self, x: AnnData | ExpressionDataset | Any) -> pd.DataFrame:
+    def scores(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return the module scores v'(x - origin) of cells (cell x comp).
 
         Parameters
         ----------
         x
-            AnnData or a dataset, whose genes are matched by name, or a matrix with the modules' genes in order.
+            AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix with the modules' genes in
+            order.
+        layer
+            Layer of AnnData to read; that of the training cells if None.
+
+        Raises
+        ------
+        KeyError
+            Genes of the modules are missing, or the layer is.
+        ValueError
+            A gene comes twice, or values are not finite.
         """
-        index = x.obs_names if isinstance(x, AnnData) else None
-        x = match_genes(x, self.weights.index)
+        index = x.obs_names if isinstance(x, AnnData) else x.index if isinstance(x, pd.DataFrame) else None
+        x = match_genes(x, self.weights.index, layer or self.layer)
         weights = self.weights.to_numpy()
         # The origin is taken off the scores, not the cells, so that sparse cells stay sparse.
         return pd.DataFrame(x @ weights - self.origin.to_numpy() @ weights, index, self.weights.columns)
 
-    def contributions(self, x: AnnData | ExpressionDataset | Any) -> pd.DataFrame:
+    def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return what each module adds to the output of cells, eigenvalue times squared score (cell x comp).
 
         All modules together add up to the output, or to its quadratic part where the model has biases or a linear part.
 
         Parameters
         ----------
-        x
+        x, layer
             Cells, as in :meth:`scores`.
         """
-        return self.scores(x) ** 2 * self.eigenvalues
+        return self.scores(x, layer=layer) ** 2 * self.eigenvalues
 
     def top_genes(self, module: int | str = 0, n: int = 20, *, pole: Literal["+", "-", "both"] = "+") -> pd.Series:
         """Return the loadings of the `n` strongest genes of a module.
@@ -78,7 +92,7 @@ class GeneModules:
         module
             Rank or name of the module.
         n
-            Number of genes.
+            Most genes to return; a pole of a small panel may have fewer.
         pole
             Genes of positive loading, of negative loading, or the strongest whatever their sign.
 
@@ -86,9 +100,14 @@ class GeneModules:
         ------
         KeyError
             There is no such module.
+        ValueError
+            `pole` is unknown.
         """
         loading = self.loadings[self._name(module)]
-        key = {"+": loading, "-": -loading, "both": loading.abs()}[pole]
+        keys = {"+": loading, "-": -loading, "both": loading.abs()}
+        if pole not in keys:
+            raise ValueError(f"pole={pole!r} is unknown; choose '+', '-' or 'both'.")
+        key = keys[pole][keys[pole] > 0]  # a gene of loading 0 is in neither pole
         return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
 
     def factors(self, first: int | str = 0, second: int | str = 1) -> pd.DataFrame:
@@ -175,7 +194,7 @@ class GeneModules:
             raise KeyError(f"module={module!r} is unknown; there are {len(names)}, {names[0]!r} to {names[-1]!r}.")
         return module if module in names else names[module]
 
-    def to_adata(self, adata: AnnData, *, key: str | None = None) -> None:
+    def to_adata(self, adata: AnnData, *, key: str | None = None, layer: str | None = None) -> None:
         """Write the modules into AnnData, where scanpy finds them.
 
         ``varm[key]`` has the loadings, NaN for genes the model did not see; ``obsm[f"X_{key}"]`` the scores, ready
@@ -187,10 +206,19 @@ class GeneModules:
             Cells with all genes of the modules; it is changed.
         key
             Where to write; ``modules_<output>`` if None.
+        layer
+            Layer of `adata` to read; that of the training cells if None.
+
+        Raises
+        ------
+        KeyError, ValueError
+            As for :meth:`scores`; nothing is written then.
         """
         key = (key or f"modules_{self.output}").replace("/", "_")  # a slash would open a folder in an h5ad file
-        adata.obsm[f"X_{key}"] = self.scores(adata).to_numpy()
-        adata.varm[key] = self.loadings.reindex(adata.var_names).to_numpy()
+        scores = self.scores(adata, layer=layer).to_numpy()
+        at = self.loadings.index.get_indexer(plain_names(adata.var_names, "genes", unique=False))
+        loadings = np.where((at >= 0)[:, None], self.loadings.to_numpy()[at], np.nan)
+        adata.obsm[f"X_{key}"], adata.varm[key] = scores, loadings
         adata.uns[key] = {"eigenvalues": self.eigenvalues.to_numpy(), "output": str(self.output)}
 
 
@@ -256,7 +284,9 @@ def gene_modules(
         pd.DataFrame(weights * sign, genes, names),
         pd.Series(model.origin, genes),
         pd.Series(unit, genes),
-        output,
+        # A number stands for the output at that place, which has a name.
+        model.output_names[output] if isinstance(output, int) and output not in model.output_names else output,
+        model.layer,
     )
 
 

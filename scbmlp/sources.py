@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import platformdirs
 from anndata import AnnData
+from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
 from scbmlp import simulate
+from scbmlp.checks import as_numbers, data_file
 
 KINDS = ("local", "download", "simulated")
 # What pertpy.data downloads, without its second copy of each file.
@@ -45,11 +48,24 @@ def pancreas() -> AnnData:
     Raises
     ------
     ValueError
-        ``SCBMLP_DATA_SOURCE`` is unknown.
+        ``SCBMLP_DATA_SOURCE`` is unknown, or the file holds counts neither in ``X`` nor in the layer ``counts``.
     OSError
         A file cannot be read (it names the file to delete), or the forced source has none.
     """
-    return _first_of("pancreas", _download_pancreas, simulate.pancreas)
+    return _counts(_first_of("pancreas", _download_pancreas, simulate.pancreas))
+
+
+def _counts(adata: AnnData) -> AnnData:
+    """Return the cells with counts in ``X``, from the layer of that name if somebody saved them after preprocessing."""
+    if np.any(_stored(adata.X) % 1):
+        counts = adata.layers.get("counts")
+        if counts is None or np.any(_stored(counts) % 1):
+            raise ValueError(
+                f"{adata.uns['scbmlp_source']['name']}.h5ad has no counts: X holds fractions or scaled values, and so "
+                f"does layers['counts'], if it is there; put raw counts into either."
+            )
+        adata.X = counts.copy()
+    return adata
 
 
 def _download_pancreas(path: Path) -> None:
@@ -103,7 +119,7 @@ def sciplex3(
         "sciplex3",
         lambda path: _download(path, SCIPLEX3_URL),
         lambda: simulate.sciplex3(n_cells=60_000),
-        backed="r",
+        _open_without_layers,
     )
     obs = _clean_labels(adata.obs)
     vehicle = obs["perturbation"] == "control"
@@ -176,7 +192,7 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
         ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
     """
     _check_max_cells(max_cells)
-    adata = _first_of("norman", lambda path: _download(path, NORMAN_URL), backed="r")
+    adata = _first_of("norman", lambda path: _download(path, NORMAN_URL), read=_open)
     perturbation = _labels(adata, "perturbation", "perturbation_name")
     keep = perturbation.notna()
     if max_cells:
@@ -209,17 +225,17 @@ def glioblastoma() -> AnnData:
     KeyError
         The file has no such columns.
     ValueError
-        ``SCBMLP_DATA_SOURCE`` is unknown.
+        ``SCBMLP_DATA_SOURCE`` is unknown, or the file holds no counts.
     OSError
         There is neither file nor download (:class:`FileNotFoundError`), or not in the source that
         ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
     """
-    adata = _first_of("glioblastoma_panobinostat", lambda path: _download(path, ZHAO_URL), backed="r")
+    adata = _first_of("glioblastoma_panobinostat", lambda path: _download(path, ZHAO_URL), read=_open)
     condition = _labels(adata, "condition", "perturbation").replace("control", "ctrl")
     patient = _labels(adata, "patient_id", "sample").str.split("-").str[0]  # a sample may be named patient-slice
     keep = condition.isin(["ctrl", "panobinostat"])
     keep &= condition[keep].groupby(patient).nunique().eq(2).reindex(patient, fill_value=False).to_numpy()
-    return _part(adata, keep, condition=condition, patient_id=patient)
+    return _counts(_part(adata, keep, condition=condition, patient_id=patient))
 
 
 def _labels(adata: AnnData, *columns: str) -> pd.Series:
@@ -261,17 +277,35 @@ def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     if missing := [column for column in columns if column not in {*obs, "pathway", "target", "plate"}]:
         raise KeyError(f"sciplex3.h5ad has no {', '.join(missing)} in obs, only {', '.join(obs)}; rename its columns.")
     labels = obs[[column for column in columns if column in obs]].reset_index(drop=True)
-    dose = pd.to_numeric(labels["dose_value"].astype(str), errors="coerce")
-    labels["dose_value"] = dose.mask(labels["perturbation"] == "control", 0.0)
+    given, control = labels["dose_value"], labels["perturbation"] == "control"
+    dose = as_numbers(given, unit="nM")
+    unread = given.notna() & dose.isna() & ~control & ~given.astype(str).isin(["", "nan", "None", "NaN"])
+    if unread.any():
+        some = ", ".join(map(repr, given[unread].unique()[:5]))
+        raise ValueError(
+            f"sciplex3.h5ad has doses that are no numbers of nM in {unread.sum()} cells, such as {some}; write numbers."
+        )
+    labels["dose_value"] = dose.mask(control, 0.0)
     known = labels[CONDITION].notna().all(axis=1)
-    return labels[known & (obs["time"] == 24).to_numpy() if "time" in obs else known]
+    if "time" not in obs:
+        return labels[known]
+    hours = as_numbers(obs["time"].reset_index(drop=True), unit="h")
+    if not (hours == 24).any():
+        raise ValueError(
+            f"sciplex3.h5ad has no cell of 24 hours in obs['time'], which holds "
+            f"{', '.join(map(repr, obs['time'].unique()[:5]))}; write hours as numbers, or drop the column."
+        )
+    return labels[known & (hours == 24)]
 
 
 def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
     """Copy the cells whose row numbers index `obs` into memory, block by block."""
-    counts = adata.layers["counts"] if "counts" in adata.layers else adata.X
+    counts = adata.layers.get("counts", adata.X)
+    if adata.isbacked and "layers/counts" in (file := h5py.File(adata.filename, "r")):
+        counts = file["layers/counts"]
+        counts = sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
     ids = adata.var.get("ensembl_id", pd.Series("", adata.var_names))
-    human = np.flatnonzero(~ids.str.startswith("ENSMUSG"))
+    human = np.flatnonzero(~ids.astype(str).str.startswith("ENSMUSG"))
     blocks = []
     for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
         block = sparse.csr_matrix(counts[start : start + BLOCK])[obs.index[rows] - start][:, human]
@@ -289,14 +323,13 @@ def _first_of(
     name: str,
     download: Callable[[Path], None] | None = None,
     simulation: Callable[[], AnnData] | None = None,
-    backed: str | None = None,
+    read: Callable[[Path], AnnData] = anndata.read_h5ad,
 ) -> AnnData:
     """Return the data set from the first source that has it, or from the one that the environment forces."""
     forced = os.environ.get("SCBMLP_DATA_SOURCE") or None
     if forced not in (None, *KINDS):
         raise ValueError(f"SCBMLP_DATA_SOURCE={forced!r} is unknown; set it to {', '.join(KINDS)}, or unset it.")
-    folder = os.environ.get("SCBMLP_DATA_DIR")
-    local = Path(folder, f"{name}.h5ad") if folder else None
+    local = data_file(f"{name}.h5ad")
     remedy = f"set SCBMLP_DATA_DIR to the folder that holds {name}.h5ad"
     if forced == "local" and not (local and local.is_file()):
         raise FileNotFoundError(
@@ -310,7 +343,7 @@ def _first_of(
             f"SCBMLP_DATA_SOURCE={forced}, but {what} {name}; unset SCBMLP_DATA_SOURCE, and {remedy}."
         )
     if forced in (None, "local") and local and local.is_file():
-        return _read(name, "local", local, backed)
+        return _read(name, "local", local, read)
     reason = "no public download"
     if forced in (None, "download") and download:
         cached = Path(platformdirs.user_cache_dir("scbmlp"), f"{name}.h5ad")
@@ -325,7 +358,7 @@ def _first_of(
                 ) from error
             reason = f"no download ({error})"
         else:
-            return _read(name, "download", cached, backed)
+            return _read(name, "download", cached, read)
     if not simulation:
         raise FileNotFoundError(
             f"there is no {name}.h5ad in $SCBMLP_DATA_DIR, {reason}, and no simulation stands in for it; {remedy}."
@@ -348,9 +381,19 @@ def _fetch(cached: Path, download: Callable[[Path], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _read(name: str, kind: str, path: Path, backed: str | None) -> AnnData:
+def _open(path: Path) -> AnnData:
+    return anndata.read_h5ad(path, backed="r")
+
+
+def _open_without_layers(path: Path) -> AnnData:
+    """Open a file, and leave its layers there too; anndata would read them whole."""
+    file = h5py.File(path, "r")
+    return AnnData(filename=file, **{name: read_elem(file[name]) for name in ("obs", "var", "uns") if name in file})
+
+
+def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> AnnData:
     try:
-        adata = anndata.read_h5ad(path, backed=backed)
+        adata = read(path)
     except Exception as error:  # h5py and anndata raise many kinds for a file cut short
         remedy = "delete it and try again" if kind == "download" else "replace it with a whole copy"
         raise OSError(f"{path} cannot be read ({error}); {remedy}.") from error

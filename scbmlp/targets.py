@@ -16,7 +16,16 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from sklearn.neighbors import KNeighborsRegressor
 
-from scbmlp.datasets import obs_column, obs_labels
+from scbmlp.checks import (
+    as_mask,
+    as_numbers,
+    check_log_normalised,
+    control_labels,
+    expression,
+    obs_column,
+    positions,
+    strata_of,
+)
 
 
 def laplacian_frequencies(
@@ -25,6 +34,7 @@ def laplacian_frequencies(
     key_added: str = "X_freq",
     *,
     cells: Any = None,
+    layer: str | None = None,
     neighbors_key: str | None = None,
     n_neighbors: int = 15,
     n_pcs: int = 30,
@@ -51,6 +61,8 @@ def laplacian_frequencies(
         Positions or mask of the cells that make principal components and graph, for targets that do not know the
         others; all if None. The others get the Nystrom extension :cite:p:`bengio2004`: the mean of their nearest
         neighbours among `cells`, scaled as the eigenvalue asks for.
+    layer
+        Layer to read instead of ``X``.
     neighbors_key
         Use the graph that ``scanpy.pp.neighbors(adata, key_added=neighbors_key)`` made (``"neighbors"`` is scanpy's
         own key) and do not make one.
@@ -67,10 +79,10 @@ def laplacian_frequencies(
     KeyError
         There is no graph under `neighbors_key`.
     ValueError
-        The graph has isolated cells or falls apart, it has no `n_frequencies` besides the constant one, or `cells`
-        is given with `neighbors_key`.
+        The graph has isolated cells or falls apart, it has no `n_frequencies` besides the constant one, `cells` is
+        given with `neighbors_key` or is neither mask nor positions, or expression is not finite and non-negative.
     """
-    chosen = np.arange(adata.n_obs) if cells is None else np.unique(np.arange(adata.n_obs)[cells])
+    chosen = positions(cells, adata.n_obs)
     if not 1 <= n_frequencies <= len(chosen) - 2:
         raise ValueError(
             f"n_frequencies={n_frequencies} were asked for; a graph of {len(chosen)} cells has 1 to {len(chosen) - 2} "
@@ -78,7 +90,8 @@ def laplacian_frequencies(
         )
     graph_cells = None
     if neighbors_key is None:
-        graph_cells = _with_neighbors(adata[chosen], n_neighbors, n_pcs, random_state)
+        x = _log_normalised(adata, layer)
+        graph_cells = _with_neighbors(x[chosen], adata.var, n_neighbors, n_pcs, random_state)
         weights = graph_cells.obsp["connectivities"]
     elif neighbors_key not in adata.uns:
         raise KeyError(f"neighbors_key={neighbors_key!r} is not in adata.uns; call scanpy.pp.neighbors(adata) first.")
@@ -99,7 +112,7 @@ def laplacian_frequencies(
         degree = 1.0 if normalized else weights.sum() / len(chosen)
         known = graph_cells.obsm["X_pca"]
         loadings = graph_cells.varm["PCs"]
-        new = adata.X[others] @ loadings - np.asarray(graph_cells.X.mean(axis=0)).ravel() @ loadings
+        new = x[others] @ loadings - np.asarray(graph_cells.X.mean(axis=0)).ravel() @ loadings
         nearest = KNeighborsRegressor(min(n_neighbors, len(chosen))).fit(known, frequencies)
         result[others] = nearest.predict(new) * degree / (degree - values)
     adata.obsm[key_added] = result
@@ -112,14 +125,30 @@ def laplacian_frequencies(
     }
 
 
-def _with_neighbors(adata: AnnData, n_neighbors: int, n_pcs: int, random_state: int) -> AnnData:
-    """Return a copy with principal components and a neighbour graph, so that the caller's cells keep their own."""
-    most = min(adata.shape) - 1
-    if "highly_variable" in adata.var:
-        most = min(most, int(adata.var["highly_variable"].sum()) - 1)
-    result = AnnData(adata.X.copy(), obs=adata.obs[[]], var=adata.var)
-    sc.pp.pca(result, n_comps=min(n_pcs, most), random_state=random_state)
-    sc.pp.neighbors(result, n_neighbors=min(n_neighbors, adata.n_obs), random_state=random_state)
+def _log_normalised(adata: AnnData, layer: str | None) -> sparse.csr_matrix | np.ndarray:
+    """Return expression that is not scaled, and warn if it looks like counts."""
+    x, where = expression(adata, layer)
+    check_log_normalised(x, where, adata)
+    return x
+
+
+def _highly_variable(var: pd.DataFrame) -> np.ndarray:
+    """Return which genes count: those marked highly variable, or all where none is marked."""
+    if "highly_variable" not in var:
+        return np.ones(len(var), bool)
+    used = as_mask(var["highly_variable"], "adata.var['highly_variable']")
+    if not used.any():
+        raise ValueError("adata.var['highly_variable'] marks no gene; mark some, or delete the column to use all.")
+    return used
+
+
+def _with_neighbors(x: Any, var: pd.DataFrame, n_neighbors: int, n_pcs: int, random_state: int) -> AnnData:
+    """Return cells with principal components and a neighbour graph, so that the caller's keep their own."""
+    used = _highly_variable(var)
+    result = AnnData(x.copy(), var=pd.DataFrame({"highly_variable": used}, pd.RangeIndex(len(var)).astype(str)))
+    most = min(*x.shape, int(used.sum())) - 1
+    sc.pp.pca(result, n_comps=min(n_pcs, most), mask_var="highly_variable", random_state=random_state)
+    sc.pp.neighbors(result, n_neighbors=min(n_neighbors, x.shape[0]), random_state=random_state)
     return result
 
 
@@ -160,12 +189,13 @@ def _lowest(weights: sparse.csr_matrix, n: int, normalized: bool) -> tuple[np.nd
 def perturbation_response(
     adata: AnnData,
     perturbation_key: str,
-    control: str,
+    control: Any,
     n_components: int = 10,
     key_added: str = "X_pert",
     *,
     strata: str | Sequence[str] | None = None,
     cells: Any = None,
+    layer: str | None = None,
     reference: Literal["mean", "nearest"] = "mean",
     min_cells: int = 5,
     random_state: int = 0,
@@ -184,7 +214,8 @@ def perturbation_response(
         Cells with log-normalised expression in ``X``; it is changed. Only genes marked ``highly_variable`` count, if
         ``var`` has that column; memory holds the dense array of the largest stratum.
     perturbation_key, control
-        Column of ``obs`` with the perturbation of every cell, and its label for vehicle.
+        Column of ``obs`` with the perturbation of every cell, and its label for vehicle, as text or of the column's
+        own type.
     n_components
         Number of components.
     key_added
@@ -195,6 +226,8 @@ def perturbation_response(
         Columns of ``obs`` within which cells are compared, such as cell line and replicate.
     cells
         Positions or mask of the cells that the components are fitted on; all if None.
+    layer
+        Layer to read instead of ``X``.
     reference
         Compare with the mean of the stratum's vehicle cells, or with the 20 vehicle cells nearest to the cell on
         principal components: this takes out what also varies without a perturbation, such as the cell cycle, even
@@ -210,19 +243,17 @@ def perturbation_response(
         A column is not in ``obs``, or `control` is not one of the labels.
     ValueError
         A label is missing, a stratum lacks vehicle cells, a perturbation has too few cells, `n_components` is too
-        large, or `reference` is unknown.
+        large, `reference` is unknown, `cells` is neither mask nor positions, or expression is not finite and
+        non-negative.
     """
     if reference not in ("mean", "nearest"):
         raise ValueError(f"reference={reference!r} is unknown; choose 'mean' or 'nearest'.")
-    names = [strata] if isinstance(strata, str) else list(strata or [])
-    for key in names:
-        obs_column(adata, key, "strata")
-    labels = _labels(adata, perturbation_key, control)
+    labels, control = control_labels(adata, perturbation_key, control)
+    stratum, names = strata_of(adata, strata)
     sizes = labels.value_counts()
     if sizes.min() < min_cells:
         few = ", ".join(f"{label} ({size})" for label, size in sizes[sizes < min_cells].items())
         raise ValueError(f"fewer than min_cells={min_cells} cells of {few}; drop these perturbations, or lower it.")
-    stratum = _strata(adata, names)
     vehicle = (labels == control).groupby(stratum).sum()
     if vehicle.min() < min_cells:
         few = "; ".join(f"{name}: {size}" for name, size in vehicle[vehicle < min_cells].items())
@@ -230,13 +261,13 @@ def perturbation_response(
             f"strata={names} have fewer than min_cells={min_cells} cells of {control!r} to compare with ({few}); drop "
             f"the cells of these strata, or name fewer columns."
         )
-    used = adata.var.get("highly_variable", pd.Series(True, adata.var_names)).to_numpy(bool)
-    fitted = np.arange(adata.n_obs)[slice(None) if cells is None else cells]
+    used, fitted = _highly_variable(adata.var), positions(cells, adata.n_obs)
     most = min((labels + ", " + stratum).iloc[fitted].nunique(), int(used.sum()))
     if not 1 <= n_components <= most:
         raise ValueError(f"n_components={n_components} were asked for; the conditions and genes have 1 to {most}.")
     # Twice over the strata, for means and for projections: the signatures of all cells are never in memory at once.
-    signatures = partial(_signatures, adata[:, used], labels, control, stratum, reference, random_state)
+    x = _log_normalised(adata, layer)[:, used]
+    signatures = partial(_signatures, x, labels, control, stratum, reference, random_state)
     means = []
     for rows, signature in signatures():
         inside = np.isin(rows, fitted)
@@ -261,7 +292,7 @@ def perturbation_response(
 
 
 def _signatures(
-    adata: AnnData, labels: pd.Series, control: str, stratum: pd.Series, reference: str, random_state: int
+    cells: Any, labels: pd.Series, control: str, stratum: pd.Series, reference: str, random_state: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the cells of each stratum, and their expression less that of vehicle cells (cell x gene)."""
     state = np.random.get_state()
@@ -273,11 +304,11 @@ def _signatures(
     options = {"ref_selection_mode": "split_by", "split_by": "stratum"}
     if nearest:
         options = {"ref_selection_mode": "nn", "random_state": random_state}
-        components = sc.pp.pca(adata.X, n_comps=min(15, *(n - 1 for n in adata.shape)), random_state=random_state)
+        components = sc.pp.pca(cells, n_comps=min(15, *(n - 1 for n in cells.shape)), random_state=random_state)
     for rows in stratum.groupby(stratum, observed=True).indices.values():
-        x = adata.X[rows]
+        x = cells[rows]
         x = np.asarray(x.toarray() if sparse.issparse(x) else x, dtype=np.float32)  # pertpy fails on sparse strata
-        obs = pd.DataFrame({"perturbation": labels.iloc[rows].to_numpy(), "stratum": "one"}, index=labels.index[rows])
+        obs = pd.DataFrame({"perturbation": labels.iloc[rows].to_numpy(), "stratum": "one"}, index=rows.astype(str))
         block = AnnData(x, obs=obs, obsm={"X_pca": components[rows]} if nearest else {})
         if nearest:
             options["n_neighbors"] = min(20, (block.obs["perturbation"] == control).sum())
@@ -291,7 +322,7 @@ def _signatures(
 
 
 def dose_coordinates(
-    adata: AnnData, perturbation_key: str, dose_key: str, control: str, key_added: str = "X_dose"
+    adata: AnnData, perturbation_key: str, dose_key: str, control: Any, key_added: str = "X_dose"
 ) -> None:
     """Add what each cell was given: its dose on a log scale, in the column of its compound.
 
@@ -316,8 +347,9 @@ def dose_coordinates(
     ValueError
         A label is missing, a dose is not a number of at least 0, or all are 0.
     """
-    labels, doses = _labels(adata, perturbation_key, control), obs_column(adata, dose_key, "dose_key")
-    numbers = pd.to_numeric(doses.astype(str), errors="coerce").mask(labels == control, 0.0)
+    labels, control = control_labels(adata, perturbation_key, control)
+    doses = obs_column(adata, dose_key, "dose_key")
+    numbers = as_numbers(doses).mask(labels == control, 0.0)
     wrong = ~(numbers >= 0) | np.isinf(numbers)
     if wrong.any():
         raise ValueError(
@@ -330,14 +362,3 @@ def dose_coordinates(
     scaled = np.log1p(numbers) / np.log1p(numbers.max())
     table = (labels.to_numpy()[:, None] == compounds) * scaled.to_numpy()[:, None]
     adata.obsm[key_added] = pd.DataFrame(table.astype(np.float32), adata.obs_names, compounds)
-
-
-def _strata(adata: AnnData, names: Sequence[str]) -> pd.Series:
-    return adata.obs[names].astype(str).agg(", ".join, axis=1) if names else pd.Series("all", adata.obs_names)
-
-
-def _labels(adata: AnnData, key: str, control: str) -> pd.Series:
-    labels = obs_labels(adata, key, "perturbation_key").astype(str)
-    if control not in set(labels):
-        raise KeyError(f"control={control!r} is no label of obs[{key!r}]; there are: {', '.join(sorted(set(labels)))}.")
-    return labels

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
+from scbmlp.checks import nearest
 from scbmlp.datasets import ExpressionDataset
 
 
@@ -28,6 +32,8 @@ class Training(lightning.LightningModule):
         Mean and standard deviation of the targets (each out), in whose units the models learn; None for classes.
     starts
         For each model the validation loss and the weights that any epoch has to beat, None to keep the last epoch.
+    order
+        Generator of the order of the cells, whose state a checkpoint keeps.
     """
 
     def __init__(
@@ -35,11 +41,16 @@ class Training(lightning.LightningModule):
         models: Sequence[Any],
         units: tuple[np.ndarray, np.ndarray] | None = None,
         starts: Sequence[tuple[float, dict[str, Tensor]]] | None = None,
+        order: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        self.order = order or torch.Generator()
+        self.drawn: dict[str, Tensor] = {}
         self.models = list(models)
         self.net = models[0] if len(models) == 1 else _SideBySide(models)
         self.seen: dict[str, list[tuple[Tensor, ...]]] = {"train": [], "val": []}
+        self.rows: list[dict[str, float]] | None = None
+        self.interrupted = False
         self.best = starts and [{"loss": loss, "epoch": 0, "weights": weights} for loss, weights in starts]
         for name, values in zip(("mean", "scale"), units or (None, None), strict=True):
             values = None if values is None else torch.as_tensor(values, dtype=torch.float32)
@@ -69,7 +80,8 @@ class Training(lightning.LightningModule):
         x, y = batch
         if self.scale is not None:
             y = (y - self.mean) / self.scale
-        outputs = self.net(x).reshape(len(self.models), len(x), -1)
+        # Losses are of full precision, whatever the products are.
+        outputs = self.net(x).float().reshape(len(self.models), len(x), -1)
         losses = torch.stack([model.loss(one, y) for model, one in zip(self.models, outputs, strict=True)])
         self.seen[stage].append((losses.detach(), outputs.detach(), y))
         return losses.sum()  # no weight is shared, so each model learns as if alone
@@ -83,30 +95,60 @@ class Training(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rows"] = [model._rows for model in self.models]
         checkpoint["best"] = self.best
+        # What is drawn next: the order of the cells, and dropout.
+        checkpoint["order"], checkpoint["random"] = self.order.get_state(), torch.get_rng_state()
+        if self.device.type == "cuda":
+            checkpoint["random_cuda"] = torch.cuda.get_rng_state(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for model, rows in zip(self.models, checkpoint["rows"], strict=True):
             model._rows = rows
         self.best = checkpoint["best"]
+        if "order" in checkpoint:
+            self.order.set_state(checkpoint["order"].cpu())
+            self.drawn = {name: checkpoint[name] for name in ("random", "random_cuda") if name in checkpoint}
+
+    def on_train_start(self) -> None:
+        if "random" in self.drawn:
+            torch.set_rng_state(self.drawn["random"].cpu())
+        if "random_cuda" in self.drawn and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self.drawn["random_cuda"].cpu(), self.device)
+
+    def on_sanity_check_end(self) -> None:
+        self.seen["val"].clear()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.interrupted:
+            raise Interrupted
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking and self.seen["val"]:
+            self.rows, self.val_losses = self._summary("val")
+            self.log_dict(self.rows[0], prog_bar=True)
 
     def on_train_epoch_end(self) -> None:
-        rows: list[dict[str, float]] = [{} for _ in self.models]
-        losses = None
-        for stage, steps in self.seen.items():
-            if steps:
-                each, outputs, targets = zip(*steps, strict=True)
-                weights = torch.tensor([float(len(y)) for y in targets])
-                losses = (torch.stack(each, dim=1).cpu() @ weights / weights.sum()).tolist()
-                outputs, targets = torch.cat(outputs, dim=1), torch.cat(targets)
-                for model, row, loss, one in zip(self.models, rows, losses, outputs, strict=True):
-                    row[f"{stage}_loss"] = loss if self.scale is None else self._in_target_units(model, one, targets)
-                    row[f"{stage}_{model.metric}"] = float(model._measure(one.cpu().numpy(), targets.cpu().numpy()))
-                steps.clear()
-        for model, row in zip(self.models, rows, strict=True):
-            model._rows.append(row)
+        rows, _ = self._summary("train")
         self.log_dict(rows[0], prog_bar=True)
-        if self.best is not None:  # losses are those of the validation cells, which come last
-            self._keep(losses)
+        # An epoch may have no validation, or several, of which its row has the last.
+        for model, row, validated in zip(self.models, rows, self.rows or [{}] * len(rows), strict=True):
+            model._rows.append(row | validated)
+        if self.best is not None and self.rows is not None:
+            self._keep(self.val_losses)
+        self.rows = None
+
+    def _summary(self, stage: str) -> tuple[list[dict[str, float]], list[float]]:
+        """Return loss and metric of every model over the steps of a stage, and the losses as they are trained on."""
+        each, outputs, targets = zip(*self.seen[stage], strict=True)
+        weights = torch.tensor([float(len(y)) for y in targets])
+        losses = (torch.stack(each, dim=1).cpu() @ weights / weights.sum()).tolist()
+        outputs, targets = torch.cat(outputs, dim=1), torch.cat(targets)
+        self.seen[stage].clear()
+        rows = []
+        for model, loss, one in zip(self.models, losses, outputs, strict=True):
+            loss = loss if self.scale is None else self._in_target_units(model, one, targets)
+            measured = float(model._measure(one.cpu().numpy(), targets.cpu().numpy()))
+            rows.append({f"{stage}_loss": loss, f"{stage}_{model.metric}": measured})
+        return rows, losses
 
     def _in_target_units(self, model: Any, outputs: Tensor, targets: Tensor) -> float:
         return float(model.loss(outputs * self.scale + self.mean, targets * self.scale + self.mean))
@@ -140,6 +182,36 @@ class Training(lightning.LightningModule):
                         layer.weight.mul_(scale[:, None])
                     model.project.bias.mul_(scale).add_(mean)
             model.eval()
+
+
+class Interrupted(Exception):
+    """A fit was asked to end, by Ctrl-C: Lightning would end the whole program, and be deaf to the next one."""
+
+
+@contextmanager
+def interruptible(training: Training) -> Iterator[None]:
+    """Let Ctrl-C end a fit after the step it is in, and be the KeyboardInterrupt that Python users expect."""
+    inside_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGINT) if inside_main else None
+
+    def note(*_: Any) -> None:
+        if training.interrupted:  # asked twice: a step hangs
+            raise KeyboardInterrupt
+        training.interrupted = True
+
+    if before is not None:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    except SystemExit as error:  # what Lightning makes of an interrupt that comes from elsewhere
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 class _SideBySide(nn.Module):
@@ -199,6 +271,29 @@ def loader(dataset: ExpressionDataset, batch_size: int, generator: torch.Generat
     )
 
 
+def check_trainer(arguments: dict[str, Any]) -> None:
+    """Raise an error for arguments of Lightning's trainer that it does not have, or that would make a fit another."""
+    known = inspect.signature(lightning.Trainer).parameters
+    for name, value in arguments.items():
+        if name not in known:
+            raise ValueError(f"{name}={value!r} is no argument of fit or of lightning.Trainer{nearest(name, known)}.")
+    for name, field in {"max_epochs": "n_epochs", "accelerator": "device"}.items():
+        if name in arguments:
+            raise ValueError(f"{name}={arguments[name]!r}: leave it out, and build the model with Config({field}=...).")
+    for name in ("devices", "num_nodes"):
+        if arguments.get(name, 1) not in (1, "1"):
+            raise ValueError(
+                f"{name}={arguments[name]!r}: a fit is on one device, since its history and best epoch are of all "
+                f"cells; leave it out, and name a device by Config(device='cuda:0')."
+            )
+    allowed = ("32-true", "32", "bf16-mixed", "16-mixed")
+    if str(arguments.get("precision") or "32") not in allowed:
+        raise ValueError(
+            f"precision={arguments['precision']!r}: weights are kept in float32, so that interactions can be read off "
+            f"them; choose one of {', '.join(allowed)}."
+        )
+
+
 def accelerator(device: str) -> dict[str, Any]:
     """Translate a torch device name into the arguments of Lightning."""
     if device == "auto":
@@ -208,10 +303,15 @@ def accelerator(device: str) -> dict[str, Any]:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw from `seed` inside, and leave torch's own generators where they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Draw from `seed` inside, and leave torch's own generators where they were; for the CPU, no GPU is asked."""
+    kind = torch.device("cpu" if device == "auto" else device).type
+    if device == "auto" and torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+    gpu = kind != "cpu"
+    kind = kind if gpu else "cuda"
+    with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()) if gpu else [], device_type=kind):
+        torch.manual_seed(seed) if gpu else torch.default_generator.manual_seed(seed)
         yield
 
 

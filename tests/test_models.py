@@ -1,11 +1,14 @@
 """Do the models compute and train what they say, the same each time, and leave everything else alone?"""
 
+import json
 import logging
+import multiprocessing
 import os
 import random
 import signal
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -18,6 +21,8 @@ import pytest
 import scanpy as sc
 import torch
 from anndata import AnnData
+from safetensors import safe_open
+from safetensors.torch import save_file
 from scipy import sparse
 from scipy.special import huber, softmax
 from sklearn.linear_model import LogisticRegression
@@ -35,7 +40,7 @@ from torch.nn.functional import cross_entropy
 from scbmlp import models
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, statistics, tune
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, _digest, statistics, tune
 from scbmlp.sources import glioblastoma
 
 REAL = os.environ.get("SCBMLP_DATA_DIR") or str(Path(__file__).parents[2] / "shared" / "data")
@@ -199,7 +204,7 @@ def test_the_device_is_the_one_asked_for():
     look = Look()
     ScBMLPClassifier(Config(**TOY)).fit(toy(), callbacks=[look], **QUIET)
     assert look.device == torch.device("cpu")
-    with pytest.raises(RuntimeError, match="nonsense"):
+    with pytest.raises(ValueError, match=r"Config\(device='nonsense'\): 'auto', 'cpu'"):
         fitted_to_toy(device="nonsense")
 
 
@@ -455,16 +460,22 @@ def test_statistics_are_those_of_the_training_cells(sets, tmp_path):
 
 def test_a_model_of_an_earlier_version_is_read_without_statistics(tmp_path):
     model = fitted_to_toy()
-    model.save(tmp_path / "model.pt")
-    stored = torch.load(tmp_path / "model.pt", weights_only=True)
-    for key in ("statistics", "baseline", "best_epoch", "trials"):
-        del stored[key]
-    for key in ("patience", "weight_decay_linear"):
-        del stored["config"][key]
-    torch.save(stored, tmp_path / "old.pt")
-    old = ScBMLPClassifier.load(tmp_path / "old.pt")
-    assert_same_weights(old, model)
-    assert old.statistics is None and old.trials is None
+    config = {
+        name: value for name, value in asdict(model.cfg).items() if name not in ("patience", "weight_decay_linear")
+    }
+    stored = {"class": "ScBMLPClassifier", "config": config, "options": {}, "weights": model.state_dict()}
+    stored |= {"gene_names": list(model.gene_names), "output_names": list(model.output_names), "history": model._rows}
+    torch.save(stored, tmp_path / "first.pt")
+    later = {"baseline": None, "best_epoch": 2, "trials": None}
+    torch.save(
+        stored | later | {"statistics": [torch.as_tensor(part) for part in model.statistics]}, tmp_path / "next.pt"
+    )
+    first, then = (ScBMLPClassifier.load(tmp_path / name) for name in ("first.pt", "next.pt"))
+    for old in (first, then):
+        assert_same_weights(old, model)
+        pd.testing.assert_frame_equal(old.history, model.history)
+    assert first.statistics is None and first.trials is None
+    np.testing.assert_array_equal(then.statistics.covariance, model.statistics.covariance)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -630,16 +641,45 @@ class _StopAt(lightning.Callback):
 def test_interrupted_fit_keeps_its_weights_and_rows():
     model, whole = ScBMLPClassifier(Config(**TOY)), fitted_to_toy()
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
+    with pytest.raises(KeyboardInterrupt):
         model.fit(toy(), callbacks=[_StopAt(interrupt=True)], **QUIET)
     pd.testing.assert_frame_equal(model.history, whole.history.iloc[:1])
     assert not torch.equal(model.w_l, ScBMLPClassifier(Config(**TOY)).w_l)
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(signal.SIGINT) is handler and not model.training
+
+
+class _CtrlC(lightning.Callback):
+    """Press Ctrl-C in the fourth epoch, and note how many steps follow."""
+
+    after = 0
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.current_epoch == 3 and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        self.after += trainer.current_epoch == 3 and batch_idx > 1
+
+
+def test_ctrl_c_keeps_the_best_weights_so_far_and_is_a_keyboard_interrupt(tmp_path):
+    cfg, press = Config(**(TOY | {"n_epochs": 50, "lr": 0.03, "patience": 50, "batch_size": 8})), _CtrlC()
+    model, three = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(toy(), toy(), callbacks=[press], baseline=False, **QUIET)
+    assert press.after == 0 and signal.getsignal(signal.SIGINT) is handler and not model.training
+    assert len(model.history) == 3
+    # The same fit up to there: stopped before the fourth epoch.
+    stop = lightning.Callback()
+    stop.on_train_epoch_end = lambda trainer, module: setattr(trainer, "should_stop", trainer.current_epoch == 2)
+    three.fit(toy(), toy(), callbacks=[stop], baseline=False, **QUIET)
+    assert model.best_epoch == three.best_epoch
+    assert_same_weights(model, three)
+    model.save(tmp_path / "model.pt")
+    assert_same_weights(ScBMLPClassifier.load(tmp_path / "model.pt"), model)
 
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
-    changes = {"n_epochs": 4, "batch_size": 40, "lr": 0.03, "dropout_rate": 0.0}  # a resumed fit draws other masks
+    changes = {"n_epochs": 4, "batch_size": 8, "lr": 0.03, "dropout_rate": 0.3}
     cfg = Config(**(TOY | changes), linear=linear)
     whole, stopped, resumed = (ScBMLPClassifier(cfg) for _ in range(3))
     whole.fit(toy(), toy(), **QUIET)
@@ -648,8 +688,42 @@ def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
     (checkpoint,) = tmp_path.rglob("*.ckpt")
     history = resumed.fit(toy(), toy(), default_root_dir=tmp_path, ckpt_path=checkpoint, **QUIET)
     assert history.index.tolist() == [0, 1, 2, 3, 4] and resumed.best_epoch == whole.best_epoch
-    pd.testing.assert_frame_equal(history, whole.history, rtol=1e-5)
-    assert_same_weights(resumed, whole, rtol=1e-3, atol=1e-5)
+    pd.testing.assert_frame_equal(history, whole.history)
+    assert_same_weights(resumed, whole)
+
+
+def _fit_in(folder):
+    """Fit, or go on; in a process of its own, so that it can be killed."""
+    torch.set_num_threads(1)
+    model = ScBMLPClassifier(Config(**KILLED))
+    model.fit(toy(), toy(), default_root_dir=folder, ckpt_path="last", **QUIET)
+    model.save(Path(folder, "model.pt"))
+
+
+KILLED = TOY | {"n_epochs": 300, "batch_size": 8, "lr": 0.01, "dropout_rate": 0.3, "linear": True}
+
+
+def test_a_fit_killed_twenty_times_ends_where_the_others_do(tmp_path):
+    whole = ScBMLPClassifier(Config(**KILLED))
+    whole.fit(toy(), toy(), **QUIET)
+    processes, rng, killed = multiprocessing.get_context("forkserver"), np.random.default_rng(0), 0
+    processes.set_forkserver_preload(["tests.test_models"])
+    while not (tmp_path / "model.pt").is_file():
+        before = {*tmp_path.rglob("*.ckpt")}
+        process = processes.Process(target=_fit_in, args=(str(tmp_path),))
+        process.start()
+        if killed < 20:  # at a random step, an epoch or more after the last time
+            while {*tmp_path.rglob("*.ckpt")} <= before:
+                assert process.is_alive()
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, 0.1))
+            process.kill()
+            killed += 1
+        process.join()
+    resumed = ScBMLPClassifier.load(tmp_path / "model.pt")
+    assert killed == 20
+    assert_same_weights(resumed, whole)
+    pd.testing.assert_frame_equal(resumed.history, whole.history)
 
 
 # --------------------------------------------------------------------------------------------- prediction, storage
@@ -724,19 +798,66 @@ def test_saved_model_without_names_takes_unnamed_genes(tmp_path):
     np.testing.assert_array_equal(loaded.predict(toy()), model.outputs(toy()).argmax(axis=1))
 
 
-@pytest.mark.parametrize("content", ["text", "nothing", "half a model", "another object"])
-def test_file_without_a_model_is_refused(tmp_path, content):
+def rewritten(path, **changes):
+    """Change what a saved model says of itself, with a checksum that is right again."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        known = json.loads(file.metadata()["scbmlp"]) | changes
+    text = json.dumps(known)
+    save_file(tensors, path, {"scbmlp": text, "sha256": _digest(text, tensors)})
+
+
+FOREIGN, DAMAGED = r"model\.pt holds no scbmlp model; give a file that save has written", r"model\.pt is damaged"
+FILES = {
+    "text": (lambda path: path.write_bytes(b"no model at all"), FOREIGN),
+    "nothing": (lambda path: path.write_bytes(b""), FOREIGN),
+    "half a model": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), DAMAGED),
+    "another object of torch": (lambda path: torch.save([1, 2], path), FOREIGN),
+    "half an object of torch": (lambda path: (torch.save(torch.zeros(99), path), os.truncate(path, 600)), DAMAGED),
+    "tensors of others": (lambda path: save_file({"x": torch.zeros(2)}, path), FOREIGN),
+    "a later version": (
+        lambda path: rewritten(path, format=99),
+        "written by scbmlp .*, in format 99; .* update scbmlp",
+    ),
+    "other sizes": (lambda path: rewritten(path, config=TOY | {"d_hidden": 7}), DAMAGED),
+    "unknown fields": (lambda path: rewritten(path, config=TOY | {"depth": 7}), DAMAGED),
+    "no names": (lambda path: rewritten(path, named=None), DAMAGED),
+}
+
+
+@pytest.mark.parametrize(("change", "match"), FILES.values(), ids=FILES)
+def test_file_without_a_model_is_refused(tmp_path, change, match):
     path = tmp_path / "model.pt"
-    ScBMLPClassifier(Config(**TOY)).save(path)
-    if content == "another object":
-        torch.save([1, 2], path)
-    else:
-        whole = path.read_bytes()
-        path.write_bytes(
-            {"text": b"no model at all", "nothing": b"", "half a model": whole[: len(whole) // 2]}[content]
-        )
-    with pytest.raises(ValueError, match=r"model\.pt holds no scbmlp model, not ScBMLPClassifier"):
+    fitted_to_toy().save(path)
+    change(path)
+    with pytest.raises(ValueError, match=match):
         ScBMLPClassifier.load(path)
+
+
+def test_file_that_would_run_code_is_refused_and_does_not(tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    torch.save({"class": "ScBMLPClassifier", "config": Code()}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=FOREIGN):
+        ScBMLPClassifier.load(tmp_path / "model.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_saving_keeps_the_file_that_was_there_until_the_new_one_is_whole(tmp_path, monkeypatch):
+    path, model = tmp_path / "model.pt", fitted_to_toy()
+    model.save(path)
+    before = path.read_bytes()
+
+    def cut_short(tensors, partial, metadata):
+        Path(partial).write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("scbmlp.models.save_file", cut_short)
+    with pytest.raises(OSError, match="disk full"):
+        fitted_to_toy(seed=5).save(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
-    "simulate", "sources", "datasets", "targets", "baselines", "training", "models", "interactions", "modules",
-    "enrichment", "plotting",
+    "checks", "simulate", "sources", "datasets", "targets", "effects", "baselines", "training", "models",
+    "interactions", "modules", "enrichment", "plotting",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],

@@ -282,7 +282,8 @@ def test_nearest_vehicle_cells_take_out_what_varies_anyway(treated):
         perturbation_response(adata, "drug", "control", 2, strata="line", reference=reference)
         inert = (adata.obs["drug"] == "inert").to_numpy()
         signature = np.empty(adata.shape)
-        for rows, block in _signatures(adata, adata.obs["drug"], "control", adata.obs["line"], reference, 0):
+        drug, line = (adata.obs[key].reset_index(drop=True) for key in ("drug", "line"))
+        for rows, block in _signatures(adata.X, drug, "control", line, reference, 0):
             signature[rows] = block
         signature = signature[inert]
         left[reference] = abs(signature[state[inert], 8:].mean() - signature[~state[inert], 8:].mean())
@@ -334,7 +335,12 @@ def test_a_pertpy_with_another_sign_is_noticed(treated, monkeypatch):
         ({"control": "DMSO"}, KeyError, "control='DMSO' is no label .* there are: active, control, inert"),
         ({"perturbation_key": "compound"}, KeyError, "'compound' is not a column of adata.obs; there are: drug"),
         ({"strata": "plate"}, KeyError, "'plate' is not a column"),
-        ({"strata": ["line", "dose"]}, ValueError, r"fewer than min_cells=5 cells of 'control' .*\(a, 10.0: 0; a, 100"),
+        ({"strata": ["line", "dose"]}, ValueError, "strata='dose' has no label for 120 of 360 cells"),
+        (
+            {"strata": ["line", "drug"]},
+            ValueError,
+            r"fewer than min_cells=5 cells of 'control' .*\(a, active: 0; a, ine",
+        ),
         ({"min_cells": 200}, ValueError, r"fewer than min_cells=200 cells of control \(120\)|active \(120\)"),
         ({"n_components": 0}, ValueError, "n_components=0 were asked for; .* 1 to 6"),
         ({"n_components": 7}, ValueError, "n_components=7 were asked for; .* 1 to 6"),

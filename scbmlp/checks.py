@@ -1,0 +1,422 @@
+"""What may come in: matrices, names, columns of obs and masks, each decided in one place."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from anndata import AnnData
+from scipy import sparse
+
+REMEDY = "pass log-normalised values, scanpy.pp.normalize_total then scanpy.pp.log1p"
+
+
+def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix | np.ndarray:
+    """Return a matrix of numbers, rows first: sparse ones as CSR with every entry once, lazy ones computed.
+
+    Parameters
+    ----------
+    x
+        Array, sparse or dask matrix, tensor or DataFrame (cell x gene).
+    where
+        What the caller knows it by, for the message.
+    dtype
+        Type of the numbers; if None float64 stays, and all others become float32.
+
+    Raises
+    ------
+    ValueError
+        It is not a two-dimensional matrix of real numbers.
+    """
+    if x is None:
+        raise ValueError(f"{where} is None; put log-normalised expression there, or name a layer that has it.")
+    x = x.compute() if hasattr(x, "compute") else x  # dask
+    x = x.detach().cpu().numpy() if hasattr(x, "detach") else x  # torch
+    if isinstance(x, pd.DataFrame):
+        mixed = [str(name) for name, kind in x.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
+        if mixed:
+            raise ValueError(
+                f"{where} has columns that are no numbers, such as {', '.join(mixed[:5])}; leave them out."
+            )
+        x = x.to_numpy(np.float64, na_value=np.nan)
+    if isinstance(x, np.ma.MaskedArray):
+        x = x.astype(np.float64).filled(np.nan)
+    if not sparse.issparse(x):
+        x = np.asarray(x)
+    if x.dtype.kind == "O" and all(isinstance(value, Real) for value in x.ravel()):
+        x = x.astype(np.float64)
+    if x.dtype.kind not in "biuf":
+        raise ValueError(f"{where} holds values of type {x.dtype}; real numbers are needed: convert it to float32.")
+    if x.ndim != 2:
+        raise ValueError(f"{where} has shape {tuple(x.shape)}; two axes are needed, cells in rows.")
+    if dtype is None:
+        dtype = np.float64 if x.dtype == np.float64 else np.float32
+    if not sparse.issparse(x):
+        return np.asarray(x, dtype=dtype)
+    x = sparse.csr_matrix(x, dtype=dtype)
+    if not x.has_canonical_format:
+        x = x.copy()  # the caller's stays as it is
+        x.sum_duplicates()
+    return x
+
+
+def check_finite(
+    x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = "drop those cells or genes, or set them to 0"
+) -> None:
+    """Raise an error if a matrix (cell x gene) has values that are no number.
+
+    Parameters
+    ----------
+    x, where
+        As :func:`numeric_matrix` returns and takes them.
+    remedy
+        What the message ends with.
+
+    Raises
+    ------
+    ValueError
+        A value is NaN or infinite.
+    """
+    bad = ~np.isfinite(x.data if sparse.issparse(x) else x)
+    if bad.any():
+        rows = np.searchsorted(x.indptr, np.flatnonzero(bad), "right") if sparse.issparse(x) else bad.nonzero()[0]
+        raise ValueError(
+            f"{where} holds NaN or infinite values in {len(np.unique(rows))} of {x.shape[0]} cells; {remedy}."
+        )
+
+
+def expression(adata: AnnData, layer: str | None, dtype: Any = None) -> tuple[sparse.csr_matrix | np.ndarray, str]:
+    """Return ``adata.X`` or a layer (cell x gene), and what to call it in a message.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    layer
+        Layer to read; ``X`` if None.
+    dtype
+        As in :func:`numeric_matrix`.
+
+    Raises
+    ------
+    KeyError
+        There is no such layer.
+    ValueError
+        `adata` is backed by a file, or the matrix is not one of real numbers.
+    """
+    if adata.isbacked:
+        raise ValueError("adata is backed by a file; take the cells to work on into memory: adata.to_memory().")
+    if layer is not None and layer not in adata.layers:
+        raise KeyError(
+            f"layer={layer!r} is not in adata.layers; there are: {', '.join(adata.layers) or 'none'}. Values of that "
+            f"kind are needed, those that a model was trained on: put them there, or pass them as a matrix."
+        )
+    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
+    return numeric_matrix(adata.X if layer is None else adata.layers[layer], where, dtype), where
+
+
+def warn(message: str) -> None:
+    """Warn where the caller of this package stands, however deep in it the reason is.
+
+    Parameters
+    ----------
+    message
+        What to say.
+    """
+    frame, level, here = sys._getframe(1), 2, str(Path(__file__).parent)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def check_log_normalised(x: sparse.csr_matrix | np.ndarray, where: str, adata: AnnData) -> None:
+    """Raise an error if expression is negative, and warn if it looks like counts.
+
+    Parameters
+    ----------
+    x, where
+        Expression (cell x gene), and what to call it.
+    adata
+        Where it is from, since scanpy keeps log-normalised values in ``raw`` when ``X`` is scaled.
+
+    Raises
+    ------
+    ValueError
+        Values are not finite, or negative.
+    """
+    check_finite(x, where)
+    values = x.data if sparse.issparse(x) else x
+    if values.size and values.min() < 0:
+        remedy = "adata.raw may have them: adata.raw.to_adata()" if adata.raw is not None else REMEDY
+        raise ValueError(
+            f"{where} holds negative values (minimum {values.min():.3g}), as scaled expression does; log-normalised "
+            f"expression must not be scaled or centred: {remedy}."
+        )
+    if values.size and values.max() > 1 and np.array_equal(values, np.round(values)):
+        warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
+
+
+def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.Index:
+    """Return names as plain text, or all as plain numbers or booleans, which any file can hold.
+
+    Parameters
+    ----------
+    names
+        Names; a RangeIndex stands for what nobody named. Intervals and other values become their text.
+    what
+        What they are names of, for the message.
+    unique
+        Whether each may come once only.
+
+    Raises
+    ------
+    ValueError
+        A name is missing, or comes twice.
+    """
+    if isinstance(names, pd.RangeIndex):
+        return names
+    found = list(names)
+    if any(pd.api.types.is_scalar(name) and pd.isna(name) for name in found):
+        raise ValueError(f"{what} have no name in {sum(map(pd.isna, found))} of {len(found)}; name them all.")
+    kinds = ((bool, bool | np.bool_), (int, Integral), (float, Real))
+    plain = next((kind for kind, known in kinds if all(isinstance(name, known) for name in found)), str)
+    index = pd.Index([plain(name) for name in found], dtype=object if plain is str else plain)
+    if unique and not index.is_unique:
+        twice = index[index.duplicated()].unique()[:5]
+        raise ValueError(
+            f"{what} have names that come twice: {', '.join(map(str, twice))}; give each a name of its own."
+        )
+    return index
+
+
+def nearest(name: Any, names: Iterable[Any]) -> str:
+    """Return what a mistyped name may have meant, to end a message with.
+
+    Parameters
+    ----------
+    name
+        What was asked for.
+    names
+        What there is.
+    """
+    lower = {str(candidate).lower(): str(candidate) for candidate in names}
+    matches = [lower[match] for match in get_close_matches(str(name).lower(), lower, n=3)]
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
+    """Return a column of ``adata.obs``, by position, since cell names may come twice.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    key
+        Column of ``obs``.
+    argument
+        What the caller named it by, for the message.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    ValueError
+        There are several of that name.
+    """
+    if key not in adata.obs:
+        known = map(str, adata.obs)
+        raise KeyError(
+            f"{argument}={key!r} is not a column of adata.obs; there are: {', '.join(known)}{nearest(key, adata.obs)}."
+        )
+    column = adata.obs[key]
+    if isinstance(column, pd.DataFrame):
+        raise ValueError(
+            f"{argument}={key!r}: adata.obs has {column.shape[1]} columns of that name; rename all but one."
+        )
+    return column.reset_index(drop=True)
+
+
+def obs_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
+    """Return a column of ``adata.obs`` with a label for every cell, by position.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    key
+        Column of ``obs``.
+    argument
+        What the caller named it by, for the message.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    ValueError
+        A cell has no label, or there are several columns of that name.
+    """
+    labels = obs_column(adata, key, argument)
+    if labels.isna().any():
+        raise ValueError(
+            f"{argument}={key!r} has no label for {labels.isna().sum()} of {len(labels)} cells; "
+            f"keep the labelled ones: adata = adata[adata.obs[{key!r}].notna()].copy()"
+        )
+    return labels
+
+
+def control_labels(adata: AnnData, key: str, control: Any) -> tuple[pd.Series, str]:
+    """Return the perturbation of every cell as text, and the text of the label for control cells.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    key
+        Column of ``obs`` with the perturbations.
+    control
+        Label of control cells, as text or of the column's own type: ``"DMSO"``, ``0``, False.
+
+    Raises
+    ------
+    KeyError
+        There is no such column, or `control` is not one of the labels.
+    ValueError
+        A cell has no label.
+    """
+    labels = obs_labels(adata, key, "perturbation_key")
+    same = (labels.astype(object) == control).to_numpy(bool)
+    labels = labels.astype(str)
+    found = labels[same].iloc[0] if same.any() else str(control)
+    if found not in set(labels):
+        there = sorted(set(labels))
+        raise KeyError(
+            f"control={control!r} is no label of obs[{key!r}]; there are: {', '.join(there[:20])}"
+            f"{nearest(control, there)}."
+        )
+    return labels, found
+
+
+def strata_of(adata: AnnData, strata: str | Sequence[str] | None) -> tuple[pd.Series, list[str]]:
+    """Return the stratum of every cell, labels joined by a comma, and the names of the columns.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    strata
+        Column of ``obs``, several, or None for one stratum.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    ValueError
+        A cell has no label.
+    """
+    names = [strata] if isinstance(strata, str) else list(strata or [])
+    columns = [obs_labels(adata, name, "strata").astype(str) for name in names]
+    joined = pd.Series("all", pd.RangeIndex(adata.n_obs))
+    return (pd.concat(columns, axis=1).agg(", ".join, axis=1) if columns else joined), names
+
+
+def as_mask(values: Any, what: str) -> np.ndarray:
+    """Return yes or no for every cell or gene, from booleans in any of their guises.
+
+    Parameters
+    ----------
+    values
+        Booleans, 0 and 1, or the words True and False, as a file may have made of them.
+    what
+        What they are, for the message.
+
+    Raises
+    ------
+    ValueError
+        One of them is missing, or neither yes nor no.
+    """
+    values = pd.Series(np.asarray(values, dtype=object)).map(
+        {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
+    )
+    if values.isna().any():
+        raise ValueError(
+            f"{what} is neither true nor false in {values.isna().sum()} of {len(values)}; make it boolean."
+        )
+    return values.to_numpy(bool)
+
+
+def positions(cells: Any, n: int) -> np.ndarray:
+    """Return which of `n` cells are meant by a mask, by positions or by None, which is all; rising, each once.
+
+    Parameters
+    ----------
+    cells
+        Booleans, whole numbers, a slice, or None.
+    n
+        Number of cells.
+
+    Raises
+    ------
+    ValueError
+        It is neither, a mask of another length, a mask written as 0 and 1, or no cell.
+    """
+    if cells is None or isinstance(cells, slice):
+        return np.arange(n)[slice(None) if cells is None else cells]
+    values = np.asarray(cells)
+    kinds = {type(value) for value in values.ravel()[:1000].tolist()}
+    if values.ndim != 1 or not (kinds <= {bool} or values.dtype.kind in "iu"):
+        raise ValueError(
+            f"cells has values of type {', '.join(sorted(kind.__name__ for kind in kinds)) or 'none'} and shape "
+            f"{values.shape}; pass a boolean mask over the {n} cells, or their positions."
+        )
+    if kinds <= {bool} and len(values):
+        if len(values) != n:
+            raise ValueError(f"cells is a mask of {len(values)} values for {n} cells; pass one for each.")
+        found = np.flatnonzero(as_mask(values, "cells"))
+    elif len(values) == n > 2 and set(values.tolist()) == {0, 1}:
+        raise ValueError("cells holds 0 and 1 for every cell, like a mask, but as numbers; pass cells.astype(bool).")
+    else:
+        outside = values[(values < 0) | (values >= n)]
+        if len(outside):
+            raise ValueError(f"cells has {len(outside)} positions outside 0 to {n - 1}, such as {outside[0]}.")
+        found = np.unique(values)
+    if not len(found):
+        raise ValueError(f"cells names none of the {n} cells; name at least one.")
+    return found
+
+
+def as_numbers(values: pd.Series, *, unit: str = "") -> pd.Series:
+    """Return numbers, also from their text, with thousands commas or one unit; NaN for what is none.
+
+    Parameters
+    ----------
+    values
+        Numbers, or text such as ``"1,000"``.
+    unit
+        The unit that the numbers are in, which text may name: ``"nM"``.
+    """
+    text = values.astype(str).str.strip()
+    if unit:
+        text = text.str.replace(rf"\s*{re.escape(unit)}$", "", regex=True)
+    grouped = text.str.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d*)?")
+    return pd.to_numeric(text.where(~grouped, text.str.replace(",", "")), errors="coerce")
+
+
+def data_file(*parts: str) -> Path | None:
+    """Return a path in the folder that ``SCBMLP_DATA_DIR`` names, or None if it is not set.
+
+    Parameters
+    ----------
+    parts
+        What to add to the folder.
+    """
+    folder = os.environ.get("SCBMLP_DATA_DIR")
+    return Path(folder).expanduser().joinpath(*parts) if folder else None
