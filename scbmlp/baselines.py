@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, r2_score
 from threadpoolctl import threadpool_limits
 
-from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes
+from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes
 
 MOST = 8000  # cells, where features are more than that too
 LARGE = 3000  # cells and features from which on a Cholesky decomposition a penalty is quicker than all eigenvectors
@@ -103,6 +103,8 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     ValueError
         There is one class, or a target is constant.
     """
+    for name, dataset in {"train": train, "val": val}.items():
+        check_dataset(dataset, name)
     return replace(_linear(train, val, exact), gene_names=train.gene_names, layer=train.layer)
 
 

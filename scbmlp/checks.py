@@ -62,6 +62,11 @@ def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix |
         dtype = np.float64 if x.dtype == np.float64 else np.float32
     if not sparse.issparse(x):
         return np.asarray(x, dtype=dtype)
+    if hasattr(x, "check_format"):
+        try:
+            x.check_format(full_check=True)  # an index out of range would end the whole process
+        except ValueError as error:
+            raise ValueError(f"{where} is no valid sparse matrix ({error}); read it or build it anew.") from error
     x = sparse.csr_matrix(x, dtype=dtype)
     if not x.has_canonical_format:
         x = x.copy()  # the caller's stays as it is
@@ -198,6 +203,67 @@ def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.I
     return index
 
 
+def whole_number(value: Any, name: str, least: int = 1, most: float = np.inf, *, config: bool = False) -> int:
+    """Return a whole number in its range.
+
+    Parameters
+    ----------
+    value
+        The number.
+    name
+        What the caller named it by, for the message.
+    least, most
+        Range, both ends allowed.
+    config
+        Whether it is a field of a configuration.
+
+    Raises
+    ------
+    ValueError
+        It is none, or out of its range.
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+    if not (number and least <= value <= most and value == int(value)):
+        upto = "" if most == np.inf else f" and at most {int(most)}"
+        given = f"Config({name}={value!r})" if config else f"{name}={value!r}"
+        raise ValueError(f"{given}: a whole number of at least {least}{upto} is needed.")
+    return int(value)
+
+
+def by_cell(values: Any, adata: AnnData, what: str) -> pd.DataFrame:
+    """Return a table with a row for every cell of `adata`, by name where rows have names, by order otherwise.
+
+    Parameters
+    ----------
+    values
+        DataFrame, Series, or an array or sparse matrix (cell x column).
+    adata
+        Cells.
+    what
+        What the caller named the table by, for the message.
+
+    Raises
+    ------
+    ValueError
+        There is not one row a cell, rows are those of other cells, or values are not finite numbers.
+    """
+    table = values if isinstance(values, pd.DataFrame | pd.Series) else numeric_matrix(values, what)
+    table = pd.DataFrame(table.toarray() if sparse.issparse(table) else table)
+    if len(table) != adata.n_obs:
+        raise ValueError(f"{what} has {len(table)} rows for {adata.n_obs} cells; pass one for each cell of adata.")
+    table = table.set_axis(adata.obs_names) if isinstance(table.index, pd.RangeIndex) else _of_cells(table, adata, what)
+    check_finite(numeric_matrix(table, what), what, "drop those cells")
+    return table
+
+
+def _of_cells(table: Any, adata: AnnData, what: str) -> Any:
+    if table.index.equals(adata.obs_names):
+        return table
+    if not (table.index.is_unique and set(table.index) == set(adata.obs_names)):
+        raise ValueError(f"{what} has rows of other cells than adata; pass those of adata, by name or as an array.")
+    return table.loc[adata.obs_names]
+
+
 def nearest(name: Any, names: Iterable[Any]) -> str:
     """Return what a mistyped name may have meant, to end a message with.
 
@@ -232,7 +298,7 @@ def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
     ValueError
         There are several of that name.
     """
-    if key not in adata.obs:
+    if not isinstance(key, str) or key not in adata.obs:
         known = map(str, adata.obs)
         raise KeyError(
             f"{argument}={key!r} is not a column of adata.obs; there are: {', '.join(known)}{nearest(key, adata.obs)}."
@@ -353,21 +419,22 @@ def as_mask(values: Any, what: str) -> np.ndarray:
     return values.to_numpy(bool)
 
 
-def positions(cells: Any, n: int) -> np.ndarray:
-    """Return which of `n` cells are meant by a mask, by positions or by None, which is all; rising, each once.
+def positions(cells: Any, adata: AnnData) -> np.ndarray:
+    """Return which cells are meant by a mask, by positions or by None, which is all; rising, each once.
 
     Parameters
     ----------
     cells
-        Booleans, whole numbers, a slice, or None.
-    n
-        Number of cells.
+        Booleans, whole numbers, a slice, or None. A Series of booleans is matched by the names of its cells.
+    adata
+        The cells to choose from.
 
     Raises
     ------
     ValueError
-        It is neither, a mask of another length, a mask written as 0 and 1, or no cell.
+        It is neither, a mask of another length or of other cells, a mask written as 0 and 1, or no cell.
     """
+    n = adata.n_obs
     if cells is None or isinstance(cells, slice):
         return np.arange(n)[slice(None) if cells is None else cells]
     values = np.asarray(cells)
@@ -380,6 +447,8 @@ def positions(cells: Any, n: int) -> np.ndarray:
     if kinds <= {bool} and len(values):
         if len(values) != n:
             raise ValueError(f"cells is a mask of {len(values)} values for {n} cells; pass one for each.")
+        if isinstance(cells, pd.Series) and not isinstance(cells.index, pd.RangeIndex):
+            values = np.asarray(_of_cells(cells, adata, "cells"))
         found = np.flatnonzero(as_mask(values, "cells"))
     elif len(values) == n > 2 and set(values.tolist()) == {0, 1}:
         raise ValueError("cells holds 0 and 1 for every cell, like a mask, but as numbers; pass cells.astype(bool).")

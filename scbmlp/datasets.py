@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from scbmlp.checks import (
     obs_labels,
     plain_names,
     warn,
+    whole_number,
 )
 
 
@@ -107,6 +109,28 @@ def _targets(y: Any, n_outputs: int) -> np.ndarray:
             f"whole numbers."
         )
     return y
+
+
+def check_dataset(dataset: Any, argument: str = "dataset") -> None:
+    """Raise an error for anything but a data set, such as the AnnData that it is to be cut from.
+
+    Parameters
+    ----------
+    dataset
+        What was given.
+    argument
+        What the caller named it by, for the message.
+
+    Raises
+    ------
+    ValueError
+        It is no data set.
+    """
+    if not isinstance(dataset, ExpressionDataset):
+        raise ValueError(
+            f"{argument} is of type {type(dataset).__name__}; an ExpressionDataset is needed, cells with targets: "
+            f"cut it by get_classification_datasets or get_regression_datasets of scbmlp.datasets."
+        )
 
 
 def dense_tensor(x: sparse.spmatrix | np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -268,8 +292,8 @@ def get_classification_datasets(
     sizes = labels.value_counts()
     if len(sizes) < 2:
         raise ValueError(
-            f"class_key={class_key!r} has the class {', '.join(map(repr, sizes.index))} alone, and nothing to tell it "
-            f"from; add cells of other classes, or name another column."
+            f"class_key={class_key!r} has the class {', '.join(map(repr, sizes.index)) or 'of no cell'} alone, and "
+            f"nothing to tell it from; add cells of other classes, or name another column."
         )
     if split_key is None:
         _check_fractions(train_split, val_split)
@@ -333,7 +357,7 @@ def get_regression_datasets(
         The targets are not a finite cell x out table or one of them is constant or named twice, the fractions leave a
         set empty, or the expression is not finite and non-negative.
     """
-    if target_key not in adata.obsm:
+    if not isinstance(target_key, str) or target_key not in adata.obsm:
         raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}.")
     target, where = adata.obsm[target_key], f"adata.obsm[{target_key!r}]"
     names = None
@@ -346,7 +370,7 @@ def get_regression_datasets(
     y = y.toarray() if sparse.issparse(y) else y
     check_finite(y, where, "drop those cells")
     names = plain_names([f"{target_key}_{i}" for i in range(y.shape[1])], where) if names is None else names
-    constant = [str(name) for name, column in zip(names, y.T, strict=True) if np.ptp(column) == 0]
+    constant = [str(name) for name, column in zip(names, y.T, strict=True) if len(y) == 0 or np.ptp(column) == 0]
     if constant or not len(names):
         raise ValueError(
             f"adata.obsm[{target_key!r}] is the same in every cell for {', '.join(constant) or 'want of a column'}: "
@@ -358,9 +382,10 @@ def get_regression_datasets(
 
 
 def _check_fractions(train_split: float, val_split: float) -> None:
-    if not (train_split > 0 and val_split > 0 and train_split + val_split < 1):
+    numbers = isinstance(train_split, Real) and isinstance(val_split, Real)
+    if not (numbers and train_split > 0 and val_split > 0 and train_split + val_split < 1):
         raise ValueError(
-            f"train_split={train_split} and val_split={val_split} must be positive and add up to less than 1, "
+            f"train_split={train_split!r} and val_split={val_split!r} must be positive and add up to less than 1, "
             f"so that a test set is left; the default is 0.7 and 0.15."
         )
 
@@ -379,6 +404,13 @@ def _split(adata, y, output_names, how, layer):
         return train_test_split(cells, train_size=size, stratify=strata, random_state=random_state)
 
     if split_key is None:
+        sizes = round(train_split * adata.n_obs), round(val_split * adata.n_obs)
+        if min(*sizes, adata.n_obs - sum(sizes)) < 1:
+            raise ValueError(
+                f"train_split={train_split}, val_split={val_split} leave a set of {adata.n_obs} cells empty; take more "
+                f"cells, or other fractions."
+            )
+        whole_number(random_state, "random_state", 0, 2**32 - 1)
         train, rest = cut(np.arange(adata.n_obs), train_split)
         val, test = cut(rest, val_split)
     else:

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
-from scipy import sparse
 from sklearn.linear_model import LinearRegression
 
-from scbmlp.checks import control_labels, obs_column, obs_labels, positions, strata_of
+from scbmlp.checks import by_cell, control_labels, obs_column, obs_labels, positions, strata_of, whole_number
 
 
 def response_directions(
@@ -54,7 +53,7 @@ def response_directions(
         if key not in adata.obsm:
             raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
     table, y = adata.obsm[doses], np.asarray(adata.obsm[embedding])
-    rows = positions(cells, adata.n_obs)
+    rows = positions(cells, adata)
     labels = np.full(adata.n_obs, "all") if strata is None else obs_labels(adata, strata, "strata").astype(str)
     found = {}
     for name, group in pd.Series(rows).groupby(np.asarray(labels)[rows]):
@@ -76,7 +75,7 @@ def against_control(
     Parameters
     ----------
     scores
-        Scores of the cells of `adata`, in their order (cell x score).
+        Scores of the cells of `adata` (cell x score), matched by the names of the cells where they have them.
     adata
         Cells.
     perturbation_key, control
@@ -93,9 +92,7 @@ def against_control(
         A label is missing, a stratum has no control cells, or `scores` are not those of the cells.
     """
     control_cells, stratum = _controls(adata, perturbation_key, control, strata)
-    scores = pd.DataFrame(scores)
-    if len(scores) != adata.n_obs:
-        raise ValueError(f"scores has {len(scores)} rows for {adata.n_obs} cells; score the cells of adata, in order.")
+    scores = by_cell(scores, adata, "scores")
     at_control = scores.to_numpy()[control_cells]
     means = pd.DataFrame(at_control).groupby(stratum[control_cells]).mean()
     centred = scores - means.loc[stratum].to_numpy()
@@ -144,7 +141,7 @@ def mean_effects(
     per_stratum = pd.Series(stratum[control_cells]).value_counts()
     by = [by] if isinstance(by, str) else list(by or [perturbation_key])
     keys = [obs_column(adata, key, "by").to_numpy() for key in by]
-    rows = positions(cells, adata.n_obs)
+    rows = positions(cells, adata)
     found = {}
     for name, group in pd.Series(rows).groupby([key[rows] for key in keys], observed=True):
         share = pd.Series(stratum[group]).value_counts(normalize=True)
@@ -209,9 +206,7 @@ def additivity(
     """
     labels, control = control_labels(adata, perturbation_key, control)
     labels = labels.to_numpy()
-    x = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64)
-    if len(x) != adata.n_obs:
-        raise ValueError(f"values has {len(x)} rows for {adata.n_obs} cells; pass those of adata, in order.")
+    x = by_cell(values, adata, "values").to_numpy(np.float64)
     present = set(labels)
     pairs = {name: name.split(separator) for name in sorted(present)}
     pairs = {name: pair for name, pair in pairs.items() if len(pair) == 2 and present.issuperset(pair)}
@@ -225,6 +220,7 @@ def additivity(
     cells = {name: np.flatnonzero(labels == name) for name in names}
     if few := [name for name, rows in cells.items() if len(rows) < 2]:
         raise ValueError(f"{', '.join(sorted(few))} have a single cell, which cannot be split; drop these labels.")
+    n_splits = whole_number(n_splits, "n_splits")
     rng, rows = np.random.default_rng(random_state), {name: [] for name in pairs}
     for _ in range(n_splits):
         halves = {name: np.array_split(rng.permutation(found), 2) for name, found in cells.items()}

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control
 
-from scbmlp.checks import data_file, warn
+from scbmlp.checks import data_file, warn, whole_number
 from scbmlp.modules import GeneModules
 
 GeneSets = str | Path | Mapping[str, Iterable[str]]
@@ -32,6 +32,8 @@ def read_gene_sets(gene_sets: GeneSets) -> dict[str, list[str]]:
     """
     if isinstance(gene_sets, Mapping):
         named = list(gene_sets.items())
+    elif not isinstance(gene_sets, str | Path):
+        raise ValueError(f"gene_sets is of type {type(gene_sets).__name__}; pass a path, a name or a dictionary.")
     else:
         path = Path(gene_sets).expanduser()
         local = None if path.suffix == ".gmt" else data_file("gene_sets", f"{gene_sets}.gmt")
@@ -102,6 +104,10 @@ def enrich(
         No gene set has `min_size` to `max_size` genes in the background, or there are no modules.
     """
     named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
+    n_top = whole_number(n_top, "n_top")
+    if isinstance(background, str):
+        raise ValueError(f"background is one name, {background!r}; pass a list of genes.")
+    background = None if background is None else [str(gene).strip() for gene in background]
     if not named:
         raise ValueError("modules is empty; pass those of one output, or a dictionary of several by name.")
     sets = {term: {gene.upper() for gene in genes} for term, genes in read_gene_sets(gene_sets).items()}

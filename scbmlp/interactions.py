@@ -19,7 +19,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
 from scbmlp.baselines import LARGE, Axes, additive_features, logistic, ridge
-from scbmlp.checks import nearest
+from scbmlp.checks import nearest, whole_number
 from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
@@ -168,6 +168,8 @@ class InteractionMatrix(LinearOperator):
         return pd.DataFrame(self.basis[rows] @ self.core @ self.basis[columns].T, index=genes_a, columns=genes_b)
 
     def _positions(self, genes: list[str]) -> np.ndarray:
+        if isinstance(genes, str):
+            raise ValueError(f"genes {genes!r} is one name; pass a list of names.")
         positions = self.gene_names.get_indexer(genes)
         unknown = [gene for gene, position in zip(genes, positions, strict=True) if position < 0]
         if unknown:
@@ -204,6 +206,8 @@ class InteractionMatrix(LinearOperator):
         KeyError
             `dataset` lacks genes of the matrix.
         """
+        most = self.shape[0] * (self.shape[0] - 1) // 2
+        n, block = min(whole_number(n, "n"), most), whole_number(block, "block")
         if dataset is None:
             i, j, values, _ = self._strongest(n, block)
             names = self.gene_names.to_numpy()
@@ -215,9 +219,9 @@ class InteractionMatrix(LinearOperator):
         d = x - x.mean(axis=0)
         # Taking more off a product than its mean only lowers its deviation: candidates come by that bound, until the
         # strength found is above the bound of all that are left.
-        size, pairs = 50 * n, self.shape[0] * (self.shape[0] - 1) // 2
+        size = 50 * n
         while True:
-            i, j, values, bound = self._strongest(min(size, pairs), block, d)
+            i, j, values, bound = self._strongest(min(size, most), block, d)
             strength = np.empty(0)
             for start in range(0, len(i), 128):
                 if len(strength) >= n and np.partition(strength, -n)[-n] >= bound[start]:
@@ -225,7 +229,7 @@ class InteractionMatrix(LinearOperator):
                 part = slice(start, start + 128)
                 strength = np.append(strength, 2 * np.abs(values[part]) * _beyond_single(x, d, i[part], j[part]))
             else:
-                if size < pairs and np.partition(strength, -n)[-n] < bound[-1]:
+                if size < most and np.partition(strength, -n)[-n] < bound[-1]:
                     size *= 8
                     continue
             break
@@ -293,8 +297,8 @@ class InteractionMatrix(LinearOperator):
             `k` is not between 1 and min(gene, 2 hid).
         """
         u, t = self._thin()
-        if k is not None and not 1 <= k <= t.shape[0]:
-            raise ValueError(f"k={k} eigenpairs were asked for; 1 to {t.shape[0]} can be non-zero.")
+        if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= t.shape[0]):
+            raise ValueError(f"k={k!r} eigenpairs were asked for; 1 to {t.shape[0]} can be non-zero.")
         values, vectors = self._thin_eigh()
         return values[:k], u @ vectors[:, :k]
 

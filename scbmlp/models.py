@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from scbmlp.baselines import LinearModel, linear_baseline
-from scbmlp.checks import plain_names, warn
-from scbmlp.datasets import ExpressionDataset, dense_tensor, match_genes, standard_deviation
+from scbmlp.checks import plain_names, warn, whole_number
+from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes, standard_deviation
 from scbmlp.training import Training, accelerator, check_trainer, interruptible, loader, quiet_lightning, seeded
 
 FORMAT = 2  # of saved models; files of the first were torch's
@@ -101,14 +101,9 @@ class Config:
                 setattr(self, name, defaults[self.linear is True or self.linear is np.True_])
         # Values of a numpy grid become Python's own, which every file can hold.
         for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size", "patience", "seed"):
-            value, least = getattr(self, name), -(2**63) if name == "seed" else 1
-            if name == "patience" and value is None:
-                continue
-            number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
-            if not (number and least <= value < 2**63 and value == int(value)):
-                what = "a whole number" if name == "seed" else "a whole number of at least 1"
-                raise ValueError(f"Config({name}={value!r}): {what} is needed.")
-            setattr(self, name, int(value))
+            if name != "patience" or self.patience is not None:
+                least, most = (0, 2**63 - 1) if name == "seed" else (1, np.inf)
+                setattr(self, name, whole_number(getattr(self, name), name, least, most, config=True))
         for name in ("lr", "dropout_rate", "weight_decay", "weight_decay_linear"):
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
@@ -314,6 +309,7 @@ class _BilinearMLP(nn.Module):
             The number of genes or outputs is not the model's, the outputs are others, or targets are continuous for a
             classifier, classes for a regressor.
         """
+        check_dataset(dataset)
         kind = "class codes" if dataset.y.ndim == 1 else "continuous targets"
         if kind != self._targets:
             getter = {"class codes": "get_classification_datasets"}.get(self._targets, "get_regression_datasets")
@@ -367,7 +363,7 @@ class _BilinearMLP(nn.Module):
         KeyError
             Genes of the model are missing, or the layer is.
         """
-        x = match_genes(x, self.gene_names, layer or self.layer)
+        x, batch_size = match_genes(x, self.gene_names, layer or self.layer), whole_number(batch_size, "batch_size")
         was_training = self.training
         self.eval()
         device = self.branches.weight.device
@@ -858,6 +854,8 @@ def tune(
         A size is out of its range, the linear baseline cannot be fitted, or `groups` are not one a validation cell, or
         fewer than two.
     """
+    for name, dataset in {"train": train, "val": val}.items():
+        check_dataset(dataset, name)
     # Without groups every cell is one of its own.
     donors = np.arange(len(val)) if groups is None else pd.factorize(np.asarray(groups))[0]
     n_groups = len(set(donors) - {-1})

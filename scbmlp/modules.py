@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 
-from scbmlp.checks import plain_names
+from scbmlp.checks import plain_names, whole_number
 from scbmlp.datasets import ExpressionDataset, match_genes
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
 from scbmlp.models import statistics
@@ -107,6 +107,7 @@ class GeneModules:
         keys = {"+": loading, "-": -loading, "both": loading.abs()}
         if pole not in keys:
             raise ValueError(f"pole={pole!r} is unknown; choose '+', '-' or 'both'.")
+        n = whole_number(n, "n")
         key = keys[pole][keys[pole] > 0]  # a gene of loading 0 is in neither pole
         return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
 
@@ -177,10 +178,11 @@ class GeneModules:
         else:
             mix = pd.DataFrame(np.eye(len(self.eigenvalues)), self.eigenvalues.index, self.eigenvalues.index)[names]
         scores = self.scores(x) @ mix
-        if len(values) != len(scores) or np.ptp(values) == 0:
+        if len(values) != len(scores) or not np.isfinite(values).all() or np.ptp(values) == 0:
+            span = f" from {values.min():.3g} to {values.max():.3g}" if len(values) else ""
             raise ValueError(
-                f"values has {len(values)} numbers from {values.min():.3g} to {values.max():.3g} for {len(scores)} "
-                f"cells; one a cell is needed, and not the same in all."
+                f"values has {len(values)} numbers{span} for {len(scores)} cells; one finite number a cell is needed, "
+                f"and not the same in all."
             )
         r = scores.corrwith(pd.Series(values, scores.index))
         best = r.abs().idxmax()
@@ -302,8 +304,8 @@ def _uncorrelated(
     kept = variance > 1e-10 * variance.max()
     root, axes = np.sqrt(variance[kept]), axes[:, kept]
     values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ matrix.core @ axes) * root)
-    if n_modules is not None and not 1 <= n_modules <= len(values):
-        raise ValueError(f"n_modules={n_modules} were asked for; there are {len(values)} uncorrelated modules.")
+    if n_modules is not None and not (isinstance(n_modules, int | np.integer) and 1 <= n_modules <= len(values)):
+        raise ValueError(f"n_modules={n_modules!r} were asked for; there are {len(values)} uncorrelated modules.")
     order = np.argsort(-np.abs(values), kind="stable")[:n_modules]
     return values[order], axes / root @ vectors[:, order]
 

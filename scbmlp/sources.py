@@ -7,7 +7,8 @@ import hashlib
 import html
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
 from scbmlp import simulate
-from scbmlp.checks import as_numbers, data_file
+from scbmlp.checks import as_numbers, data_file, numeric_matrix
 
 KINDS = ("local", "download", "simulated")
 # What pertpy.data downloads, without its second copy of each file.
@@ -127,6 +128,8 @@ def sciplex3(
     wanted = {"cell_lines": cell_lines, "compounds": compounds, "doses": doses}
     for column, (argument, values) in zip(CONDITION, wanted.items(), strict=True):
         if values is not None:
+            if not len(np.atleast_1d(values)):
+                raise ValueError(f"{argument} is empty; name one at least, or pass None for all.")
             for value in set(np.atleast_1d(values).tolist()).difference(obs[column]):
                 near = difflib.get_close_matches(str(value), obs[column].astype(str).unique(), n=4, cutoff=0)
                 raise ValueError(f"{argument} has {value!r}, the screen does not; nearest to it: {', '.join(near)}.")
@@ -249,7 +252,9 @@ def _labels(adata: AnnData, *columns: str) -> pd.Series:
 
 def _part(adata: AnnData, keep: pd.Series, **labels: pd.Series) -> AnnData:
     """Copy the cells to keep into memory, add labels, and let the file go."""
-    part = adata[keep.to_numpy()].to_memory()
+    with _reading(Path(adata.filename)):
+        part = adata[keep.to_numpy()].to_memory()
+        numeric_matrix(part.X, "X")
     adata.file.close()
     for column, values in labels.items():
         part.obs[column] = pd.Categorical(values[keep])
@@ -281,7 +286,7 @@ def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     dose = as_numbers(given, unit="nM")
     unread = given.notna() & dose.isna() & ~control & ~given.astype(str).isin(["", "nan", "None", "NaN"])
     if unread.any():
-        some = ", ".join(map(repr, given[unread].unique()[:5]))
+        some = ", ".join(map(repr, given[unread].unique().tolist()[:5]))
         raise ValueError(
             f"sciplex3.h5ad has doses that are no numbers of nM in {unread.sum()} cells, such as {some}; write numbers."
         )
@@ -293,7 +298,7 @@ def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     if not (hours == 24).any():
         raise ValueError(
             f"sciplex3.h5ad has no cell of 24 hours in obs['time'], which holds "
-            f"{', '.join(map(repr, obs['time'].unique()[:5]))}; write hours as numbers, or drop the column."
+            f"{', '.join(map(repr, obs['time'].unique().tolist()[:5]))}; write hours as numbers, or drop the column."
         )
     return labels[known & (hours == 24)]
 
@@ -308,10 +313,12 @@ def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
     human = np.flatnonzero(~ids.astype(str).str.startswith("ENSMUSG"))
     blocks = []
     for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
-        block = sparse.csr_matrix(counts[start : start + BLOCK])[obs.index[rows] - start][:, human]
+        with _reading(Path(adata.filename or "sciplex3.h5ad")):
+            block = numeric_matrix(counts[start : start + BLOCK], "a block of cells", np.float32)
+        block = sparse.csr_matrix(block)[obs.index[rows] - start][:, human]
         if np.any(block.data % 1):
             raise ValueError("sciplex3.h5ad has fractions in X, and no layer 'counts'; store raw counts in either.")
-        blocks.append(block.astype(np.float32))
+        blocks.append(block)
     adata.file.close()
     obs = obs.set_index(adata.obs_names[obs.index])
     for column in obs.columns.drop(["dose_value", "ncounts"]):
@@ -391,12 +398,19 @@ def _open_without_layers(path: Path) -> AnnData:
     return AnnData(filename=file, **{name: read_elem(file[name]) for name in ("obs", "var", "uns") if name in file})
 
 
-def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> AnnData:
+@contextmanager
+def _reading(path: Path, remedy: str = "replace it with a whole copy") -> Iterator[None]:
     try:
-        adata = read(path)
-    except Exception as error:  # h5py and anndata raise many kinds for a file cut short
-        remedy = "delete it and try again" if kind == "download" else "replace it with a whole copy"
+        yield
+    except Exception as error:  # h5py and anndata raise many kinds for a damaged file
         raise OSError(f"{path} cannot be read ({error}); {remedy}.") from error
+
+
+def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> AnnData:
+    with _reading(path, "delete it and try again" if kind == "download" else "replace it with a whole copy"):
+        adata = read(path)
+        if not adata.isbacked:
+            numeric_matrix(adata.X, "X")
     adata.var_names_make_unique()
     if adata.uns.get("scbmlp_source", {}).get("kind") == "simulated":
         return adata  # somebody saved simulated cells under this name

@@ -82,11 +82,11 @@ def laplacian_frequencies(
         The graph has isolated cells or falls apart, it has no `n_frequencies` besides the constant one, `cells` is
         given with `neighbors_key` or is neither mask nor positions, or expression is not finite and non-negative.
     """
-    chosen = positions(cells, adata.n_obs)
-    if not 1 <= n_frequencies <= len(chosen) - 2:
+    chosen = positions(cells, adata)
+    if not (isinstance(n_frequencies, int | np.integer) and 1 <= n_frequencies <= len(chosen) - 2):
         raise ValueError(
-            f"n_frequencies={n_frequencies} were asked for; a graph of {len(chosen)} cells has 1 to {len(chosen) - 2} "
-            f"besides the constant one that a sparse solver can find."
+            f"n_frequencies={n_frequencies!r} were asked for; a graph of {len(chosen)} cells has 1 to "
+            f"{len(chosen) - 2} besides the constant one that a sparse solver can find."
         )
     graph_cells = None
     if neighbors_key is None:
@@ -98,7 +98,10 @@ def laplacian_frequencies(
     elif cells is not None:
         raise ValueError(f"cells cannot be given with neighbors_key={neighbors_key!r}, whose graph has all cells.")
     else:
-        weights = adata.obsp[adata.uns[neighbors_key].get("connectivities_key", "connectivities")]
+        key = adata.uns[neighbors_key].get("connectivities_key", "connectivities")
+        if key not in adata.obsp:
+            raise KeyError(f"neighbors_key={neighbors_key!r} names {key!r}, which is not in adata.obsp; make it anew.")
+        weights = adata.obsp[key]
     weights = sparse.csr_matrix((weights + weights.T) / 2, dtype=np.float64)
     _check_connected(weights, adata.obs_names[chosen])
     values, frequencies = _lowest(weights, n_frequencies, normalized)
@@ -261,10 +264,10 @@ def perturbation_response(
             f"strata={names} have fewer than min_cells={min_cells} cells of {control!r} to compare with ({few}); drop "
             f"the cells of these strata, or name fewer columns."
         )
-    used, fitted = _highly_variable(adata.var), positions(cells, adata.n_obs)
+    used, fitted = _highly_variable(adata.var), positions(cells, adata)
     most = min((labels + ", " + stratum).iloc[fitted].nunique(), int(used.sum()))
-    if not 1 <= n_components <= most:
-        raise ValueError(f"n_components={n_components} were asked for; the conditions and genes have 1 to {most}.")
+    if not (isinstance(n_components, int | np.integer) and 1 <= n_components <= most):
+        raise ValueError(f"n_components={n_components!r} were asked for; the conditions and genes have 1 to {most}.")
     # Twice over the strata, for means and for projections: the signatures of all cells are never in memory at once.
     x = _log_normalised(adata, layer)[:, used]
     signatures = partial(_signatures, x, labels, control, stratum, reference, random_state)
@@ -353,8 +356,8 @@ def dose_coordinates(
     wrong = ~(numbers >= 0) | np.isinf(numbers)
     if wrong.any():
         raise ValueError(
-            f"obs[{dose_key!r}] has {', '.join(map(repr, doses[wrong].unique()[:5]))} in {wrong.sum()} treated cells; "
-            f"numbers of at least 0 are needed: convert them, or drop those cells."
+            f"obs[{dose_key!r}] has {', '.join(map(repr, doses[wrong].unique().tolist()[:5]))} in {wrong.sum()} "
+            f"treated cells; numbers of at least 0 are needed: convert them, or drop those cells."
         )
     if numbers.max() == 0:
         raise ValueError(f"obs[{dose_key!r}] is 0 in every treated cell; name the column that has the doses.")

@@ -114,8 +114,8 @@ class Training(lightning.LightningModule):
         if "random_cuda" in self.drawn and self.device.type == "cuda":
             torch.cuda.set_rng_state(self.drawn["random_cuda"].cpu(), self.device)
 
-    def on_sanity_check_end(self) -> None:
-        self.seen["val"].clear()
+    def on_validation_start(self) -> None:
+        self.seen["val"].clear()  # what is left of Lightning's sanity check
 
     def on_train_batch_end(self, *args: Any) -> None:
         if self.interrupted:

@@ -1,3 +1,5 @@
+import socket
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -16,6 +18,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """What needs the network would pass here and fail elsewhere; downloads have stand-ins of their own."""
+
+    def refuse(self, address, *args):
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1"):
+            raise OSError(f"{address} was asked for: tests run without a network")
+        return connect(self, address, *args)
+
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 @pytest.fixture(scope="session")

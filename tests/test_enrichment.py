@@ -164,3 +164,21 @@ def test_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     enrich(modules_of(), {"set": GENES[:20]})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_spoiled_gmt_files_are_read_or_refused_in_words(tmp_path):
+    path, rng = tmp_path / "sets.gmt", np.random.default_rng(0)
+    whole = "".join(f"set {i}\tnote\t" + "\t".join(GENES[i : i + 9]) + "\n" for i in range(20)).encode()
+    for trial in range(300):
+        spoiled = bytearray(whole)
+        if trial % 3 == 0:
+            spoiled = spoiled[: rng.integers(len(whole))]
+        else:
+            spoiled[rng.integers(len(whole))] = int(rng.integers(256))
+        path.write_bytes(spoiled)
+        try:
+            sets = read_gene_sets(path)
+        except ValueError as error:
+            assert "gene_sets" in str(error)
+        else:
+            assert all(isinstance(gene, str) and gene == gene.strip() for genes in sets.values() for gene in genes)

@@ -761,6 +761,65 @@ def test_outputs_do_not_depend_on_format_order_of_genes_or_batch(classifier, cel
         np.testing.assert_allclose(classifier(torch.as_tensor(cells.X.toarray())), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_neither_order_of_cells_nor_noise_of_rounding_nor_threads_change_an_answer(classifier, cells):
+    outputs, order = classifier.outputs(cells), np.random.default_rng(0).permutation(cells.n_obs)
+    np.testing.assert_allclose(classifier.outputs(cells[order]), outputs[order], rtol=1e-5, atol=1e-5)
+    nudged = cells.copy()
+    nudged.X = nudged.X * np.float32(1 + 1e-6)
+    np.testing.assert_allclose(classifier.outputs(nudged), outputs, rtol=1e-4, atol=1e-4)
+    assert (classifier.predict(nudged) == classifier.predict(cells)).mean() > 0.99
+    torch.set_num_threads(2)
+    try:
+        np.testing.assert_allclose(classifier.outputs(cells), outputs, rtol=1e-5, atol=1e-5)
+        cfg = Config(**(SIZES | {"n_epochs": 2}))
+        one, two = (ScBMLPClassifier(cfg) for _ in range(2))
+        train = ExpressionDataset(cells.X, cells.obs["clusters"].cat.codes, cells.var_names, range(8))
+        two.fit(train, baseline=False, **QUIET)
+        torch.set_num_threads(1)
+        one.fit(train, baseline=False, **QUIET)
+        assert_same_weights(one, two, rtol=1e-3, atol=1e-5)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_error_falls_with_the_number_of_cells(planted):
+    scores = []
+    for n in (60, 150, 400):
+        adata = planted[:n].copy()
+        adata.obs["label"] = adata.obs["label"].astype(str)
+        train, val, _ = get_classification_datasets(adata, "label", 0.7, 0.15)
+        model = ScBMLPClassifier(Config(8, 8, 2, n_epochs=200, lr=0.01, device="cpu"))
+        model.fit(train, val, baseline=False, **QUIET)
+        scores.append((model.predict(planted[400:]) == planted[400:].obs["label"].astype(str)).mean())
+    assert scores[0] < scores[2] and scores[2] > 0.85, scores
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_precisions_that_are_allowed_learn_the_same_and_keep_float32(precision):
+    cfg = Config(**(TOY | {"n_epochs": 20, "lr": 0.01}))
+    plain, model = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg)
+    plain.fit(toy(), toy(), baseline=False, **QUIET)
+    history = model.fit(toy(), toy(), baseline=False, precision=precision, **QUIET)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    np.testing.assert_allclose(history, plain.history, atol=0.1)
+    assert model.score(toy()) == pytest.approx(plain.score(toy()), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"), [({"check_val_every_n_epoch": 2}, [2, 4]), ({"val_check_interval": 0.5}, [1, 2, 3, 4])]
+)
+def test_history_has_the_last_validation_of_an_epoch_and_callbacks_find_it(tmp_path, options, rows):
+    stop = lightning.pytorch.callbacks.EarlyStopping("val_loss", patience=9)
+    best = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
+    cfg = Config(**(TOY | {"n_epochs": 4, "batch_size": 8}))
+    model, plain = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg)
+    options = options | {"callbacks": [stop, best], "enable_checkpointing": True, "num_sanity_val_steps": 2}
+    history = model.fit(toy(), toy(), baseline=False, **options, **QUIET)
+    plain.fit(toy(), toy(), baseline=False, **QUIET)
+    assert history.index[history["val_loss"].notna()].tolist() == rows and list(tmp_path.glob("*.ckpt"))
+    np.testing.assert_allclose(history.loc[rows], plain.history.loc[rows], rtol=1e-5)
+
+
 def test_dropout_is_for_training_alone(cells):
     model = ScBMLPClassifier(Config(**SIZES, dropout_rate=0.5))
     np.testing.assert_array_equal(model.outputs(cells), model.outputs(cells))
@@ -832,6 +891,21 @@ def test_file_without_a_model_is_refused(tmp_path, change, match):
     change(path)
     with pytest.raises(ValueError, match=match):
         ScBMLPClassifier.load(path)
+
+
+def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path):
+    path, rng = tmp_path / "model.pt", np.random.default_rng(0)
+    fitted_to_toy().save(path)
+    whole = path.read_bytes()
+    for trial in range(400):
+        spoiled = bytearray(whole)
+        if trial % 4 == 0:
+            spoiled = spoiled[: rng.integers(len(whole))]
+        else:
+            spoiled[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+        path.write_bytes(spoiled)
+        with pytest.raises(ValueError, match=r"model\.pt (is damaged|holds no scbmlp model)"):
+            ScBMLPClassifier.load(path)
 
 
 def test_file_that_would_run_code_is_refused_and_does_not(tmp_path):

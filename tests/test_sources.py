@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import anndata
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -641,3 +642,136 @@ def test_real_files_are_what_the_docstrings_say(monkeypatch):
     assert (tumours.obs.groupby("patient_id", observed=True)["condition"].value_counts() == 500).all()
     for adata, counted in ((hours, False), (activated, False), (tumours, True)):
         assert ("Total a cell" in sources.data_card(adata).rows) == counted
+
+
+# ------------------------------------------------------------------------------------- files that others have made
+
+
+def screen_file(folder, **columns):
+    """A small screen of one compound at four doses, with columns as a file may have them."""
+    n = 240
+    x = sparse.csr_matrix(np.random.default_rng(0).poisson(1, (n, 8)).astype(np.float32))
+    drug = np.array(["control", "AR-42"])[np.arange(n) % 2]
+    dose = np.where(drug == "control", 0, 10 ** (1 + np.arange(n) // 2 % 4))
+    obs = pd.DataFrame({"cell_line": "A549", "perturbation": drug, "dose_value": dose, "replicate": "rep1"})
+    obs = obs.assign(ncounts=9, **{name: values(dose) for name, values in columns.items()}).set_index(
+        obs.index.astype(str)
+    )
+    AnnData(x, obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(8)])).write_h5ad(folder / "sciplex3.h5ad")
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {},
+        {"dose_value": lambda dose: [f"{value:,}" for value in dose]},
+        {"dose_value": lambda dose: [f"{value} nM" for value in dose]},
+        {"dose_value": lambda dose: dose.astype(np.float32), "time": lambda dose: ["24"] * len(dose)},
+        {"time": lambda dose: ["24 h"] * len(dose)},
+    ],
+)
+def test_doses_and_hours_are_read_from_text(folder, monkeypatch, columns):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    screen_file(folder, **columns)
+    adata = sources.sciplex3(compounds="AR-42")
+    assert adata.n_obs == 240
+    assert adata.obs["dose_value"].value_counts().to_dict() == {0: 120, 10: 30, 100: 30, 1000: 30, 10000: 30}
+
+
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
+        (
+            {"dose_value": lambda dose: [f"{value} uM" for value in dose]},
+            "no numbers of nM in 120 cells, such as '10 uM'",
+        ),
+        (
+            {"dose_value": lambda dose: ["high"] * len(dose)},
+            "no numbers of nM in 120 cells, such as 'high'; write numbers",
+        ),
+        ({"time": lambda dose: ["one day"] * len(dose)}, "no cell of 24 hours .* holds 'one day'; write hours"),
+    ],
+)
+def test_doses_and_hours_that_cannot_be_read_are_told_and_no_cell_is_dropped(folder, monkeypatch, columns, match):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    screen_file(folder, **columns)
+    with pytest.raises(ValueError, match=match):
+        sources.sciplex3()
+
+
+def test_a_gene_without_an_ensembl_id_stays(folder, monkeypatch):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    screen_file(folder)
+    adata = anndata.read_h5ad(folder / "sciplex3.h5ad")
+    adata.var["ensembl_id"] = [*(f"ENSG{i}" for i in range(6)), "ENSMUSG1", None]
+    adata.write_h5ad(folder / "sciplex3.h5ad")
+    assert list(sources.sciplex3().var_names) == ["G0", "G1", "G2", "G3", "G4", "G5", "G7"]
+
+
+@pytest.mark.parametrize("counts", ["in X", "in a layer", "nowhere"])
+def test_pancreas_has_counts_or_says_that_the_file_has_none(folder, small, monkeypatch, counts):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    adata = small.copy()
+    adata.uns.clear()
+    if counts != "in X":
+        adata.layers["counts"] = adata.X.copy() if counts == "in a layer" else adata.X / 2
+        adata.X = np.log1p(adata.X.toarray()) - 1
+    adata.write_h5ad(folder / "pancreas.h5ad")
+    if counts == "nowhere":
+        with pytest.raises(ValueError, match=r"pancreas\.h5ad has no counts: .*; put raw counts into either"):
+            sources.pancreas()
+    else:
+        np.testing.assert_array_equal(sources.pancreas().X.toarray(), small.X.toarray())
+
+
+def test_counts_in_a_layer_are_read_in_blocks_too(local_screen, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK", 500)
+    adata = anndata.read_h5ad(local_screen)
+    peaks = {}
+    for where in ("X", "layer"):
+        if where == "layer":
+            adata.layers["counts"] = adata.X.copy()
+            adata.X = sparse.csr_matrix(adata.X, dtype=np.float32).log1p()
+            adata.write_h5ad(local_screen, compression="gzip")
+        tracemalloc.start()
+        part = sources.sciplex3(compounds="AR-42")
+        peaks[where] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert not np.any(part.X.data % 1)
+    assert peaks["layer"] < 1.2 * peaks["X"]
+
+
+def test_a_folder_may_be_named_by_a_tilde(tmp_path, small, monkeypatch):
+    (tmp_path / "my cells").mkdir()
+    small.write_h5ad(tmp_path / "my cells" / "pancreas.h5ad")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCBMLP_DATA_DIR", "~/my cells")
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    assert sources.pancreas().shape == small.shape
+
+
+@pytest.mark.parametrize("read", [sources.pancreas, sources.sciplex3])
+def test_files_cut_short_anywhere_are_an_error_that_names_them(folder, small, screen, monkeypatch, read):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    path = folder / f"{read.__name__}.h5ad"
+    adata = (small if read is sources.pancreas else screen[:300]).copy()
+    adata.uns.clear()
+    adata.write_h5ad(path)
+    whole = path.read_bytes()
+    for cut in np.random.default_rng(0).integers(0, len(whole) - 1, 40):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(OSError, match=rf"{path.name} cannot be read .*; replace it with a whole copy"):
+            read()
+
+
+@pytest.mark.parametrize("read", [sources.pancreas, sources.sciplex3])
+def test_indices_out_of_range_are_an_error_and_not_the_end_of_the_process(folder, small, screen, monkeypatch, read):
+    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    path = folder / f"{read.__name__}.h5ad"
+    adata = (small if read is sources.pancreas else screen[:300]).copy()
+    adata.uns.clear()
+    adata.write_h5ad(path)
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][7] = 10**8
+    with pytest.raises(OSError, match="no valid sparse matrix .*replace it"):
+        read()
