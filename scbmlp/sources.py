@@ -71,9 +71,11 @@ def _counts(adata: AnnData) -> AnnData:
 
 def _download_pancreas(path: Path) -> None:
     with warnings.catch_warnings():  # scvelo silences the whole session when it is imported
+        import scanpy
         import scvelo
 
-        scvelo.datasets.pancreas(file_path=path)
+        with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
+            scvelo.datasets.pancreas(file_path=path)
 
 
 def sciplex3(
@@ -378,7 +380,7 @@ def _first_of(
 def _fetch(cached: Path, download: Callable[[Path], None]) -> None:
     """Download under another name first, so that an interrupted download is never taken for the data."""
     cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_suffix(f".{os.getpid()}.partial.h5ad")  # a name for each process that downloads at this time
+    partial = cached.with_name(f"{cached.stem}-{os.getpid()}-partial.h5ad")  # one for each process that downloads now
     try:
         download(partial)
         partial.replace(cached)

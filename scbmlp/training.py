@@ -123,8 +123,10 @@ class Training(lightning.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking and self.seen["val"]:
-            self.rows, self.val_losses = self._summary("val")
+            self.rows, losses = self._summary("val")
             self.log_dict(self.rows[0], prog_bar=True)
+            if self.best is not None:
+                self._keep(losses)
 
     def on_train_epoch_end(self) -> None:
         rows, _ = self._summary("train")
@@ -132,9 +134,10 @@ class Training(lightning.LightningModule):
         # An epoch may have no validation, or several, of which its row has the last.
         for model, row, validated in zip(self.models, rows, self.rows or [{}] * len(rows), strict=True):
             model._rows.append(row | validated)
-        if self.best is not None and self.rows is not None:
-            self._keep(self.val_losses)
         self.rows = None
+        epoch, patience = len(self.models[0]._rows), self.models[0].cfg.patience
+        if self.best and patience is not None and all(epoch - best["epoch"] >= patience for best in self.best):
+            self.trainer.should_stop = True
 
     def _summary(self, stage: str) -> tuple[list[dict[str, float]], list[float]]:
         """Return loss and metric of every model over the steps of a stage, and the losses as they are trained on."""
@@ -154,14 +157,11 @@ class Training(lightning.LightningModule):
         return float(model.loss(outputs * self.scale + self.mean, targets * self.scale + self.mean))
 
     def _keep(self, losses: list[float]) -> None:
-        epoch = len(self.models[0]._rows)
+        epoch = len(self.models[0]._rows) + 1
         for i, (best, loss) in enumerate(zip(self.best, losses, strict=True)):
             if loss < best["loss"]:
                 weights = {name: value.clone() for name, value in self._weights(i).items()}
                 best.update(loss=loss, epoch=epoch, weights=weights)
-        patience = self.models[0].cfg.patience
-        if patience is not None and all(epoch - best["epoch"] >= patience for best in self.best):
-            self.trainer.should_stop = True
 
     def _weights(self, i: int) -> dict[str, Tensor]:
         named = {name: value.detach() for name, value in self.net.named_parameters()}

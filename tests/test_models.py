@@ -811,7 +811,7 @@ def test_precisions_that_are_allowed_learn_the_same_and_keep_float32(precision):
 def test_history_has_the_last_validation_of_an_epoch_and_callbacks_find_it(tmp_path, options, rows):
     stop = lightning.pytorch.callbacks.EarlyStopping("val_loss", patience=9)
     best = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
-    cfg = Config(**(TOY | {"n_epochs": 4, "batch_size": 8}))
+    cfg = Config(**(TOY | {"n_epochs": 4, "batch_size": 10}))  # four steps an epoch
     model, plain = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg)
     options = options | {"callbacks": [stop, best], "enable_checkpointing": True, "num_sanity_val_steps": 2}
     history = model.fit(toy(), toy(), baseline=False, **options, **QUIET)
