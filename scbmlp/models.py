@@ -9,7 +9,6 @@ import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -26,6 +25,7 @@ from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, recal
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+import scbmlp
 from scbmlp.baselines import LinearModel, linear_baseline
 from scbmlp.checks import plain_names, warn, whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes, standard_deviation
@@ -428,7 +428,7 @@ class _BilinearMLP(nn.Module):
             "baseline": self._baseline,
             "best_epoch": self.best_epoch,
             "trials": None if self.trials is None else self.trials.to_dict("list"),
-            "versions": {name: version(name) for name in ("scbmlp", "torch", "numpy", "lightning")},
+            "versions": {module.__name__: module.__version__ for module in (scbmlp, torch, np, lightning)},
         }
         stored = {"scbmlp": json.dumps(known, default=lambda value: value.item())}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
