@@ -22,8 +22,8 @@ book: $(INSTALLED) ## build the site; every chapter is executed, and any error o
 test: $(INSTALLED) ## lint, unit tests, and every chapter on simulated cells against its stored results
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	SCBMLP_DATA_SOURCE=simulated $(BIN)/python -m pytest tests chapters \
-	  --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
+	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest tests chapters \
+	  -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
 
 outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print on simulated cells
 	SCBMLP_DATA_SOURCE=simulated $(BIN)/python .ci/maintain.py outputs

@@ -244,3 +244,21 @@ def test_lacking_genes_are_named_and_a_wrong_number_of_columns_is_refused(cells)
         match_genes(cells.X, wanted)
     with pytest.raises(ValueError, match=r"shape \(300,\); two axes are needed, cells in rows"):
         match_genes(np.zeros(300), cells.var_names)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(8, 40), min_size=2, max_size=5),
+    train_split=st.floats(0.3, 0.7),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_split_is_of_all_cells_each_once_with_every_class_in_proportion(sizes, train_split, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat([f"type {i}" for i in range(len(sizes))], sizes))
+    adata = AnnData(np.ones((len(labels), 2)) / 2, obs=pd.DataFrame({"type": labels}, map(str, range(len(labels)))))
+    parts = get_classification_datasets(adata, "type", train_split, 0.15, seed)
+    assert sorted(np.concatenate([part.indices for part in parts])) == list(range(len(labels)))
+    for part, share in zip(parts, (train_split, 0.15, 0.85 - train_split), strict=True):
+        np.testing.assert_array_equal(part.output_names[part.y], labels[part.indices])
+        assert (np.abs(np.bincount(part.y, minlength=len(sizes)) - share * np.array(sizes)) < 2.01).all()
+    again = get_classification_datasets(adata, "type", train_split, 0.15, seed)
+    assert all((a.indices == b.indices).all() for a, b in zip(parts, again, strict=True))

@@ -21,6 +21,8 @@ import pytest
 import scanpy as sc
 import torch
 from anndata import AnnData
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy import sparse
@@ -855,6 +857,26 @@ def test_saved_model_without_names_takes_unnamed_genes(tmp_path):
     model.save(tmp_path / "model.pt")
     loaded = ScBMLPClassifier.load(str(tmp_path / "model.pt"))
     np.testing.assert_array_equal(loaded.predict(toy()), model.outputs(toy()).argmax(axis=1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    genes=st.lists(st.text(), min_size=3, max_size=3, unique=True),
+    outputs=st.lists(st.text(), min_size=2, max_size=2, unique=True)
+    | st.lists(st.integers(-(2**40), 2**40), min_size=2, max_size=2, unique=True)
+    | st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=2, unique=True),
+    linear=st.booleans(),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_names_and_weights_survive_a_file(tmp_path_factory, genes, outputs, linear, seed):
+    path = tmp_path_factory.mktemp("models") / "any name, with blanks.model"
+    model = ScBMLPRegressor(Config(3, 2, 2, linear=linear, seed=seed, device="cpu"), "l1")
+    model.gene_names, model.output_names = pd.Index(genes), pd.Index(outputs)
+    model.save(path)
+    loaded = ScBMLPRegressor.load(path)
+    assert_same_weights(loaded, model)
+    assert list(loaded.gene_names) == genes and list(loaded.output_names) == outputs
+    assert loaded.cfg == model.cfg and loaded.loss_fn == "l1"
 
 
 def rewritten(path, **changes):
