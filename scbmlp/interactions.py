@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -491,6 +491,108 @@ def _expand(model: Model, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray
     constant, slope = _beside_branches(model)
     outputs = p @ (at_left * at_right) + constant + slope @ reference
     return outputs, (p * at_right) @ left + (p * at_left) @ right + slope
+
+
+def similarity(
+    a: Model,
+    b: Model,
+    output: Output,
+    part: Literal["all", "linear", "quadratic", "interaction"] = "all",
+    *,
+    dataset: ExpressionDataset | None = None,
+) -> float:
+    """Return the correlation of an output of two models, as functions of cells, read off the weights.
+
+    Around the mean of the cells an output is constant + a'd + d'Qd. Over normal cells of covariance S two of them, f
+    and g, have the covariance a_f' S a_g + 2 tr(Q_f S Q_g S): products of 2 hid x 2 hid matrices, blind to the order
+    and the sign of hidden units and to how eigenvectors of close eigenvalues turn. It compares what the models do,
+    after :cite:t:`gonzalez2026`, who take inputs as white.
+
+    Parameters
+    ----------
+    a, b
+        Models of the same genes, which may differ in size and form.
+    output
+        As in :func:`direction`, of both.
+    part
+        The whole output, its linear part, its quadratic part, or of that what pairs of different genes do.
+    dataset
+        Cells whose mean and covariance to take, at most 3,000 of them. If None those of the training cells, which must
+        be the same for both, and which are not enough for models with a linear part, nor for pairs of genes.
+
+    Returns
+    -------
+    From -1 to 1; NaN if one of the two has no such part.
+
+    Raises
+    ------
+    ValueError
+        The genes of the models differ, `part` is unknown, or `dataset` is needed.
+    KeyError
+        An output is unknown, or `dataset` lacks genes.
+    """
+    if part not in ("all", "linear", "quadratic", "interaction"):
+        raise ValueError(f"part={part!r} is unknown; choose 'all', 'linear', 'quadratic' or 'interaction'.")
+    if not a.gene_names.equals(b.gene_names):
+        raise ValueError(
+            f"a and b have {len(a.gene_names)} and {len(b.gene_names)} genes, which are not the same in one order; fit "
+            f"both on the same genes."
+        )
+    known = [model.statistics for model in (a, b)]
+    if dataset is not None:
+        x = match_genes(dataset, a.gene_names)
+        if x.shape[0] > LARGE:
+            x = x[np.sort(np.random.default_rng(0).choice(x.shape[0], LARGE, replace=False))]
+        d = dense_tensor(x).numpy().astype(np.float64)
+        mean = d.mean(axis=0)
+        d = (d - mean) / np.sqrt(len(d))
+        forms = [_Form(model, output, mean, d) for model in (a, b)]
+    elif part == "interaction" or a.direct is not None or b.direct is not None or None in known:
+        raise ValueError(
+            f"part={part!r} of these models needs cells: pairs of genes, linear parts and models without statistics "
+            f"are compared on those that dataset= gives."
+        )
+    elif not all(np.allclose(*pair) for pair in zip(*known, strict=True) if pair[0].ndim == 1):
+        raise ValueError("a and b were trained on different cells; say by dataset= on which to compare them.")
+    else:
+        forms = [_Form(model, output, known[0].mean) for model in (a, b)]
+    own = None
+    if part == "interaction":  # squared covariances, weighted by what genes do with themselves, block by block
+        diagonal = np.stack([form.diagonal for form in forms], axis=1)
+        own = sum(diagonal[i : i + 256].T @ (d[:, i : i + 256].T @ d) ** 2 @ diagonal for i in range(0, len(mean), 256))
+
+    def product(i: int, j: int) -> float:
+        f, g = forms[i], forms[j]
+        linear, between = f.axis @ g.s_axis, f.basis.T @ g.s_basis
+        quadratic = 2 * np.sum((f.core @ between) * (between @ g.core))
+        if part == "interaction":
+            return quadratic - 2 * (f.diagonal @ g.s_q_s + g.diagonal @ f.s_q_s - own[i, j])
+        return {"all": linear + quadratic, "linear": linear, "quadratic": quadratic}[part]
+
+    scale = product(0, 0) * product(1, 1)
+    return float(product(0, 1) / np.sqrt(scale)) if scale > 0 else np.nan
+
+
+class _Form:
+    """An output around a mean, a'd + d' B C B' d, with what the covariance S makes of a and B.
+
+    S is that of cells `d`, centred and divided by the root of their number, which then stand for both sides of a
+    product; or that of the training cells.
+    """
+
+    def __init__(self, model: Model, output: Output, mean: np.ndarray, d: np.ndarray | None = None) -> None:
+        matrix, axis = interaction_matrix(model, output), linear_axis(model, output, mean).to_numpy()
+        self.core, self.diagonal = matrix.core, matrix.diagonal()
+        if d is None:
+            self.axis, self.basis, self.s_basis = axis, matrix.basis, model.statistics.covariance
+            at_left, at_right = _at(model, mean)
+            p = direction(model, output) @ _float64(model.w_p)[0]
+            self.s_axis = self.s_basis @ np.concatenate([p * at_right, p * at_left])
+        else:
+            self.axis = self.s_axis = d @ axis
+            self.basis = self.s_basis = d @ matrix.basis
+            of_genes = d.T @ self.basis
+            self.s_q_s = np.einsum("gi,ij,gj->g", of_genes, self.core, of_genes, optimize=True)  # diagonal of S Q S
 
 
 def audit(

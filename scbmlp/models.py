@@ -8,7 +8,7 @@ import json
 import os
 import pickle
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -29,7 +29,16 @@ import scbmlp
 from scbmlp.baselines import LinearModel, linear_baseline
 from scbmlp.checks import plain_names, warn, whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes, standard_deviation
-from scbmlp.training import Training, accelerator, check_trainer, interruptible, loader, quiet_lightning, seeded
+from scbmlp.training import (
+    Counted,
+    Training,
+    accelerator,
+    check_trainer,
+    interruptible,
+    loader,
+    quiet_lightning,
+    seeded,
+)
 
 FORMAT = 2  # of saved models; files of the first were torch's
 MARGIN = 0.01  # below the linear baseline by less than this is noise
@@ -571,9 +580,11 @@ class ScBMLPClassifier(_BilinearMLP):
     metric = "accuracy"
     _targets = "class codes"
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return the cross-entropy of logits (cell x out) and class codes (cell)."""
-        return nn.functional.cross_entropy(outputs, target)
+    def loss(self, outputs: Tensor, target: Tensor, count: Tensor | None = None) -> Tensor:
+        """Return the cross-entropy of logits (cell x out) and class codes (cell), each cell counted so often (cell)."""
+        if count is None:
+            return nn.functional.cross_entropy(outputs, target)
+        return (nn.functional.cross_entropy(outputs, target, reduction="none") * count).mean()
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:
         return accuracy_score(target, outputs.argmax(axis=1))
@@ -642,9 +653,11 @@ class ScBMLPRegressor(_BilinearMLP):
     def _options(self) -> dict[str, Any]:
         return {"loss_fn": self.loss_fn}
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of outputs and targets, both cell x out."""
-        return self._losses[self.loss_fn](outputs, target)
+    def loss(self, outputs: Tensor, target: Tensor, count: Tensor | None = None) -> Tensor:
+        """Return the loss of outputs and targets, both cell x out, each cell counted so often (cell)."""
+        if count is None:
+            return self._losses[self.loss_fn](outputs, target)
+        return (self._losses[self.loss_fn](outputs, target, reduction="none") * count[:, None]).mean()
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:
         return float(self._measure_each(outputs, target).mean())
@@ -719,11 +732,15 @@ def _fit(
     models: Sequence[_BilinearMLP],
     train: ExpressionDataset,
     val: ExpressionDataset | None,
-    baseline: bool | LinearModel,
+    baseline: bool | LinearModel | Sequence[LinearModel],
     ckpt_path: str | Path | None,
     trainer_kwargs: dict[str, Any],
+    counts: np.ndarray | None = None,
 ) -> None:
-    """Fit one model, or several of one form, size, seed and number of epochs on the same batches."""
+    """Fit one model, or several of one form, size and number of epochs on the same batches.
+
+    Several may have a baseline each, and count the training cells differently (cell x model).
+    """
     check_trainer(trainer_kwargs)
     first, cfg = models[0], models[0].cfg
     for dataset in (train,) if val is None else (train, val):
@@ -743,23 +760,28 @@ def _fit(
             "they choose, the last epoch is kept and not the best, and the fit is not compared with a linear model; "
             "pass val=."
         )
-    linear_model = baseline if isinstance(baseline, LinearModel) else None
-    if baseline is True and val is not None:
-        linear_model = linear_baseline(train, val, exact=False)
+    linear_models = [None] * len(models)
+    if isinstance(baseline, LinearModel) or (baseline is True and val is not None):
+        shared = baseline if isinstance(baseline, LinearModel) else linear_baseline(train, val, exact=False)
+        linear_models = [shared] * len(models)
+    elif not isinstance(baseline, bool):
+        linear_models = list(baseline)
     units = None
     if cfg.linear and train.y.ndim == 2:
         target = train.y.numpy().astype(np.float64)
         units = target.mean(axis=0), np.where(np.ptp(target, axis=0) > 0, target.std(axis=0), 1.0)
-    for model in models:
+    for model, linear_model in zip(models, linear_models, strict=True):
         model._begin(train, linear_model, units)
         if linear_model is not None:
             sets = {"train": train} if val is None else {"train": train, "val": val}
             model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
     best = val is not None and (cfg.linear or cfg.patience is not None)
     generator = torch.Generator().manual_seed(cfg.seed)
-    starts = [model._start(val, linear_model, units) for model in models] if best else None
+    starts = (
+        [model._start(val, *one, units) for model, *one in zip(models, linear_models, strict=True)] if best else None
+    )
     training = Training(models, units, starts, generator)
-    loaders = [loader(train, cfg.batch_size, generator)]
+    loaders = [loader(train if counts is None else Counted(train, counts), cfg.batch_size, generator)]
     loaders += [] if val is None else [loader(val, max(cfg.batch_size, 1024))]
     defaults = {
         "max_epochs": cfg.n_epochs,
@@ -779,7 +801,7 @@ def _fit(
         training.finish()
         for model in models:
             model.statistics = statistics(model, train)
-    if linear_model is not None and val is not None and len(models) == 1:
+    if linear_models[0] is not None and val is not None and len(models) == 1:
         name = f"val_{first.metric}"
         score, least = first.score(val), first._baseline[name]
         if score < least - MARGIN:
@@ -911,6 +933,71 @@ def tune(
         model._baseline = known
     model.trials = trials.assign(chosen=trials.index == best)
     return model
+
+
+def fit_replicas(
+    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
+    cfg: Config,
+    train: ExpressionDataset,
+    val: ExpressionDataset | None = None,
+    n_replicas: int = 20,
+    resample: Literal["bootstrap", "half"] | None = None,
+    *,
+    progress: bool = True,
+    **options: Any,
+) -> list[ScBMLPClassifier | ScBMLPRegressor]:
+    """Fit one model from several seeds, and on resampled cells, at once: what is the same in all is no accident.
+
+    Replicas see the same batches and differ in their initial weights, in dropout and, if asked for, in how often each
+    counts a training cell. With a linear part, each starts at the linear baseline of its own cells.
+
+    Parameters
+    ----------
+    ModelClass
+        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
+    cfg
+        Size and training of every replica; their seeds count up from its seed.
+    train, val
+        As in ``fit``. Validation cells are never resampled.
+    n_replicas
+        Number of models.
+    resample
+        Draw as many training cells as there are, with replacement, or a random half of them, anew for each replica; all
+        of them if None, and then replicas tell of the seed alone.
+    progress
+        Show how many epochs are done and the time left, in a terminal or a notebook.
+    options
+        Handed to `ModelClass`, such as ``loss_fn="huber"``.
+
+    Returns
+    -------
+    The fitted models. Their ``statistics`` are of all training cells, so that they can be compared.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two replicas, `resample` is unknown, or the data do not fit `cfg`.
+    """
+    n_replicas = whole_number(n_replicas, "n_replicas", 2)
+    if resample not in (None, "bootstrap", "half"):
+        raise ValueError(f"resample={resample!r} is unknown; choose 'bootstrap', 'half' or None.")
+    models = [ModelClass(replace(cfg, seed=cfg.seed + i), **options) for i in range(n_replicas)]
+    check_dataset(train, "train")
+    counts, baseline = None, val is not None and cfg.linear
+    if resample is not None:
+        n, rng = len(train), np.random.default_rng(cfg.seed)
+        drawn = [rng.choice(n, n if resample == "bootstrap" else n // 2, resample == "bootstrap") for _ in models]
+        counts = np.stack([np.bincount(rows, minlength=n) for rows in drawn], axis=1) * n / len(drawn[0])
+        if baseline:
+            parts = [
+                ExpressionDataset(train.x[rows], train.y[rows], train.gene_names, train.output_names)
+                for rows in map(np.sort, drawn)
+            ]
+            baseline = [linear_baseline(part, val, exact=False) for part in parts]
+    bar = tqdm(total=cfg.n_epochs, desc="replicas", unit="epoch", disable=None if progress else True)
+    _fit(models, train, val, baseline, None, {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}, counts)
+    bar.close()
+    return models
 
 
 class _Advance(lightning.Callback):

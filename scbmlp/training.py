@@ -15,7 +15,7 @@ import lightning
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from scbmlp.checks import nearest
 from scbmlp.datasets import ExpressionDataset
@@ -34,6 +34,8 @@ class Training(lightning.LightningModule):
         For each model the validation loss and the weights that any epoch has to beat, None to keep the last epoch.
     order
         Generator of the order of the cells, whose state a checkpoint keeps.
+
+    A batch may have a third part, how often each model is to count each of its cells (cell x model).
     """
 
     def __init__(
@@ -76,17 +78,19 @@ class Training(lightning.LightningModule):
         if len(self.models) > 1:
             self.net.add_penalties()
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
-        x, y = batch
+    def _step(self, batch: tuple[Tensor, ...], stage: str) -> Tensor:
+        x, y, *counts = batch
         if self.scale is not None:
             y = (y - self.mean) / self.scale
         # Losses are of full precision, whatever the products are.
         outputs = self.net(x).float().reshape(len(self.models), len(x), -1)
-        losses = torch.stack([model.loss(one, y) for model, one in zip(self.models, outputs, strict=True)])
+        counts = counts[0].T if counts else [None] * len(self.models)
+        each = zip(self.models, outputs, counts, strict=True)
+        losses = torch.stack([model.loss(one, y, count) for model, one, count in each])
         self.seen[stage].append((losses.detach(), outputs.detach(), y))
         return losses.sum()  # no weight is shared, so each model learns as if alone
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
         return self._step(batch, "train")
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -263,7 +267,20 @@ class _SideBySide(nn.Module):
         return y
 
 
-def loader(dataset: ExpressionDataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
+class Counted(Dataset):
+    """Cells with how often each of several models is to count them (cell x model)."""
+
+    def __init__(self, dataset: ExpressionDataset, counts: np.ndarray) -> None:
+        self.dataset, self.counts = dataset, torch.as_tensor(counts, dtype=torch.float32)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.dataset[index], self.counts[index]
+
+
+def loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
     """Return a loader that cuts whole batches out of the matrix; shuffled if it has a generator."""
     order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
     return DataLoader(

@@ -49,6 +49,16 @@ def sets(cells):
 
 
 @pytest.fixture(scope="session")
+def planted():
+    """Cells whose label, and one of whose targets, is an interaction: neither gene alone says anything of it."""
+    x = np.random.default_rng(0).uniform(0, 2, (1000, 8)).astype(np.float32)
+    product = (x[:, 0] - 1) * (x[:, 1] - 1)
+    obs = pd.DataFrame({"label": np.where(product > 0, "same", "different")}, index=[f"cell {i}" for i in range(1000)])
+    targets = pd.DataFrame({"product": 5 * product, "difference": x[:, 2] - x[:, 3]}, index=obs.index)
+    return AnnData(x, obs=obs, obsm={"target": targets})
+
+
+@pytest.fixture(scope="session")
 def treated():
     """Two lines, far apart; a drug raises gene 0 and lowers gene 1, another does nothing; copy before changing it."""
     rng = np.random.default_rng(0)

@@ -1,3 +1,4 @@
+import copy
 import warnings
 
 import numpy as np
@@ -11,9 +12,17 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score, r2_score
 
 from scbmlp import baselines, simulate
-from scbmlp.datasets import ExpressionDataset, get_classification_datasets
-from scbmlp.interactions import audit, decompose, direction, interaction_matrices, interaction_matrix, linear_axis
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
+from scbmlp.interactions import (
+    audit,
+    decompose,
+    direction,
+    interaction_matrices,
+    interaction_matrix,
+    linear_axis,
+    similarity,
+)
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, statistics
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 4), st.integers(0, 10_000))
 
@@ -496,3 +505,71 @@ def test_audit_tells_an_interaction_from_a_product_with_a_constant():
     assert audit(model, ExpressionDataset(x, y, *names))["quadratic"].item() > 0.95
     x[:, 1] = 5 + 0.01 * x[:, 1]
     assert audit(model, ExpressionDataset(x, x[:, :1] * x[:, 1:2], *names))["quadratic"].item() < 0.001
+
+
+# ---------------------------------------------------------------------------------------------------- similarity
+
+
+@pytest.mark.parametrize("part", ["all", "linear", "quadratic", "interaction"])
+@pytest.mark.parametrize("linear", [False, True])
+def test_similarity_is_the_correlation_over_normal_cells(part, linear):
+    """eq-similarity, against a million draws."""
+    rng = np.random.default_rng(0)
+    a, b = (random_model(5, 3, 2, seed=seed, linear=linear, bias=True) for seed in (0, 1))
+    x = np.abs(rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5))).astype(np.float32)
+    dataset = ExpressionDataset(x, np.zeros((60, 2)), a.gene_names, a.output_names)
+    mean, covariance = x.mean(axis=0), np.cov(x.T, ddof=0)
+    d = rng.multivariate_normal(np.zeros(5), covariance, 10**6, method="cholesky")
+    values = []
+    for model in (a, b):
+        axis, q = linear_axis(model, 1, mean).to_numpy(), interaction_matrix(model, 1).to_dense()
+        pairs = q - np.diag(np.diag(q)) if part == "interaction" else q
+        one, two = d @ axis, np.einsum("ci,ij,cj->c", d, pairs, d, optimize=True)
+        values.append({"all": one + two, "linear": one}.get(part, two))
+    found = similarity(a, b, 1, part, dataset=dataset)
+    assert found == pytest.approx(np.corrcoef(values)[0, 1], abs=0.01) and abs(found) < 0.99
+    assert similarity(a, a, 1, part, dataset=dataset) == pytest.approx(1)
+
+
+def test_similarity_sees_functions_and_not_hidden_units(planted):
+    train, *_ = get_regression_datasets(planted, "target")
+    a, b = (ScBMLPRegressor(Config(8, 6, 2, n_epochs=20, seed=seed, device="cpu")) for seed in (0, 1))
+    for model in (a, b):
+        model.fit(train, baseline=False, enable_progress_bar=False)
+    other = copy.deepcopy(a)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # units in another order, the branches exchanged, both signs turned
+        weight = a.branches.weight.detach()
+        other.branches.weight.copy_(-torch.cat([weight[6:][order], weight[:6][order]]))
+        other.project.weight.copy_(a.project.weight[:, order])
+    other.statistics = statistics(other, train)
+    for part in ("all", "linear", "quadratic"):
+        assert similarity(a, other, 0, part) == pytest.approx(1, abs=1e-5)
+        # From the weights and their statistics alone, as from the cells.
+        assert similarity(a, b, 0, part) == pytest.approx(similarity(a, b, 0, part, dataset=train), abs=1e-4)
+    assert similarity(a, b, 0, "interaction", dataset=train) < 0.999
+    with torch.no_grad():
+        other.project.weight.neg_()
+    assert similarity(a, other, 0) == pytest.approx(-1, abs=1e-5)
+
+
+def test_similarity_that_cannot_be_told_is_refused(planted):
+    train, val, _ = get_regression_datasets(planted, "target")
+    a, b = (ScBMLPRegressor(Config(8, 2, 2, n_epochs=1, device="cpu")) for _ in range(2))
+    a.fit(train, baseline=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="part='pairs' is unknown; choose 'all'"):
+        similarity(a, a, 0, "pairs")
+    with pytest.raises(ValueError, match="part='interaction' of these models needs cells: .* dataset= gives"):
+        similarity(a, a, 0, "interaction")
+    without = copy.deepcopy(a)
+    without.statistics = None
+    with pytest.raises(ValueError, match="part='all' of these models needs cells"):
+        similarity(a, without, 0)
+    b.fit(val, baseline=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="trained on different cells; say by dataset="):
+        similarity(a, b, 0)
+    with pytest.raises(ValueError, match="a and b have 8 and 5 genes, .*; fit both on the same genes"):
+        similarity(a, random_model(5, 2, 1, seed=0), 0, dataset=train)
+    with torch.no_grad():
+        b.project.weight.zero_()
+    assert np.isnan(similarity(a, b, 0, dataset=train))

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import lightning
@@ -42,7 +42,7 @@ from torch.nn.functional import cross_entropy
 from scbmlp import models
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, _digest, statistics, tune
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, _digest, fit_replicas, statistics, tune
 from scbmlp.sources import glioblastoma
 
 REAL = os.environ.get("SCBMLP_DATA_DIR") or str(Path(__file__).parents[2] / "shared" / "data")
@@ -76,16 +76,6 @@ def classifier(sets):
     model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 10})))
     model.fit(sets[0], sets[1], **QUIET)
     return model
-
-
-@pytest.fixture(scope="module")
-def planted():
-    """Cells whose label, and one of whose targets, is an interaction: neither gene alone says anything of it."""
-    x = np.random.default_rng(0).uniform(0, 2, (1000, 8)).astype(np.float32)
-    product = (x[:, 0] - 1) * (x[:, 1] - 1)
-    obs = pd.DataFrame({"label": np.where(product > 0, "same", "different")}, index=[f"cell {i}" for i in range(1000)])
-    targets = pd.DataFrame({"product": 5 * product, "difference": x[:, 2] - x[:, 3]}, index=obs.index)
-    return AnnData(x, obs=obs, obsm={"target": targets})
 
 
 # ----------------------------------------------------------------------------------------------------- the model
@@ -980,3 +970,62 @@ def test_a_drug_is_told_in_the_tumour_of_a_patient_that_was_left_out(monkeypatch
         areas.append([roc_auc_score(treated, s) for s in (model.predict_proba(test)[:, 1], linear)])
     full, logistic = np.mean(areas, axis=0)
     assert full >= 0.87 and full > logistic - 0.01, areas
+
+
+# ------------------------------------------------------------------------------------------------------- replicas
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+@pytest.mark.parametrize("linear", [False, True])
+def test_replicas_are_the_models_of_their_seeds(graded, kind, linear):
+    train, val, _ = sets_of(graded, kind)
+    cfg = Config(len(train.gene_names), 4, len(train.output_names), linear=linear, n_epochs=3, dropout_rate=0.0,
+                 seed=5, device="cpu")  # fmt: skip
+    replicas = fit_replicas(kind, cfg, train, val, 3, progress=False)
+    assert [model.cfg.seed for model in replicas] == [5, 6, 7]
+    alone = kind(cfg)
+    alone.fit(train, val, baseline=linear, **QUIET)
+    assert_same_weights(replicas[0], alone, rtol=2e-3, atol=2e-5)
+    assert linear or not torch.allclose(replicas[0].w_p, replicas[1].w_p)
+    assert all(model.statistics is not None for model in replicas)
+    assert not any(model.training for model in replicas)
+
+
+@pytest.mark.parametrize("resample", ["half", "bootstrap"])
+def test_resampled_replicas_learn_from_their_own_cells(resample):
+    """One step on all cells, counted as they were drawn, is one on the drawn cells alone."""
+    data, n = toy(n_cells=40), 40
+    cfg = Config(**(TOY | {"n_epochs": 1, "batch_size": 40, "dropout_rate": 0.0}))
+    replicas = fit_replicas(ScBMLPClassifier, cfg, data, None, 2, resample, progress=False)
+    rng = np.random.default_rng(cfg.seed)
+    for seed, replica in enumerate(replicas):
+        rows = rng.choice(n, n if resample == "bootstrap" else n // 2, resample == "bootstrap")
+        part = ExpressionDataset(data.x[rows], data.y[rows], data.gene_names, data.output_names)
+        alone = ScBMLPClassifier(replace(cfg, seed=seed))
+        alone.fit(part, baseline=False, **QUIET)
+        assert_same_weights(replica, alone, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(replicas[0].statistics.mean, replicas[1].statistics.mean)
+
+
+def test_resampled_replicas_of_the_linear_form_start_at_their_own_baseline(graded):
+    train, val, _ = sets_of(graded, ScBMLPRegressor)
+    cfg = Config(len(train.gene_names), 4, len(train.output_names), linear=True, n_epochs=1, lr=1e-9, device="cpu")
+    rng = np.random.default_rng(cfg.seed)
+    for replica in fit_replicas(ScBMLPRegressor, cfg, train, val, 2, "half", progress=False):
+        rows = np.sort(rng.choice(len(train), len(train) // 2, replace=False))
+        part = ExpressionDataset(train.x[rows], train.y[rows], train.gene_names, train.output_names)
+        own = linear_baseline(part, val, exact=False)
+        np.testing.assert_allclose(replica.outputs(val), own.outputs(val), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"n_replicas": 1}, "n_replicas=1: a whole number of at least 2"),
+        ({"resample": "jackknife"}, "resample='jackknife' is unknown; choose 'bootstrap', 'half' or None"),
+        ({"train": None}, "train is of type NoneType; an ExpressionDataset is needed"),
+    ],
+)
+def test_replicas_that_cannot_be_had_are_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        fit_replicas(**({"ModelClass": ScBMLPClassifier, "cfg": Config(**TOY), "train": toy()} | arguments))
