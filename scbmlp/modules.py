@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy.optimize import linear_sum_assignment
 
 from scbmlp.checks import plain_names, whole_number
 from scbmlp.datasets import ExpressionDataset, match_genes
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
-from scbmlp.models import statistics
+from scbmlp.models import Statistics, statistics
 
 
 @dataclass(frozen=True)
@@ -267,27 +269,45 @@ def gene_modules(
             "the model has no statistics of its training cells, since it was not fitted or was saved by an earlier "
             "version of scbmlp; pass dataset= with the training cells."
         )
-    genes, matrix = model.gene_names, interaction_matrix(model, output)
-    unit = np.ones(len(genes)) if metric == "identity" else known.sd
-    # A gene that never varied has neither unit nor loading.
-    inverse = np.divide(1, unit, out=np.zeros_like(unit), where=unit > 0)
+    matrix = interaction_matrix(model, output)
+    unit = np.ones(len(model.gene_names)) if metric == "identity" else known.sd
     if metric == "covariance":
         values, in_basis = _uncorrelated(matrix, known.covariance, n_modules)
-        weights, vectors = matrix.basis @ in_basis, inverse[:, None] * (known.covariance @ in_basis)
-    else:
-        values, vectors = matrix.scaled(unit).eigh(n_modules)
-        weights = inverse[:, None] * vectors
-    # The cells that the output is about have a high target along its direction: they are to score high.
+        weights, with_genes = matrix.basis @ in_basis, known.covariance @ in_basis
+        return _signed(model, output, known, unit, values, weights, with_genes)
+    values, vectors = matrix.scaled(unit).eigh(n_modules)
+    return _signed(model, output, known, unit, values, _over(vectors, unit), vectors * unit[:, None])
+
+
+def _over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    """Divide every gene by its unit; a gene that never varied has neither unit nor loading."""
+    return np.divide(columns, unit[:, None], out=np.zeros_like(columns), where=unit[:, None] > 0)
+
+
+def _signed(
+    model: Model,
+    output: Output,
+    known: Statistics,
+    unit: np.ndarray,
+    values: np.ndarray,
+    weights: np.ndarray,
+    with_genes: np.ndarray,
+) -> GeneModules:
+    """Return modules whose scores are high in the cells that the output is about, those of a high target.
+
+    From eigenvalues (comp), what makes scores of cells, and what loadings are in units of the genes (each gene x comp).
+    """
     sign = np.where((known.target @ direction(model, output)) @ weights < 0, -1.0, 1.0)
-    names = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)])
+    names, genes = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)]), model.gene_names
+    # A number stands for the output at that place, which has a name.
+    named = isinstance(output, int) and output not in model.output_names
     return GeneModules(
         pd.Series(values, names),
-        pd.DataFrame(vectors * sign, genes, names),
+        pd.DataFrame(_over(with_genes, unit) * sign, genes, names),
         pd.DataFrame(weights * sign, genes, names),
         pd.Series(model.origin, genes),
         pd.Series(unit, genes),
-        # A number stands for the output at that place, which has a name.
-        model.output_names[output] if isinstance(output, int) and output not in model.output_names else output,
+        model.output_names[output] if named else output,
         model.layer,
     )
 
@@ -334,6 +354,116 @@ def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
     unit = [table.to_numpy() / np.linalg.norm(table.to_numpy(), axis=0) for table in fits]
     closest = [np.abs(a.T @ b).max(axis=1) for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j]
     return pd.Series(np.mean(closest, axis=0), fits[0].columns, name="agreement")
+
+
+def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> GeneModules:
+    """Return the modules of the mean of several models, in metric ``covariance``.
+
+    The mean function of replicas has the mean of their interaction matrices. Its modules need no matching: what one
+    seed makes up is averaged out, and modules that turn among each other, since their eigenvalues are close, add up.
+    Each model enters with its leading modules, three times as many as are asked for and 20 at least.
+
+    Parameters
+    ----------
+    models
+        Models of the same training cells, such as :func:`scbmlp.models.fit_replicas` returns.
+    output
+        As in :func:`scbmlp.interactions.direction`.
+    n_modules
+        Number of modules.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than two models, or their genes, outputs or training cells differ.
+    KeyError
+        The output is unknown.
+    """
+    return _mean_modules(models, _of_each(models, output, n_modules), output, n_modules)
+
+
+def stability(models: Sequence[Model], output: Output, n_modules: int = 5) -> pd.DataFrame:
+    """Say how well the leading modules come back from model to model.
+
+    Each model's modules are matched with those of the :func:`consensus`, one to one, by the correlation of their scores
+    over the training cells. A module's stability in a pair of models is the absolute correlation of the two scores that
+    are matched with it; or, where the second model has several modules whose eigenvalues are within a tenth of each
+    other, that of one score with the best mix of them, since such modules turn among each other by a breath.
+
+    Parameters
+    ----------
+    models, output
+        As in :func:`consensus`.
+    n_modules
+        Number of modules.
+
+    Returns
+    -------
+    A row a module of the consensus: its ``eigenvalue``, the mean ``stability`` over ordered pairs of models, and
+    ``low`` and ``high``, between which nine of ten pairs are.
+
+    Raises
+    ------
+    ValueError, KeyError
+        As for :func:`consensus`.
+    """
+    found = _of_each(models, output, n_modules)
+    mean = _mean_modules(models, found, output, n_modules)
+    matched = [linear_sum_assignment(-np.abs(_correlations(mean, one)))[1] for one in found]
+    pairs = []
+    for i, j in permutations(range(len(found)), 2):
+        r, values = _correlations(found[i], found[j])[matched[i]], found[j].eigenvalues.to_numpy()
+        partner = values[matched[j]][:, None]
+        close = np.abs(values - partner) <= 0.1 * np.abs(partner)
+        pairs.append(np.sqrt((r**2 * close).sum(axis=1)))
+    low, high = np.quantile(pairs, [0.05, 0.95], axis=0)
+    columns = {"eigenvalue": mean.eigenvalues, "stability": np.mean(pairs, axis=0), "low": low, "high": high}
+    return pd.DataFrame(columns, mean.eigenvalues.index)
+
+
+def _of_each(models: Sequence[Model], output: Output, n_modules: int) -> list[GeneModules]:
+    """Return the leading modules of every model in metric ``covariance``."""
+    n_modules, models = whole_number(n_modules, "n_modules"), list(models)
+    if len(models) < 2:
+        raise ValueError(f"models has {len(models)}; two or more are needed to compare: scbmlp.models.fit_replicas.")
+    first = models[0]
+    for name in ("gene_names", "output_names"):
+        if not all(getattr(model, name).equals(getattr(first, name)) for model in models):
+            raise ValueError(f"models have different {name}, or in another order; fit all on the same data.")
+    if None not in [model.statistics for model in models]:  # else gene_modules says what to do
+        if not all(np.allclose(model.statistics.mean, first.statistics.mean) for model in models):
+            raise ValueError(
+                "models were trained on different cells; fit replicas of one training set, or resample it."
+            )
+    most = [min(max(3 * n_modules, 20), 2 * model.cfg.d_hidden, model.cfg.d_input) for model in models]
+    found = []
+    for model, n in zip(models, most, strict=True):
+        modules = gene_modules(model, output, None, "covariance")
+        kept = modules.eigenvalues.index[:n]
+        found.append(
+            replace(
+                modules,
+                eigenvalues=modules.eigenvalues[kept],
+                loadings=modules.loadings[kept],
+                weights=modules.weights[kept],
+            )
+        )
+    return found
+
+
+def _correlations(a: GeneModules, b: GeneModules) -> np.ndarray:
+    """Return the correlations of scores over the training cells, in which both have variance 1 (comp x comp)."""
+    return a.weights.to_numpy().T @ (b.unit.to_numpy()[:, None] * b.loadings.to_numpy())
+
+
+def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Output, n_modules: int) -> GeneModules:
+    basis = np.hstack([modules.weights for modules in found])
+    core = np.diag(np.concatenate([modules.eigenvalues for modules in found])) / len(found)
+    unit = found[0].unit.to_numpy()
+    covariance = unit[:, None] * np.hstack([modules.loadings for modules in found])
+    matrix = InteractionMatrix(basis, core, found[0].weights.index)
+    values, in_basis = _uncorrelated(matrix, covariance, n_modules)
+    return _signed(models[0], output, models[0].statistics, unit, values, basis @ in_basis, covariance @ in_basis)
 
 
 def truncation_curve(

@@ -1,15 +1,18 @@
+import copy
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
 import scanpy as sc
+import torch
 from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
-from scbmlp.datasets import ExpressionDataset
+from scbmlp.datasets import ExpressionDataset, get_regression_datasets
 from scbmlp.interactions import decompose, interaction_matrix
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.modules import agreement, gene_modules, truncation_curve
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, fit_replicas
+from scbmlp.modules import agreement, consensus, gene_modules, stability, truncation_curve
 from tests.test_interactions import random_model
 
 
@@ -307,3 +310,95 @@ def test_agreement_needs_fits_on_the_same_genes():
         agreement([table])
     with pytest.raises(ValueError, match="different genes"):
         agreement([table, table.iloc[::-1]])
+
+
+# ------------------------------------------------------------------------------------------------------- replicas
+
+
+@pytest.fixture(scope="module")
+def replicas(planted):
+    train, *_ = get_regression_datasets(planted, "target")
+    cfg = Config(8, 8, 2, n_epochs=60, lr=0.01, device="cpu")
+    return fit_replicas(ScBMLPRegressor, cfg, train, None, 5, "bootstrap", progress=False)
+
+
+def test_consensus_of_one_function_is_that_function(replicas):
+    model = replicas[0]
+    once, same = gene_modules(model, 0, 3, "covariance"), consensus([model] * 3, 0, 3)
+    np.testing.assert_allclose(same.eigenvalues, once.eigenvalues, rtol=1e-6)
+    np.testing.assert_allclose(same.loadings, once.loadings, atol=1e-6)
+    np.testing.assert_allclose(same.weights, once.weights, atol=1e-5)
+    assert same.output == once.output == "product"
+    found = stability([model] * 3, 0, 3)
+    np.testing.assert_allclose(found[["stability", "low", "high"]], 1, atol=1e-6)
+
+
+def test_consensus_is_of_the_mean_interaction_matrix(replicas):
+    """Against dense algebra: eigenvalues of S^(1/2) Q S^(1/2), where Q is the mean over models."""
+    x = replicas_cells(replicas)
+    covariance = np.cov(x.T, ddof=0)
+    q = np.mean([interaction_matrix(model, 0).to_dense() for model in replicas], axis=0)
+    values, vectors = np.linalg.eigh(covariance)
+    root = vectors * np.sqrt(values) @ vectors.T
+    expected = np.linalg.eigvalsh(root @ q @ root)
+    expected = expected[np.argsort(-np.abs(expected))]
+    found = consensus(replicas, 0, 4)
+    np.testing.assert_allclose(found.eigenvalues, expected[:4], rtol=1e-3)
+    scores = found.scores(x)
+    np.testing.assert_allclose(np.cov(scores.T, ddof=0), np.eye(4), atol=1e-3)
+    expected = [np.corrcoef(gene, scores["module_1"])[0, 1] for gene in x.T]
+    np.testing.assert_allclose(found.loadings["module_1"], expected, atol=1e-3)
+
+
+def replicas_cells(replicas):
+    """Training cells of the replicas, whose statistics they keep."""
+    adata = AnnData(np.random.default_rng(0).uniform(0, 2, (1000, 8)).astype(np.float32))
+    adata.obsm["target"] = np.random.default_rng(1).normal(size=(1000, 2))
+    x = adata.X[get_regression_datasets(adata, "target")[0].indices]
+    np.testing.assert_allclose(x.mean(axis=0), replicas[0].statistics.mean, rtol=1e-5)
+    return x
+
+
+def test_what_is_there_is_stable_and_noise_is_not(replicas, planted):
+    found = stability(replicas, "product", 3)
+    assert list(found.columns) == ["eigenvalue", "stability", "low", "high"]
+    assert (found["low"] <= found["stability"]).all() and (found["stability"] <= found["high"]).all()
+    noise = planted.copy()
+    noise.obsm["target"] = np.random.default_rng(0).normal(size=(1000, 2))
+    cfg = Config(8, 8, 2, n_epochs=60, lr=0.01, device="cpu")
+    train, *_ = get_regression_datasets(noise, "target")
+    of_noise = stability(fit_replicas(ScBMLPRegressor, cfg, train, None, 5, "half", progress=False), 0, 3)
+    assert found["stability"].iloc[:2].min() > 0.95 > 0.9 > of_noise["stability"].iloc[:2].max()
+
+
+def test_modules_of_equal_strength_may_turn_among_each_other(replicas):
+    """x1^2 + x2^2 has any two orthogonal directions for modules."""
+    models, covariance = [], np.diag([1.0, 1.0, 1.0])
+    for angle in (0.0, 0.6):
+        one, two = [np.cos(angle), np.sin(angle), 0], [-np.sin(angle), np.cos(angle), 0]
+        model = ScBMLPRegressor(Config(3, 2, 1))
+        with torch.no_grad():
+            model.branches.weight.copy_(torch.tensor([one, two, one, two]))
+            model.project.weight.fill_(1.0)
+        model.gene_names, model.output_names = pd.Index(list("abc")), pd.Index(["y"])
+        basis = interaction_matrix(model, 0).basis
+        model.statistics = Statistics(np.zeros(3), np.ones(3), covariance @ basis, np.zeros((3, 1)))
+        models.append(model)
+    found = stability(models, 0, 2)
+    np.testing.assert_allclose(found["eigenvalue"], 1)
+    np.testing.assert_allclose(found["stability"], 1)
+
+
+def test_models_that_cannot_be_compared_are_refused(replicas, planted):
+    with pytest.raises(ValueError, match="models has 1; two or more are needed"):
+        stability(replicas[:1], 0)
+    with pytest.raises(ValueError, match="n_modules=0: a whole number of at least 1"):
+        consensus(replicas, 0, 0)
+    other = ScBMLPRegressor(Config(8, 8, 2, n_epochs=1, device="cpu"))
+    other.fit(get_regression_datasets(planted, "target")[1], baseline=False, enable_progress_bar=False)
+    with pytest.raises(ValueError, match="trained on different cells; fit replicas of one training set"):
+        consensus([*replicas, other], 0)
+    renamed = copy.deepcopy(replicas[0])
+    renamed.output_names = renamed.output_names[::-1]
+    with pytest.raises(ValueError, match="different output_names, or in another order"):
+        stability([renamed, replicas[1]], 0)
