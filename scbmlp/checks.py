@@ -394,6 +394,23 @@ def strata_of(adata: AnnData, strata: str | Sequence[str] | None) -> tuple[pd.Se
     return (pd.concat(columns, axis=1).agg(", ".join, axis=1) if columns else joined), names
 
 
+def check_key(key: Any) -> None:
+    """Raise an error for a name under which nothing can be kept in an AnnData file.
+
+    Parameters
+    ----------
+    key
+        Where a function is to write.
+
+    Raises
+    ------
+    ValueError
+        It is no text, empty, or has a slash, which opens a folder in the file, that is then not read again.
+    """
+    if not isinstance(key, str) or not key or "/" in key:
+        raise ValueError(f"key_added={key!r}: text without a slash is needed, or the file could not be read again.")
+
+
 def as_mask(values: Any, what: str) -> np.ndarray:
     """Return yes or no for every cell or gene, from booleans in any of their guises.
 

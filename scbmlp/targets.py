@@ -19,6 +19,7 @@ from sklearn.neighbors import KNeighborsRegressor
 from scbmlp.checks import (
     as_mask,
     as_numbers,
+    check_key,
     check_log_normalised,
     control_labels,
     expression,
@@ -80,8 +81,10 @@ def laplacian_frequencies(
         There is no graph under `neighbors_key`.
     ValueError
         The graph has isolated cells or falls apart, it has no `n_frequencies` besides the constant one, `cells` is
-        given with `neighbors_key` or is neither mask nor positions, or expression is not finite and non-negative.
+        given with `neighbors_key` or is neither mask nor positions, `key_added` has a slash, or expression is not
+        finite and non-negative.
     """
+    check_key(key_added)
     chosen = positions(cells, adata)
     if not (isinstance(n_frequencies, int | np.integer) and 1 <= n_frequencies <= len(chosen) - 2):
         raise ValueError(
@@ -246,9 +249,10 @@ def perturbation_response(
         A column is not in ``obs``, or `control` is not one of the labels.
     ValueError
         A label is missing, a stratum lacks vehicle cells, a perturbation has too few cells, `n_components` is too
-        large, `reference` is unknown, `cells` is neither mask nor positions, or expression is not finite and
-        non-negative.
+        large, `reference` is unknown, `cells` is neither mask nor positions, `key_added` has a slash, or expression is
+        not finite and non-negative.
     """
+    check_key(key_added)
     if reference not in ("mean", "nearest"):
         raise ValueError(f"reference={reference!r} is unknown; choose 'mean' or 'nearest'.")
     labels, control = control_labels(adata, perturbation_key, control)
@@ -348,8 +352,9 @@ def dose_coordinates(
     KeyError
         A column is not in ``obs``, or `control` is not one of the labels.
     ValueError
-        A label is missing, a dose is not a number of at least 0, or all are 0.
+        A label is missing, a dose is not a number of at least 0, all are 0, or `key_added` has a slash.
     """
+    check_key(key_added)
     labels, control = control_labels(adata, perturbation_key, control)
     doses = obs_column(adata, dose_key, "dose_key")
     numbers = as_numbers(doses).mask(labels == control, 0.0)

@@ -21,10 +21,11 @@ PUBLIC = {
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "targets": ["laplacian_frequencies", "perturbation_response"],
     "baselines": ["linear_baseline", "LinearModel"],
-    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor", "tune", "statistics"],
-    "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit"],
-    "modules": ["gene_modules", "GeneModules", "truncation_curve"],
-    "enrichment": ["enrich"],
+    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor", "tune", "fit_replicas", "statistics"],
+    "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit", "similarity"],
+    "modules": ["gene_modules", "GeneModules", "consensus", "stability", "truncation_curve"],
+    "enrichment": ["enrich", "read_gene_sets"],
+    "sklearn": ["BilinearClassifier", "BilinearRegressor"],
 }
 
 
