@@ -12,7 +12,7 @@ override SCBMLP_DATA_DIR := $(shell $(PYTHON) -c 'import os, sys; print(os.path.
 export SCBMLP_DATA_DIR
 endif
 
-.PHONY: book test outputs figure lock clean
+.PHONY: book test test-min outputs figure lock clean
 
 book: $(INSTALLED) ## build the site; every chapter is executed, and any error or warning stops the build
 	rm -rf _build
@@ -24,6 +24,13 @@ test: $(INSTALLED) ## lint, unit tests, and every chapter on simulated cells aga
 	$(BIN)/ruff format --check .
 	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest tests chapters \
 	  -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
+
+test-min: ## unit tests with the lowest versions that pyproject.toml allows, where no book extra is needed
+	$(PYTHON) .ci/maintain.py lowest > .venv-min.txt
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-min.txt -e . hypothesis pytest
+	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest tests --ignore tests/test_chapters.py --ignore tests/test_project.py \
+	  --ignore tests/test_readme.py
 
 outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print on simulated cells
 	SCBMLP_DATA_SOURCE=simulated $(BIN)/python .ci/maintain.py outputs
@@ -38,7 +45,7 @@ lock: ## resolve every version anew, and write constraints.txt and environment.y
 	$(BIN)/python .ci/maintain.py lock
 
 clean: ## remove the virtual environment and the site
-	rm -rf .venv _build
+	rm -rf .venv .venv-min .venv-min.txt _build
 
 $(INSTALLED): constraints.txt pyproject.toml
 	@echo "Making .venv with $(PYTHON), $$($(PYTHON) --version); 3.11 is proven, 3.12 and 3.13 are allowed. Another: make PYTHON=..."

@@ -4,11 +4,9 @@ import base64
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
-
-import nbformat
-from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = "nbval-check-output"
@@ -16,6 +14,9 @@ CHECKED = "nbval-check-output"
 
 def outputs() -> None:
     """Run every chapter, and keep the outputs of the checked cells alone."""
+    import nbformat
+    from nbclient import NotebookClient
+
     for path in sorted((ROOT / "chapters").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         NotebookClient(notebook, timeout=1800, resources={"metadata": {"path": path.parent}}).execute()
@@ -41,6 +42,8 @@ def outputs() -> None:
 
 def figure() -> None:
     """Write the figure of the cell tagged ``readme-figure`` from the last build."""
+    import nbformat
+
     for path in sorted((ROOT / "_build" / "jupyter_execute" / "chapters").glob("*.ipynb")):
         for cell in nbformat.read(path, as_version=4).cells:
             if "readme-figure" in cell.metadata.get("tags", []):
@@ -84,6 +87,12 @@ def lock() -> None:
     subprocess.run(["git", "diff", "--stat", "constraints.txt", "environment.yml"], cwd=ROOT, check=False)
 
 
+def lowest() -> None:
+    """Print the lowest version of every dependency that pyproject.toml allows."""
+    for line in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        print(line.replace(">=", "=="))
+
+
 if __name__ == "__main__":
-    chores = {"outputs": outputs, "figure": figure, "lock": lock}
+    chores = {"outputs": outputs, "figure": figure, "lock": lock, "lowest": lowest}
     chores[sys.argv[1]]()
