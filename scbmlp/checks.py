@@ -194,6 +194,7 @@ def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.I
         raise ValueError(f"{what} have no name in {sum(map(pd.isna, found))} of {len(found)}; name them all.")
     kinds = ((bool, bool | np.bool_), (int, Integral), (float, Real))
     plain = next((kind for kind, known in kinds if all(isinstance(name, known) for name in found)), str)
+    plain = str if plain is int and any(abs(name) >= 2**63 for name in found) else plain
     index = pd.Index([plain(name) for name in found], dtype=object if plain is str else plain)
     if unique and not index.is_unique:
         twice = index[index.duplicated()].unique()[:5]

@@ -366,6 +366,8 @@ def get_regression_datasets(
         # Numbers that a pipeline made categorical are numbers all the same.
         numeric = [pd.api.types.is_numeric_dtype(getattr(kind, "categories", kind)) for kind in target.dtypes]
         target = target.astype({name: float for name, yes in zip(target.columns, numeric, strict=True) if yes})
+    if np.ndim(target) == 1 and not isinstance(target, pd.DataFrame):
+        target = np.asarray(target)[:, None]
     y = numeric_matrix(target, where, np.float32)
     y = y.toarray() if sparse.issparse(y) else y
     check_finite(y, where, "drop those cells")

@@ -8,9 +8,10 @@ import html
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
@@ -122,7 +123,7 @@ def sciplex3(
         "sciplex3",
         lambda path: _download(path, SCIPLEX3_URL),
         lambda: simulate.sciplex3(n_cells=60_000),
-        _open_without_layers,
+        _open_without_matrices,
     )
     obs = _clean_labels(adata.obs)
     vehicle = obs["perturbation"] == "control"
@@ -305,23 +306,32 @@ def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     return labels[known & (hours == 24)]
 
 
+@contextmanager
+def _counts_in(path: Path) -> Iterator[Any]:
+    """Open the counts of a file, in their layer or in X, to be read in slices."""
+    with _reading(path):
+        file = h5py.File(path)
+        counts = file["layers/counts" if "layers/counts" in file else "X"]
+        counts = sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
+    with file:
+        yield counts
+
+
 def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
     """Copy the cells whose row numbers index `obs` into memory, block by block."""
-    counts = adata.layers.get("counts", adata.X)
-    if adata.isbacked and "layers/counts" in (file := h5py.File(adata.filename, "r")):
-        counts = file["layers/counts"]
-        counts = sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
+    path = adata.uns.pop("path", None)
+    file = nullcontext(adata.layers.get("counts", adata.X)) if path is None else _counts_in(Path(path))
     ids = adata.var.get("ensembl_id", pd.Series("", adata.var_names))
     human = np.flatnonzero(~ids.astype(str).str.startswith("ENSMUSG"))
     blocks = []
-    for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
-        with _reading(Path(adata.filename or "sciplex3.h5ad")):
-            block = numeric_matrix(counts[start : start + BLOCK], "a block of cells", np.float32)
-        block = sparse.csr_matrix(block)[obs.index[rows] - start][:, human]
-        if np.any(block.data % 1):
-            raise ValueError("sciplex3.h5ad has fractions in X, and no layer 'counts'; store raw counts in either.")
-        blocks.append(block)
-    adata.file.close()
+    with file as counts:
+        for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
+            with _reading(Path(path or "sciplex3.h5ad")):
+                block = numeric_matrix(counts[start : start + BLOCK], "a block of cells", np.float32)
+            block = sparse.csr_matrix(block)[obs.index[rows] - start][:, human]
+            if np.any(block.data % 1):
+                raise ValueError("sciplex3.h5ad has fractions in X, and no layer 'counts'; store raw counts in either.")
+            blocks.append(block)
     obs = obs.set_index(adata.obs_names[obs.index])
     for column in obs.columns.drop(["dose_value", "ncounts"]):
         obs[column] = obs[column].astype("category").cat.remove_unused_categories()
@@ -394,10 +404,12 @@ def _open(path: Path) -> AnnData:
     return anndata.read_h5ad(path, backed="r")
 
 
-def _open_without_layers(path: Path) -> AnnData:
-    """Open a file, and leave its layers there too; anndata would read them whole."""
-    file = h5py.File(path, "r")
-    return AnnData(filename=file, **{name: read_elem(file[name]) for name in ("obs", "var", "uns") if name in file})
+def _open_without_matrices(path: Path) -> AnnData:
+    """Read all of a file but its matrices; anndata would read its layers whole. ``uns["path"]`` says where they are."""
+    with h5py.File(path) as file:
+        adata = AnnData(**{name: read_elem(file[name]) for name in ("obs", "var", "uns") if name in file})
+    adata.uns["path"] = str(path)
+    return adata
 
 
 @contextmanager
@@ -411,7 +423,7 @@ def _reading(path: Path, remedy: str = "replace it with a whole copy") -> Iterat
 def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> AnnData:
     with _reading(path, "delete it and try again" if kind == "download" else "replace it with a whole copy"):
         adata = read(path)
-        if not adata.isbacked:
+        if not (adata.isbacked or "path" in adata.uns):
             numeric_matrix(adata.X, "X")
     adata.var_names_make_unique()
     if adata.uns.get("scbmlp_source", {}).get("kind") == "simulated":

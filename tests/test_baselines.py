@@ -59,7 +59,7 @@ def test_logistic_regression_is_sklearns_on_the_genes_themselves(shape, n_classe
     fit = LogisticRegression(C=1 / model.penalty, max_iter=10_000, tol=1e-8).fit(x, y)
     shares = np.exp(log_softmax(model.outputs(val), axis=1))
     np.testing.assert_allclose(shares, fit.predict_proba(val.x.toarray()), atol=0.03 if exact else 0.05)
-    assert model.score(val) == accuracy_score(val.y, model.outputs(val).argmax(axis=1))
+    assert model.score(val) == accuracy_score(val.y.numpy(), model.outputs(val).argmax(axis=1))
     # No penalty of the grid has a smaller log-loss on the validation cells.
     unit = np.square(x - x.mean(axis=0)).sum() / min(shape)
     others = [
