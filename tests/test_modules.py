@@ -402,3 +402,11 @@ def test_models_that_cannot_be_compared_are_refused(replicas, planted):
     renamed.output_names = renamed.output_names[::-1]
     with pytest.raises(ValueError, match="different output_names, or in another order"):
         stability([renamed, replicas[1]], 0)
+
+
+def test_factors_are_of_the_two_leading_modules_unless_others_are_named(replicas, planted):
+    modules = gene_modules(replicas[0], 0, 4)
+    values = planted.obsm["target"]["product"]
+    pd.testing.assert_series_equal(modules.factor_along(planted, values), modules.factor_along(planted, values, 0, 1))
+    assert (modules.factor_along(planted, values).iloc[2:] == 0).all()
+    assert not modules.factor_along(planted, values).equals(modules.factor_along(planted, values, 2, 3))
