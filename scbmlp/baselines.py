@@ -151,7 +151,7 @@ class Axes:
     """
 
     def __init__(self, x: Any) -> None:
-        self.rows = _some(x.shape[0], MOST if min(x.shape) > MOST else x.shape[0])
+        self.rows = some(x.shape[0], MOST if min(x.shape) > MOST else x.shape[0])
         self.x = x if len(self.rows) == x.shape[0] else x[self.rows]
         self.mean = np.asarray(self.x.mean(axis=0), dtype=np.float64).ravel()
         self.dual = self.x.shape[0] <= self.x.shape[1]
@@ -292,7 +292,7 @@ def logistic(
 
 def _quick_logistic(x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:
     """Do as :func:`logistic` for a few penalties on the features themselves, of as many cells as 400 MB hold."""
-    rows, rows_val = (_some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
+    rows, rows_val = (some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
     dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
     mean = dense.mean(axis=0)
     dense, dense_val = dense - mean, dense_val - mean
@@ -336,8 +336,14 @@ def _logistic(
     return best
 
 
-def _some(n: int, most: int) -> np.ndarray:
-    """Return the rows of at most that many of `n` cells, drawn by a seed of its own."""
+def some(n: int, most: int) -> np.ndarray:
+    """Return the rows of at most that many cells, drawn by a seed of its own, rising.
+
+    Parameters
+    ----------
+    n, most
+        Number of cells there are, and of those to draw; all if there are no more.
+    """
     return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 

@@ -18,7 +18,7 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
-from scbmlp.baselines import LARGE, Axes, additive_features, logistic, ridge
+from scbmlp.baselines import LARGE, Axes, additive_features, logistic, ridge, some
 from scbmlp.checks import nearest, whole_number
 from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
@@ -213,8 +213,7 @@ class InteractionMatrix(LinearOperator):
             names = self.gene_names.to_numpy()
             return pd.DataFrame({"gene_a": names[i], "gene_b": names[j], "interaction": values})
         x = match_genes(dataset, self.gene_names)
-        if x.shape[0] > LARGE:
-            x = x[np.sort(np.random.default_rng(0).choice(x.shape[0], LARGE, replace=False))]
+        x = x[some(x.shape[0], LARGE)]
         x = dense_tensor(x).numpy()
         d = x - x.mean(axis=0)
         # Taking more off a product than its mean only lowers its deviation: candidates come by that bound, until the
@@ -541,8 +540,7 @@ def similarity(
     known = [model.statistics for model in (a, b)]
     if dataset is not None:
         x = match_genes(dataset, a.gene_names)
-        if x.shape[0] > LARGE:
-            x = x[np.sort(np.random.default_rng(0).choice(x.shape[0], LARGE, replace=False))]
+        x = x[some(x.shape[0], LARGE)]
         d = dense_tensor(x).numpy().astype(np.float64)
         mean = d.mean(axis=0)
         d = (d - mean) / np.sqrt(len(d))
