@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy import sparse
 from scipy.linalg import block_diag
 from scipy.sparse.linalg import LinearOperator
@@ -490,6 +491,124 @@ def _expand(model: Model, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray
     constant, slope = _beside_branches(model)
     outputs = p @ (at_left * at_right) + constant + slope @ reference
     return outputs, (p * at_right) @ left + (p * at_left) @ right + slope
+
+
+def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) -> pd.DataFrame:
+    """Return what each gene adds to an output of cells beside a reference cell (cell x gene); an identity, not a fit.
+
+    With d = x - reference, gene i adds d_i (axis_i + (Q d)_i): its slope, what it does with itself, and half of what it
+    does with each other gene. For a second-order model this is the Shapley value :cite:p:`shapley1953`, and the
+    integrated gradient :cite:p:`sundararajan2017` along the straight line from the reference. All genes together add up
+    to the output less that of the reference cell.
+
+    Parameters
+    ----------
+    model
+        A classifier or regressor.
+    output
+        As in :func:`direction`.
+    x
+        Cells, as in ``model.outputs``.
+    reference
+        Expression of the reference cell (gene), a Series matched by name; 0 is a cell without expression.
+
+    Raises
+    ------
+    KeyError
+        An output is unknown, or genes of the model are missing.
+    ValueError
+        `reference` does not have the model's genes.
+    """
+    d, index = _around(model, x, reference)
+    matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference)
+    return pd.DataFrame(d * (axis.to_numpy() + d @ matrix.basis @ matrix.core @ matrix.basis.T), index, axis.index)
+
+
+def pair_effects(
+    model: Model, output: Output, x: Any, pairs: pd.DataFrame | Iterable[tuple[str, str]], reference: np.ndarray
+) -> pd.DataFrame:
+    """Return what pairs of genes add to an output of cells beside a reference cell, 2 Q_ij d_i d_j (cell x pair).
+
+    It is what both genes do together and neither does alone: the Shapley interaction index
+    :cite:p:`grabisch1999`, which takes a count over all sets of genes for most models, and one product for this one.
+
+    Parameters
+    ----------
+    model, output, x, reference
+        As in :func:`attributions`.
+    pairs
+        Pairs of names of different genes, or a table with ``gene_a`` and ``gene_b``, as from ``top_pairs``.
+
+    Raises
+    ------
+    KeyError
+        As for :func:`attributions`, and if a gene of a pair is not the model's.
+    ValueError
+        As for :func:`attributions`, and if a pair is one gene twice.
+    """
+    pairs = list(pairs[["gene_a", "gene_b"]].itertuples(index=False)) if isinstance(pairs, pd.DataFrame) else pairs
+    pairs = pd.MultiIndex.from_tuples([tuple(pair) for pair in pairs], names=["gene_a", "gene_b"])
+    matrix = interaction_matrix(model, output)
+    a, b = (matrix._positions(list(pairs.get_level_values(i))) for i in (0, 1))
+    if (a == b).any():
+        raise ValueError(f"pairs has {pairs[a == b][0][0]!r} with itself; name two different genes.")
+    d, index = _around(model, x, reference)
+    entries = np.einsum("pi,ij,pj->p", matrix.basis[a], matrix.core, matrix.basis[b], optimize=True)
+    return pd.DataFrame(2 * entries * d[:, a] * d[:, b], index, pairs)
+
+
+def _around(model: Model, x: Any, reference: np.ndarray) -> tuple[np.ndarray, pd.Index | None]:
+    """Return cells less a reference cell (cell x gene), and their names where they have any."""
+    index = x.obs_names if isinstance(x, AnnData) else x.index if isinstance(x, pd.DataFrame) else None
+    x = match_genes(x, model.gene_names, model.layer)
+    return dense_tensor(x).numpy() - gene_vector(reference, model.gene_names, "reference"), index
+
+
+def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np.ndarray) -> pd.DataFrame:
+    """Split the mean output of each donor, or other group of cells, into pseudobulk and co-expression; an identity.
+
+    Biologists compare donors and not cells, by the mean expression m of a donor's cells. For a second-order model the
+    mean output knows one thing more, the covariance S of the genes over the donor's cells: with m less the reference,
+    it is constant + axis m + m' Q m + tr(Q S).
+
+    Parameters
+    ----------
+    model, output, x, reference
+        As in :func:`attributions`.
+    groups
+        Label of every cell (cell), such as ``adata.obs["donor"]``; cells without a label are left out.
+
+    Returns
+    -------
+    A row a group: ``n_cells``, ``constant``, ``linear``, ``pseudobulk``, ``coexpression``, and ``mean``, their sum.
+
+    Raises
+    ------
+    KeyError
+        As for :func:`attributions`.
+    ValueError
+        As for :func:`attributions`, and if `groups` are not one a cell.
+    """
+    x = match_genes(x, model.gene_names, model.layer)
+    if np.ndim(groups) != 1 or len(groups) != x.shape[0]:
+        raise ValueError(f"groups has shape {np.shape(groups)} for {x.shape[0]} cells; pass one label a cell.")
+    reference = gene_vector(reference, model.gene_names, "reference")
+    matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference).to_numpy()
+    constant = direction(model, output) @ _expand(model, reference)[0]
+    rows = {}
+    for name, cells in pd.Series(np.arange(x.shape[0])).groupby(np.asarray(groups), observed=True).indices.items():
+        m = np.asarray(x[cells].mean(axis=0)).ravel() - reference
+        hidden, at_mean = x[cells] @ matrix.basis - reference @ matrix.basis, m @ matrix.basis
+        spread = hidden - at_mean
+        parts = [
+            constant,
+            m @ axis,
+            at_mean @ matrix.core @ at_mean,
+            np.sum(spread @ matrix.core * spread) / len(cells),
+        ]
+        rows[name] = [len(cells), *parts, sum(parts)]
+    columns = ["n_cells", "constant", "linear", "pseudobulk", "coexpression", "mean"]
+    return pd.DataFrame.from_dict(rows, "index", columns=columns)
 
 
 def similarity(

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
@@ -31,6 +32,7 @@ from scbmlp.checks import plain_names, warn, whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes, standard_deviation
 from scbmlp.training import (
     Counted,
+    Permuted,
     Training,
     accelerator,
     check_trainer,
@@ -736,10 +738,12 @@ def _fit(
     ckpt_path: str | Path | None,
     trainer_kwargs: dict[str, Any],
     counts: np.ndarray | None = None,
+    orders: tuple[np.ndarray, np.ndarray | None] | None = None,
 ) -> None:
     """Fit one model, or several of one form, size and number of epochs on the same batches.
 
-    Several may have a baseline each, and count the training cells differently (cell x model).
+    Several may have a baseline each, and count the training cells differently (cell x model), or have their targets in
+    other `orders`, of the training and the validation cells (each cell x model).
     """
     check_trainer(trainer_kwargs)
     first, cfg = models[0], models[0].cfg
@@ -760,8 +764,14 @@ def _fit(
             "they choose, the last epoch is kept and not the best, and the fit is not compared with a linear model; "
             "pass val=."
         )
+    trains, vals = [train] * len(models), [val] * len(models)
+    if orders is not None:
+        trains = [_other_targets(train, order) for order in orders[0].T]
+        vals = vals if val is None else [_other_targets(val, order) for order in orders[1].T]
     linear_models = [None] * len(models)
-    if isinstance(baseline, LinearModel) or (baseline is True and val is not None):
+    if orders is not None and baseline is True and val is not None:
+        linear_models = [linear_baseline(*both, exact=False) for both in zip(trains, vals, strict=True)]
+    elif isinstance(baseline, LinearModel) or (baseline is True and val is not None):
         shared = baseline if isinstance(baseline, LinearModel) else linear_baseline(train, val, exact=False)
         linear_models = [shared] * len(models)
     elif not isinstance(baseline, bool):
@@ -770,19 +780,22 @@ def _fit(
     if cfg.linear and train.y.ndim == 2:
         target = train.y.numpy().astype(np.float64)
         units = target.mean(axis=0), np.where(np.ptp(target, axis=0) > 0, target.std(axis=0), 1.0)
-    for model, linear_model in zip(models, linear_models, strict=True):
+    for model, linear_model, own, own_val in zip(models, linear_models, trains, vals, strict=True):
         model._begin(train, linear_model, units)
         if linear_model is not None:
-            sets = {"train": train} if val is None else {"train": train, "val": val}
+            sets = {"train": own} if val is None else {"train": own, "val": own_val}
             model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
     best = val is not None and (cfg.linear or cfg.patience is not None)
     generator = torch.Generator().manual_seed(cfg.seed)
-    starts = (
-        [model._start(val, *one, units) for model, *one in zip(models, linear_models, strict=True)] if best else None
-    )
-    training = Training(models, units, starts, generator)
-    loaders = [loader(train if counts is None else Counted(train, counts), cfg.batch_size, generator)]
-    loaders += [] if val is None else [loader(val, max(cfg.batch_size, 1024))]
+    starts = None
+    if best:
+        starts = [model._start(*one, units) for model, *one in zip(models, vals, linear_models, strict=True)]
+    training = Training(models, units, starts, generator, orders is not None)
+    cells = train if counts is None else Counted(train, counts)
+    batches = cells if orders is None else Permuted(train, orders[0])
+    loaders = [loader(batches, cfg.batch_size, generator)]
+    if val is not None:
+        loaders.append(loader(val if orders is None else Permuted(val, orders[1]), max(cfg.batch_size, 1024)))
     defaults = {
         "max_epochs": cfg.n_epochs,
         "logger": False,
@@ -799,8 +812,8 @@ def _fit(
             trainer.fit(training, *loaders, ckpt_path=ckpt_path)
     finally:
         training.finish()
-        for model in models:
-            model.statistics = statistics(model, train)
+        for model, own in zip(models, trains, strict=True):
+            model.statistics = statistics(model, own)
     if linear_models[0] is not None and val is not None and len(models) == 1:
         name = f"val_{first.metric}"
         score, least = first.score(val), first._baseline[name]
@@ -812,6 +825,13 @@ def _fit(
                 f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
                 f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
             )
+
+
+def _other_targets(dataset: ExpressionDataset, order: np.ndarray) -> ExpressionDataset:
+    """Return the same cells with the targets of others."""
+    other = copy(dataset)
+    other.y = dataset.y[order]
+    return other
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
@@ -998,6 +1018,91 @@ def fit_replicas(
     _fit(models, train, val, baseline, None, {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}, counts)
     bar.close()
     return models
+
+
+def fit_permuted(
+    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
+    cfg: Config,
+    train: ExpressionDataset,
+    val: ExpressionDataset | None = None,
+    n_permutations: int = 20,
+    strata: Any = None,
+    *,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[list[ScBMLPClassifier | ScBMLPRegressor], list[ExpressionDataset | None]]:
+    """Fit a model, and the same on targets dealt out to the wrong cells, at once: what a fit finds where nothing is.
+
+    All start from the same weights and see the same batches. With a linear part, each starts at the linear baseline of
+    its own targets. Validation targets are permuted too, since they choose the epoch.
+
+    Parameters
+    ----------
+    ModelClass
+        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
+    cfg
+        Size and training of every model.
+    train, val
+        As in ``fit``.
+    n_permutations
+        Number of permutations.
+    strata
+        Label of every cell of the AnnData that `train` and `val` were cut from, such as ``adata.obs["donor"]``: targets
+        are permuted within a stratum, so that what differs from stratum to stratum is kept. All cells are one if None.
+    progress
+        Show how many epochs are done and the time left, in a terminal or a notebook.
+    options
+        Handed to `ModelClass`, such as ``loss_fn="huber"``.
+
+    Returns
+    -------
+    The model of the targets as they are, then one a permutation; and for each the validation cells with the targets
+    that chose its epoch.
+
+    Raises
+    ------
+    ValueError
+        `strata` are not one a cell, a label is missing, or a stratum has a single cell in one of the two sets.
+    """
+    n_permutations = whole_number(n_permutations, "n_permutations")
+    rng, orders = np.random.default_rng(cfg.seed), []
+    for name, dataset in {"train": train, "val": val}.items():
+        if dataset is None:
+            orders.append(None)
+            continue
+        check_dataset(dataset, name)
+        stratum = _strata(strata, dataset, name)
+        order = np.tile(np.arange(len(dataset))[:, None], n_permutations + 1)
+        for rows in pd.Series(order[:, 0]).groupby(stratum).indices.values():
+            order[rows, 1:] = rng.permuted(order[rows, 1:], axis=0)
+        orders.append(order)
+    models = [ModelClass(cfg, **options) for _ in range(n_permutations + 1)]
+    bar = tqdm(total=cfg.n_epochs, desc="permutations", unit="epoch", disable=None if progress else True)
+    quiet = {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}
+    _fit(models, train, val, val is not None and cfg.linear, None, quiet, orders=tuple(orders))
+    bar.close()
+    return models, [None] * len(models) if val is None else [_other_targets(val, order) for order in orders[1].T]
+
+
+def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
+    """Return the code of every cell's stratum."""
+    if strata is None:
+        return np.zeros(len(dataset), int)
+    if len(strata) <= dataset.indices.max(initial=-1):
+        raise ValueError(
+            f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one label "
+            f'for every cell of the AnnData that the sets were cut from, such as adata.obs["donor"].'
+        )
+    codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
+    if -1 in codes:
+        raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them.")
+    alone = np.flatnonzero(np.bincount(codes) == 1)
+    if len(alone):
+        raise ValueError(
+            f"strata has {len(alone)} labels with a single cell in {name}, whose target cannot be permuted; merge them "
+            f"with others, or drop these cells."
+        )
+    return codes
 
 
 class _Advance(lightning.Callback):

@@ -13,9 +13,9 @@ from anndata import AnnData
 from scipy.optimize import linear_sum_assignment
 
 from scbmlp.checks import plain_names, whole_number
-from scbmlp.datasets import ExpressionDataset, match_genes
+from scbmlp.datasets import ExpressionDataset, check_dataset, match_genes
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
-from scbmlp.models import Statistics, statistics
+from scbmlp.models import Config, Statistics, fit_permuted, statistics
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class GeneModules:
         What the modules are modules of.
     layer
         Layer of AnnData that the model was trained on, and scores are read from; None for ``X``.
+    trust
+        What speaks for each module, as :func:`scbmlp.evidence.trust` has found it; None before.
     """
 
     eigenvalues: pd.Series
@@ -49,6 +51,7 @@ class GeneModules:
     unit: pd.Series
     output: Any
     layer: str | None = None
+    trust: pd.DataFrame | None = None
 
     def scores(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return the module scores v'(x - origin) of cells (cell x comp).
@@ -202,7 +205,7 @@ class GeneModules:
         """Write the modules into AnnData, where scanpy finds them.
 
         ``varm[key]`` has the loadings, NaN for genes the model did not see; ``obsm[f"X_{key}"]`` the scores, ready
-        for ``scanpy.pl.embedding``; ``uns[key]`` the eigenvalues and the output.
+        for ``scanpy.pl.embedding``; ``uns[key]`` the eigenvalues, the output and, where it is known, the trust table.
 
         Parameters
         ----------
@@ -224,6 +227,8 @@ class GeneModules:
         loadings = np.where((at >= 0)[:, None], self.loadings.to_numpy()[at], np.nan)
         adata.obsm[f"X_{key}"], adata.varm[key] = scores, loadings
         adata.uns[key] = {"eigenvalues": self.eigenvalues.to_numpy(), "output": str(self.output)}
+        if self.trust is not None:
+            adata.uns[key]["trust"] = self.trust.copy()
 
 
 def gene_modules(
@@ -382,43 +387,68 @@ def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> G
     return _mean_modules(models, _of_each(models, output, n_modules), output, n_modules)
 
 
-def stability(models: Sequence[Model], output: Output, n_modules: int = 5) -> pd.DataFrame:
-    """Say how well the leading modules come back from model to model.
+def stability(
+    models: Sequence[Model],
+    output: Output,
+    n_modules: int = 5,
+    *,
+    modules: GeneModules | None = None,
+    dataset: ExpressionDataset | None = None,
+) -> pd.DataFrame:
+    """Say how well modules come back from model to model.
 
-    Each model's modules are matched with those of the :func:`consensus`, one to one, by the correlation of their scores
-    over the training cells. A module's stability in a pair of models is the absolute correlation of the two scores that
-    are matched with it; or, where the second model has several modules whose eigenvalues are within a tenth of each
-    other, that of one score with the best mix of them, since such modules turn among each other by a breath.
+    Each model's modules are matched, one to one, by the correlation of their scores. A module's stability in a model is
+    the absolute correlation with its match; or, where the model has several modules whose eigenvalues are within a
+    tenth of each other, that with the best mix of them, since such modules turn among each other by a breath.
 
     Parameters
     ----------
     models, output
         As in :func:`consensus`.
     n_modules
-        Number of modules.
+        Number of modules of the consensus to look for, in each ordered pair of models, over the training cells.
+    modules
+        Modules to look for in every model, instead of those of the consensus.
+    dataset
+        Cells to correlate scores over; needed with `modules`.
 
     Returns
     -------
-    A row a module of the consensus: its ``eigenvalue``, the mean ``stability`` over ordered pairs of models, and
-    ``low`` and ``high``, between which nine of ten pairs are.
+    A row a module: its ``eigenvalue``, the mean ``stability`` over pairs of models, or over the models if `modules` are
+    given, and ``low`` and ``high``, between which nine of ten are.
 
     Raises
     ------
-    ValueError, KeyError
-        As for :func:`consensus`.
+    ValueError
+        As for :func:`consensus`, and if `modules` come without `dataset`.
+    KeyError
+        The output is unknown.
     """
+    if (modules is None) != (dataset is None):
+        raise ValueError("stability takes modules= and dataset= together: cells to correlate their scores over.")
+    if modules is not None:
+        n_modules = len(modules.eigenvalues)
     found = _of_each(models, output, n_modules)
-    mean = _mean_modules(models, found, output, n_modules)
-    matched = [linear_sum_assignment(-np.abs(_correlations(mean, one)))[1] for one in found]
-    pairs = []
-    for i, j in permutations(range(len(found)), 2):
-        r, values = _correlations(found[i], found[j])[matched[i]], found[j].eigenvalues.to_numpy()
-        partner = values[matched[j]][:, None]
-        close = np.abs(values - partner) <= 0.1 * np.abs(partner)
-        pairs.append(np.sqrt((r**2 * close).sum(axis=1)))
+    if modules is None:
+        modules = _mean_modules(models, found, output, n_modules)
+        matched = [linear_sum_assignment(-np.abs(_correlations(modules, one)))[1] for one in found]
+        both = permutations(range(len(found)), 2)
+        pairs = [_comes_back(_correlations(found[i], found[j])[matched[i]], found[j], matched[j]) for i, j in both]
+    else:
+        scores, pairs = modules.scores(dataset), []
+        for one in found:
+            r = correlate(scores, one.scores(dataset))
+            pairs.append(np.minimum(_comes_back(r, one, linear_sum_assignment(-np.abs(r))[1]), 1.0))
     low, high = np.quantile(pairs, [0.05, 0.95], axis=0)
-    columns = {"eigenvalue": mean.eigenvalues, "stability": np.mean(pairs, axis=0), "low": low, "high": high}
-    return pd.DataFrame(columns, mean.eigenvalues.index)
+    columns = {"eigenvalue": modules.eigenvalues, "stability": np.mean(pairs, axis=0), "low": low, "high": high}
+    return pd.DataFrame(columns, modules.eigenvalues.index)
+
+
+def _comes_back(r: np.ndarray, other: GeneModules, partner: np.ndarray) -> np.ndarray:
+    """Return the correlation (comp) with the partner, or with the best mix of modules about as strong as it."""
+    values = other.eigenvalues.to_numpy()
+    strength = values[partner][:, None]
+    return np.sqrt((r**2 * (np.abs(values - strength) <= 0.1 * np.abs(strength))).sum(axis=1))
 
 
 def _of_each(models: Sequence[Model], output: Output, n_modules: int) -> list[GeneModules]:
@@ -464,6 +494,107 @@ def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Out
     matrix = InteractionMatrix(basis, core, found[0].weights.index)
     values, in_basis = _uncorrelated(matrix, covariance, n_modules)
     return _signed(models[0], output, models[0].statistics, unit, values, basis @ in_basis, covariance @ in_basis)
+
+
+def correlate(a: Any, b: Any) -> np.ndarray:
+    """Return the correlations of the columns of two tables, 0 where one of the two is the same in all cells.
+
+    Parameters
+    ----------
+    a, b
+        Tables of the same cells (cell x comp).
+    """
+    a, b = (np.asarray(part, dtype=np.float64) for part in (a, b))
+    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
+    scale = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0))
+    return np.divide(a.T @ b, scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDataset) -> np.ndarray:
+    """Return how well what each module adds to its output follows the target over cells, by correlation (comp).
+
+    Parameters
+    ----------
+    modules
+        Modules of one output of the model.
+    model
+        The model, whose outputs the cells' targets are.
+    dataset
+        Cells with their targets.
+
+    Raises
+    ------
+    ValueError
+        The target is the same in all cells.
+    """
+    target = dataset.y.numpy()
+    target = (np.eye(model.cfg.d_output)[target] if target.ndim == 1 else target) @ direction(model, modules.output)
+    if np.ptp(target) == 0:
+        raise ValueError(f"dataset has the same target of {modules.output!r} in every cell; take more cells.")
+    return correlate(modules.contributions(dataset), target[:, None])[:, 0]
+
+
+def permutation_null(
+    ModelClass: type[Model],
+    cfg: Config,
+    train: ExpressionDataset,
+    val: ExpressionDataset,
+    output: Output | list[Output],
+    n_permutations: int = 20,
+    strata: Any = None,
+    *,
+    n_modules: int = 5,
+    metric: Literal["sd", "identity", "covariance"] = "covariance",
+    progress: bool = True,
+    **options: Any,
+) -> pd.DataFrame:
+    """Compare the modules of a fit with those of fits on targets dealt out to the wrong cells.
+
+    An eigenvalue says little here: a fit to noise has large ones. So a module is judged on cells that its weights were
+    not fitted to, by the correlation of what it adds to the output with the target; of each null fit the best of its
+    modules counts. The same procedure makes all fits, so p-values are uniform where targets have nothing to do with
+    expression. They say that a module is about the target, and not that it holds an interaction.
+
+    Parameters
+    ----------
+    ModelClass, cfg, train, val, n_permutations, strata, progress, options
+        As in :func:`scbmlp.models.fit_permuted`.
+    output
+        As in :func:`scbmlp.interactions.direction`; or a list, all read from the same fits.
+    n_modules, metric
+        As in :func:`gene_modules`; the leading modules of a null fit are the competitors.
+
+    Returns
+    -------
+    A row a module, ``(output, module)`` for a list of outputs: ``eigenvalue``, ``r`` (the correlation), ``null`` (what
+    nine of ten null fits stay below) and ``p``, at least 1 / (n_permutations + 1), for any of the modules to be as good
+    by chance. ``attrs["null"]`` has the best ``r`` of every null fit, by output.
+
+    Raises
+    ------
+    ValueError
+        As for :func:`scbmlp.models.fit_permuted`, and if there are no validation cells or the target is constant.
+    KeyError
+        The output is unknown.
+    """
+    check_dataset(val, "val")
+    outputs = output if isinstance(output, list) else [output]
+    n_modules = whole_number(n_modules, "n_modules")
+    models, vals = fit_permuted(ModelClass, cfg, train, val, n_permutations, strata, progress=progress, **options)
+    tables, null = {}, {}
+    for name in outputs:
+        found = []
+        for model, own in zip(models, vals, strict=True):
+            modules = gene_modules(model, name, n_modules, metric)
+            found.append((modules, follows_target(modules, model, own)))
+        key, (modules, r) = str(name), found[0]
+        null[key] = np.array([other.max() for _, other in found[1:]])
+        p = (1 + (null[key] >= r[:, None]).sum(axis=1)) / (1 + len(null[key]))
+        columns = {"eigenvalue": modules.eigenvalues, "r": r, "null": np.quantile(null[key], 0.9), "p": p}
+        tables[key] = pd.DataFrame(columns)
+    table = pd.concat(tables, names=["output", "module"]) if outputs is output else tables[str(output)]
+    table.attrs["null"] = {key: best.tolist() for key, best in null.items()}
+    return table
 
 
 def truncation_curve(

@@ -34,6 +34,8 @@ class Training(lightning.LightningModule):
         For each model the validation loss and the weights that any epoch has to beat, None to keep the last epoch.
     order
         Generator of the order of the cells, whose state a checkpoint keeps.
+    own_targets
+        Whether a batch has targets for each model (cell x model, or cell x model x out).
 
     A batch may have a third part, how often each model is to count each of its cells (cell x model).
     """
@@ -44,9 +46,10 @@ class Training(lightning.LightningModule):
         units: tuple[np.ndarray, np.ndarray] | None = None,
         starts: Sequence[tuple[float, dict[str, Tensor]]] | None = None,
         order: torch.Generator | None = None,
+        own_targets: bool = False,
     ) -> None:
         super().__init__()
-        self.order = order or torch.Generator()
+        self.order, self.own_targets = order or torch.Generator(), own_targets
         self.drawn: dict[str, Tensor] = {}
         self.models = list(models)
         self.net = models[0] if len(models) == 1 else _SideBySide(models)
@@ -85,10 +88,13 @@ class Training(lightning.LightningModule):
         # Losses are of full precision, whatever the products are.
         outputs = self.net(x).float().reshape(len(self.models), len(x), -1)
         counts = counts[0].T if counts else [None] * len(self.models)
-        each = zip(self.models, outputs, counts, strict=True)
-        losses = torch.stack([model.loss(one, y, count) for model, one, count in each])
+        each = zip(self.models, outputs, self._targets(y), counts, strict=True)
+        losses = torch.stack([model.loss(*one) for model, *one in each])
         self.seen[stage].append((losses.detach(), outputs.detach(), y))
         return losses.sum()  # no weight is shared, so each model learns as if alone
+
+    def _targets(self, y: Tensor) -> Sequence[Tensor]:
+        return y.unbind(1) if self.own_targets else [y] * len(self.models)
 
     def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
         return self._step(batch, "train")
@@ -151,9 +157,9 @@ class Training(lightning.LightningModule):
         outputs, targets = torch.cat(outputs, dim=1), torch.cat(targets)
         self.seen[stage].clear()
         rows = []
-        for model, loss, one in zip(self.models, losses, outputs, strict=True):
-            loss = loss if self.scale is None else self._in_target_units(model, one, targets)
-            measured = float(model._measure(one.cpu().numpy(), targets.cpu().numpy()))
+        for model, loss, one, target in zip(self.models, losses, outputs, self._targets(targets), strict=True):
+            loss = loss if self.scale is None else self._in_target_units(model, one, target)
+            measured = float(model._measure(one.cpu().numpy(), target.cpu().numpy()))
             rows.append({f"{stage}_loss": loss, f"{stage}_{model.metric}": measured})
         return rows, losses
 
@@ -278,6 +284,19 @@ class Counted(Dataset):
 
     def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         return *self.dataset[index], self.counts[index]
+
+
+class Permuted(Dataset):
+    """Cells with the targets of others, in an order of its own for each of several models (cell x model)."""
+
+    def __init__(self, dataset: ExpressionDataset, orders: np.ndarray) -> None:
+        self.dataset, self.orders = dataset, torch.as_tensor(orders)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
+        return self.dataset[index][0], self.dataset.y[self.orders[index]]
 
 
 def loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:

@@ -1,0 +1,226 @@
+"""What speaks for modules and pairs: ablation, cells without pairs, directions at random, and one table of trust."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+from sklearn.cluster import KMeans
+
+from scbmlp.baselines import LARGE, some
+from scbmlp.checks import whole_number
+from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes
+from scbmlp.interactions import Model, direction, similarity
+from scbmlp.modules import GeneModules, follows_target, stability
+
+STABLE, RARE = 0.8, 0.05  # a module is trusted from this stability on, and up to this p
+
+
+def ablation(model: Model, modules: GeneModules, dataset: ExpressionDataset) -> pd.DataFrame:
+    """Take one module at a time out of the model, and say what is lost, and in which cells.
+
+    Parameters
+    ----------
+    model
+        A fitted classifier or regressor.
+    modules
+        Modules of one of its outputs.
+    dataset
+        Cells to score on, with their targets.
+
+    Returns
+    -------
+    A row a module: ``score``, what the score over all outputs loses; ``changed``, the share of cells whose predicted
+    class is another, or the root mean square of what the prediction loses in standard deviations of the target; and
+    what the recall or R2 of every output loses, in a column of its name.
+
+    Raises
+    ------
+    ValueError
+        `dataset` does not fit the model.
+    KeyError
+        The modules are of a mix of outputs, or of none of the model's.
+    """
+    model.check(dataset)
+    if isinstance(modules.output, Mapping) or modules.output not in model.output_names:
+        names = ", ".join(map(str, model.output_names))
+        raise KeyError(f"modules.output={modules.output!r} is not one output of the model; they are {names}.")
+    at = model.output_names.get_loc(modules.output)
+    target = dataset.y.numpy()
+    # A class is read as its logit less the mean of all, to which a softmax is blind.
+    full = model.outputs(dataset) @ np.stack([direction(model, name) for name in model.output_names]).T
+    added = modules.contributions(dataset)
+
+    def measured(outputs: np.ndarray) -> np.ndarray:
+        return np.array([model._measure(outputs, target), *model._measure_each(outputs, target)])
+
+    rows = {}
+    for name in added:
+        outputs = full.copy()
+        outputs[:, at] -= added[name]
+        lost = measured(full) - measured(outputs)
+        changed = outputs.argmax(axis=1) != full.argmax(axis=1) if target.ndim == 1 else added[name] ** 2
+        changed = changed.mean() if target.ndim == 1 else np.sqrt(changed.mean()) / target[:, at].std()
+        rows[name] = [lost[0], changed, *lost[1:]]
+    return pd.DataFrame.from_dict(rows, "index", columns=["score", "changed", *model.output_names])
+
+
+def without_pairs(dataset: ExpressionDataset, *, n_groups: int = 10, random_state: int = 0) -> ExpressionDataset:
+    """Return cells whose genes keep their own relation to the target, and lose every other: a null for pairs.
+
+    Among cells of alike targets each gene is dealt out anew, by itself. What a gene alone says of the target stays;
+    genes know of each other through the target alone, and where it is a class, the best classifier is a sum of
+    functions of single genes. What a model fitted to such cells still calls interaction is its error.
+
+    Parameters
+    ----------
+    dataset
+        Cells with their targets.
+    n_groups
+        Number of groups of alike continuous targets, by k-means; classes are groups of their own.
+    random_state
+        Seed of the groups and of the dealing.
+
+    Returns
+    -------
+    A data set of the same genes, targets and format.
+
+    Raises
+    ------
+    ValueError
+        There are fewer cells than groups.
+    """
+    check_dataset(dataset)
+    n_groups, y = whole_number(n_groups, "n_groups", 1, len(dataset)), dataset.y.numpy()
+    group = y
+    if y.ndim == 2:
+        spread = y.std(axis=0)
+        alike = y / np.where(spread > 0, spread, 1)
+        group = KMeans(n_groups, n_init=1, random_state=random_state).fit_predict(alike)
+    cells = list(pd.Series(range(len(y))).groupby(group).indices.values())
+    rng, x = np.random.default_rng(random_state), dataset.x
+    columns = sparse.csc_matrix(x) if sparse.issparse(x) else x
+    blocks = []
+    for start in range(0, x.shape[1], 256):  # genes made dense at a time
+        block = dense_tensor(columns[:, start : start + 256]).numpy().copy()
+        for rows in cells:
+            block[rows] = rng.permuted(block[rows], axis=0)
+        blocks.append(sparse.csr_matrix(block) if sparse.issparse(x) else block)
+    dealt = sparse.hstack(blocks, format="csr") if sparse.issparse(x) else np.hstack(blocks)
+    names = dataset.gene_names, dataset.output_names
+    return ExpressionDataset(dealt, dataset.y, *names, dataset.indices, dataset.layer)
+
+
+def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, random_state: int = 0) -> GeneModules:
+    """Return as many directions as there are modules, drawn with the correlations of the cells and blind to any target.
+
+    Genes that rise and fall together are in one gene set for reasons of their own, so that any direction of the data
+    is rich in some sets. Modules have to be richer.
+
+    Parameters
+    ----------
+    modules
+        Modules to draw a counterpart of, in their units.
+    dataset
+        Cells, of which at most 3,000 are used.
+    random_state
+        Seed of the directions.
+
+    Raises
+    ------
+    KeyError
+        `dataset` lacks genes of the modules.
+    """
+    x = match_genes(dataset, modules.loadings.index)
+    x = x[some(x.shape[0], LARGE)]
+    mix = np.random.default_rng(random_state).standard_normal((x.shape[0], len(modules.eigenvalues)))
+    unit = modules.unit.to_numpy()[:, None]
+    # The covariance of the genes with noise over cells has the covariance of the genes.
+    drawn = np.asarray(x.T @ (mix - mix.mean(axis=0)))
+    drawn = np.divide(drawn, unit, out=np.zeros_like(drawn), where=unit > 0)
+    drawn *= np.linalg.norm(modules.loadings, axis=0) / np.linalg.norm(drawn, axis=0)
+    loadings = pd.DataFrame(drawn, modules.loadings.index, modules.loadings.columns)
+    return replace(modules, loadings=loadings, weights=loadings * np.nan, trust=None)
+
+
+def trust(
+    modules: GeneModules | Mapping[str, GeneModules],
+    models: Sequence[Model],
+    val: ExpressionDataset,
+    *,
+    null: pd.DataFrame | None = None,
+    audit: pd.DataFrame | None = None,
+    enriched: pd.DataFrame | None = None,
+    enriched_random: pd.DataFrame | None = None,
+) -> GeneModules | dict[str, GeneModules]:
+    """Gather what speaks for each module, and say which of them may be interpreted.
+
+    Parameters
+    ----------
+    modules
+        Modules of one output of a model, or of a consensus; or of several outputs by name.
+    models
+        Replicas of the model, as from :func:`scbmlp.models.fit_replicas`.
+    val
+        Cells that no weight was fitted to, those of `null`.
+    null
+        What :func:`scbmlp.modules.permutation_null` returned for the outputs.
+    audit
+        What :func:`scbmlp.interactions.audit` returned.
+    enriched, enriched_random
+        What :func:`scbmlp.enrichment.enrich` returned for the modules, and for :func:`random_directions` of them.
+
+    Returns
+    -------
+    The modules, whose ``trust`` has a row a module.
+
+    - ``eigenvalue``, ``stability``, ``low``: as from :func:`scbmlp.modules.stability`.
+    - ``r``, ``p``: as from ``permutation_null``, for these modules against the best modules of the null fits; these
+      were selected and the modules at hand were not, so that ``p`` is on the safe side.
+    - ``similarity``: mean over pairs of at most six replicas of what all of the output has in common, as a function.
+    - ``interaction``, ``gain_curved``: of the output, as from ``audit``.
+    - ``terms``, ``terms_random``: gene sets with q below 0.05 of the module, and of a random direction on average.
+    - ``trusted``: stability of at least 0.8 and p of at most 0.05, and more terms than a random direction where both
+      were counted. It says that a module would come back and is about its target; that genes in it *interact* takes
+      ``gain_curved``.
+
+    Raises
+    ------
+    ValueError
+        As for ``stability``.
+    KeyError
+        `null` or `audit` lacks the output.
+    """
+    if isinstance(modules, Mapping):
+        more = {"null": null, "audit": audit, "enriched": enriched, "enriched_random": enriched_random}
+        return {name: trust(one, models, val, **more) for name, one in modules.items()}
+    output = modules.output
+    table = stability(models, output, modules=modules, dataset=val)[["eigenvalue", "stability", "low"]]
+    alike = [similarity(a, b, output, dataset=val) for a, b in combinations(models[:6], 2)]
+    trusted = table["stability"] >= STABLE
+    if null is not None:
+        best = null.attrs["null"]
+        if str(output) not in best:
+            raise KeyError(f"null has no fits read for {output!r}; it has {', '.join(best)}.")
+        table["r"] = follows_target(modules, models[0], val)
+        beaten = (np.array(best[str(output)]) >= table["r"].to_numpy()[:, None]).sum(axis=1)
+        table["p"] = (1 + beaten) / (1 + len(best[str(output)]))
+        trusted &= table["p"] <= RARE
+    table["similarity"] = np.mean(alike)
+    if audit is not None and not isinstance(output, Mapping):  # a mix of outputs has no row
+        if output not in audit.index:
+            raise KeyError(f"audit has no row {output!r}; it has {', '.join(map(str, audit.index))}.")
+        for name in ("interaction", "gain_curved"):
+            table[name] = audit.loc[output, name]
+    for name, found in {"terms": enriched, "terms_random": enriched_random}.items():
+        if found is not None:
+            found = found[(found["output"] == str(output)) & (found["q"] < 0.05)]
+            table[name] = found.groupby("module")["term"].nunique().reindex(table.index, fill_value=0)
+    if enriched is not None and enriched_random is not None:
+        table["terms_random"] = table["terms_random"].mean()
+        trusted &= table["terms"] > table["terms_random"]
+    return replace(modules, trust=table.assign(trusted=trusted))

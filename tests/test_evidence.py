@@ -1,0 +1,336 @@
+import itertools
+from math import factorial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from anndata import AnnData
+from scipy import sparse
+from scipy.stats import chisquare, pearsonr
+
+from scbmlp import simulate
+from scbmlp.datasets import ExpressionDataset, get_classification_datasets
+from scbmlp.enrichment import enrich, gsea
+from scbmlp.evidence import ablation, random_directions, trust, without_pairs
+from scbmlp.interactions import attributions, audit, decompose, direction, group_means, interaction_matrix, pair_effects
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, fit_replicas
+from scbmlp.modules import consensus, gene_modules, permutation_null, stability
+from tests.test_interactions import random_model
+
+
+def cells_of(model, n=9, seed=0):
+    return np.random.default_rng(seed).gamma(1, 1, (n, model.cfg.d_input)).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------- faithfulness
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_attributions_and_pairs_are_shapley_values_counted_over_all_sets_of_genes(linear):
+    """Twelve genes, 4,096 sets: the count knows nothing of weights."""
+    n = 12
+    model = random_model(n, 4, 2, seed=1, bias=True, linear=linear).double()
+    x, reference = cells_of(model, 2), cells_of(model, 1, seed=5)[0].astype(np.float64)
+    sets = np.array(list(itertools.product([0, 1], repeat=n)), dtype=bool)
+    size, codes = sets.sum(axis=1), sets @ (1 << np.arange(n))
+    by_code = np.empty(2**n)
+    pairs = [("gene0", "gene1"), ("gene7", "gene3")]
+    found, both = attributions(model, "out1", x, reference), pair_effects(model, "out1", x, pairs, reference)
+    for cell in range(len(x)):
+        with torch.no_grad():
+            mixed = torch.as_tensor(np.where(sets, x[cell].astype(np.float64), reference))
+            by_code[codes] = model(mixed).numpy()[:, 1]
+        for i in range(n):
+            out = ~sets[:, i]
+            weight = np.array([factorial(s) * factorial(n - s - 1) / factorial(n) for s in range(n)])[size[out]]
+            value = weight @ (by_code[codes[out] + (1 << i)] - by_code[codes[out]])
+            np.testing.assert_allclose(found.iloc[cell, i], value, rtol=1e-6, atol=1e-8)
+        for column, (a, b) in enumerate([(0, 1), (7, 3)]):
+            out = ~sets[:, a] & ~sets[:, b]
+            weight = [factorial(s) * factorial(n - s - 2) / factorial(n - 1) for s in range(n - 1)]
+            of_both = by_code[codes[out] + (1 << a) + (1 << b)] + by_code[codes[out]]
+            of_one = by_code[codes[out] + (1 << a)] + by_code[codes[out] + (1 << b)]
+            value = np.array(weight)[size[out]] @ (of_both - of_one)
+            np.testing.assert_allclose(both.iloc[cell, column], value, rtol=1e-6, atol=1e-8)
+
+
+def test_attributions_are_integrated_gradients():
+    model = random_model(7, 3, 2, seed=2).double()
+    x = cells_of(model, 4)
+    steps = (torch.arange(200, dtype=torch.float64) + 0.5) / 200  # the midpoint rule is exact for a straight line
+    path = (steps[:, None, None] * torch.as_tensor(x, dtype=torch.float64)).requires_grad_()
+    model(path.reshape(-1, 7))[:, 0].sum().backward()
+    expected = path.grad.mean(dim=0).numpy() * x
+    np.testing.assert_allclose(attributions(model, "out0", x, np.zeros(7)), expected, rtol=1e-6, atol=1e-9)
+    total = gene_modules(model, "out0", None, "identity", dataset=targets_of(model, x)).contributions(x).sum(axis=1)
+    np.testing.assert_allclose(expected.sum(axis=1), total, rtol=1e-6)
+
+
+def targets_of(model, x):
+    y = np.random.default_rng(0).standard_normal((len(x), model.cfg.d_output)).astype(np.float32)
+    return ExpressionDataset(x, y, model.gene_names, model.output_names)
+
+
+def test_attributions_keep_the_names_of_cells_and_match_genes():
+    model = random_model(6, 3, 2, seed=3)
+    adata = AnnData(cells_of(model), pd.DataFrame(index=list("abcdefghi")), pd.DataFrame(index=model.gene_names))
+    whole = attributions(model, "out0", adata, np.zeros(6))
+    turned = attributions(model, "out0", adata[:, ::-1], np.zeros(6))
+    pd.testing.assert_frame_equal(whole, turned)
+    assert list(whole.index) == list("abcdefghi")
+    np.testing.assert_allclose(whole.sum(axis=1), model.outputs(adata)[:, 0], rtol=1e-4, atol=1e-5)
+    table = interaction_matrix(model, "out0").top_pairs(4)
+    effects = pair_effects(model, "out0", adata, table, np.zeros(6))
+    assert list(effects.columns) == list(zip(table["gene_a"], table["gene_b"], strict=True))
+    a, b = table.loc[0, ["gene_a", "gene_b"]]
+    by_hand = 2 * table.loc[0, "interaction"] * adata[:, a].X.ravel() * adata[:, b].X.ravel()
+    np.testing.assert_allclose(effects.iloc[:, 0], by_hand, rtol=1e-5)
+
+
+def test_pairs_that_are_none():
+    model = random_model(6, 3, 2, seed=3)
+    with pytest.raises(ValueError, match="'gene1' with itself; name two different genes"):
+        pair_effects(model, "out0", cells_of(model), [("gene1", "gene1")], np.zeros(6))
+    with pytest.raises(KeyError, match="1 of 1 genes are not the model's: Gcg"):
+        pair_effects(model, "out0", cells_of(model), [("Gcg", "gene1")], np.zeros(6))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+def test_group_means_split_the_mean_output(linear, form):
+    model = random_model(6, 3, 2, seed=4, bias=True, linear=linear)
+    x, reference = cells_of(model, 40), cells_of(model, 1, seed=9)[0]
+    donors = np.random.default_rng(1).choice(["a", "b", "c"], 40)
+    table = group_means(model, "out1", form(x), donors, reference)
+    q, (constant, _, _) = interaction_matrix(model, "out1").to_dense(), decompose(model, x, reference)
+    for donor, row in table.iterrows():
+        own = x[donors == donor].astype(np.float64)
+        m = own.mean(axis=0) - reference
+        assert row["n_cells"] == len(own)
+        np.testing.assert_allclose(row["constant"], constant[0, 1], rtol=1e-6)
+        np.testing.assert_allclose(row["pseudobulk"], m @ q @ m, rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(row["coexpression"], np.trace(q @ np.cov(own.T, bias=True)), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(row["mean"], model.outputs(own)[:, 1].mean(), rtol=1e-4, atol=1e-5)
+    # What cells of one donor do together is lost where each is its mean.
+    flat = np.stack([x[donors == donor].mean(axis=0) for donor in donors])
+    assert group_means(model, "out1", flat, donors, reference)["coexpression"].abs().max() < 1e-5
+    with pytest.raises(ValueError, match=r"groups has shape \(3,\) for 40 cells; pass one label a cell"):
+        group_means(model, "out1", x, donors[:3], reference)
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+def test_ablation_is_the_model_without_the_module(kind):
+    model = random_model(8, 4, 3, seed=5, kind=kind)
+    x, rng = cells_of(model, 60), np.random.default_rng(0)
+    y = rng.integers(0, 3, 60) if kind is ScBMLPClassifier else rng.standard_normal((60, 3)).astype(np.float32)
+    dataset = ExpressionDataset(x, y, model.gene_names, model.output_names)
+    modules = gene_modules(model, "out2", 3, dataset=dataset)
+    table = ablation(model, modules, dataset)
+    directions = np.stack([direction(model, name) for name in model.output_names])
+    for name in modules.eigenvalues.index:
+        # The same by the weights: one eigenvector taken out of the dense matrix.
+        v = modules.weights[name].to_numpy()
+        outputs = np.stack([interaction_matrix(model, one).quadratic_form(x) for one in model.output_names], axis=1)
+        left = outputs.copy()
+        left[:, 2] -= modules.eigenvalues[name] * (x @ v) ** 2
+        expected = model._measure_each(outputs, y) - model._measure_each(left, y)
+        np.testing.assert_allclose(table.loc[name, list(model.output_names)].astype(float), expected, atol=1e-4)
+        lost = model._measure(outputs, y) - model._measure(left, y)
+        np.testing.assert_allclose(table.loc[name, "score"], lost, atol=1e-4)
+        if kind is ScBMLPClassifier:
+            assert table.loc[name, "changed"] == (outputs.argmax(axis=1) != left.argmax(axis=1)).mean()
+        else:
+            rms = np.sqrt(((outputs - left)[:, 2] ** 2).mean()) / y[:, 2].std()
+            np.testing.assert_allclose(table.loc[name, "changed"], rms, rtol=1e-4)
+    np.testing.assert_allclose(outputs @ directions.T, model.outputs(dataset) @ directions.T, atol=1e-3)
+    with pytest.raises(KeyError, match="is not one output of the model; they are out0, out1, out2"):
+        ablation(model, gene_modules(model, {"out0": 1, "out1": -1}, 2, dataset=dataset), dataset)
+
+
+# ------------------------------------------------------------------------------------------------------ nulls
+
+
+def noise(seed, n=160, n_genes=12, kind=ScBMLPClassifier):
+    rng = np.random.default_rng(seed)
+    x = rng.gamma(1, 1, (n, n_genes)).astype(np.float32)
+    y = rng.integers(0, 2, n) if kind is ScBMLPClassifier else rng.standard_normal((n, 2)).astype(np.float32)
+    genes, outputs = pd.Index([f"gene{i}" for i in range(n_genes)]), pd.Index(["a", "b"])
+    parts = slice(0, n * 5 // 8), slice(n * 5 // 8, n)
+    return [ExpressionDataset(x[part], y[part], genes, outputs) for part in parts]
+
+
+QUICK = {"n_epochs": 3, "batch_size": 32, "lr": 1e-2, "device": "cpu"}
+
+
+def test_p_values_are_uniform_where_nothing_is():
+    p = []
+    for seed in range(40):
+        table = permutation_null(
+            ScBMLPClassifier, Config(12, 4, 2, seed=seed, **QUICK), *noise(seed), "a", 4, n_modules=2, progress=False
+        )
+        p.append(table["p"].min())
+    values, counts = np.unique(np.round(p, 6), return_counts=True)
+    np.testing.assert_allclose(values, [0.2, 0.4, 0.6, 0.8, 1.0])
+    assert chisquare(counts).pvalue > 1e-3, counts
+
+
+def test_p_values_are_small_where_something_is():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((400, 6)).astype(np.float32)
+    y = (x[:, :1] * x[:, 1:2] + 0.2 * rng.standard_normal((400, 1))).astype(np.float32)
+    parts = [
+        ExpressionDataset(x[i], y[i], pd.Index(list("abcdef")), pd.Index(["y"])) for i in np.split(np.arange(400), 2)
+    ]
+    cfg = Config(6, 8, 1, n_epochs=40, batch_size=20, lr=1e-2, device="cpu")
+    table = permutation_null(ScBMLPRegressor, cfg, *parts, "y", 9, n_modules=2, progress=False)
+    assert (table["p"] == 0.1).all() and (table["r"] > table["null"]).all(), table
+    models, vals = fit_permuted(ScBMLPRegressor, cfg, *parts, 9, progress=False)
+    modules = gene_modules(models[3], "y", 2, "covariance")
+    r = [pearsonr(part, vals[3].y.numpy()[:, 0])[0] for part in modules.contributions(vals[3]).to_numpy().T]
+    np.testing.assert_allclose(table.attrs["null"]["y"][2], max(r), rtol=1e-6)
+    by_list = permutation_null(ScBMLPRegressor, cfg, *parts, ["y"], 9, n_modules=2, progress=False)
+    np.testing.assert_array_equal(by_list.loc["y", "p"], table["p"])
+
+
+def test_permuted_fits_are_those_of_permuted_targets():
+    """Side by side as one by one, without dropout; and each has statistics of its own targets."""
+    train, val = noise(1, kind=ScBMLPRegressor)
+    cfg = Config(12, 4, 2, linear=True, **(QUICK | {"n_epochs": 5}), dropout_rate=0.0)
+    models, vals = fit_permuted(ScBMLPRegressor, cfg, train, val, 2, progress=False)
+    assert torch.equal(vals[0].y, val.y) and not torch.equal(vals[1].y, val.y)
+    np.testing.assert_allclose(np.sort(vals[1].y, axis=0), np.sort(val.y, axis=0))
+    alone = ScBMLPRegressor(cfg)
+    alone.fit(train, val, enable_progress_bar=False)
+    np.testing.assert_allclose(models[0].outputs(val), alone.outputs(val), rtol=1e-3, atol=1e-4)
+    assert not np.allclose(models[1].statistics.target, models[0].statistics.target)
+    np.testing.assert_allclose(models[1].score(vals[1]), models[1].history["val_r2"].max(), atol=0.02)
+
+
+def test_targets_are_permuted_within_strata():
+    train, val = noise(2)
+    donors = np.where(np.arange(160) % 4 == 0, "one", "two")
+    train.indices, val.indices = np.arange(100), np.arange(100, 160)
+    train.y[donors[:100] == "one"], train.y[donors[:100] == "two"] = 0, 1
+    val.y[donors[100:] == "one"], val.y[donors[100:] == "two"] = 0, 1
+    models, vals = fit_permuted(ScBMLPClassifier, Config(12, 4, 2, **QUICK), train, val, 2, donors, progress=False)
+    # The target is the stratum, and stays.
+    assert all(torch.equal(one.y, val.y) for one in vals)
+    for broken, message in {
+        tuple(donors[:120]): "strata has 120 labels, the last cell of val is cell 159; pass one label",
+        (None, *donors[1:]): "strata has no label for 1 cells of train; drop them",
+        ("alone", *donors[1:]): "strata has 1 labels with a single cell in train, whose target cannot be permuted",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            fit_permuted(ScBMLPClassifier, models[0].cfg, train, val, 2, list(broken), progress=False)
+    with pytest.raises(ValueError, match="n_permutations"):
+        fit_permuted(ScBMLPClassifier, models[0].cfg, train, val, 0, progress=False)
+
+
+@pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
+def test_without_pairs_each_gene_keeps_its_target_and_loses_the_others(form):
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], 500)
+    both = rng.gamma(2, 1, (1000, 1))
+    x = (both + 0.1 * rng.gamma(2, 1, (1000, 300)) + y[:, None]).astype(np.float32)
+    dataset = ExpressionDataset(form(x), y, pd.RangeIndex(300).astype(str), pd.Index(["a", "b"]), layer="log")
+    before = x.copy()
+    dealt = without_pairs(dataset)
+    assert sparse.issparse(dealt.x) == sparse.issparse(dataset.x) and dealt.layer == "log"
+    new = dealt.x.toarray() if sparse.issparse(dealt.x) else dealt.x
+    for label in (0, 1):  # values of every gene in every class are the same ones
+        np.testing.assert_array_equal(np.sort(new[y == label], axis=0), np.sort(x[y == label], axis=0))
+        r = np.corrcoef(new[y == label].T)[np.triu_indices(300, 1)]
+        assert np.abs(r).max() < 0.3 and np.corrcoef(x[y == label].T).min() > 0.8
+    np.testing.assert_array_equal(dataset.x.toarray() if sparse.issparse(dataset.x) else dataset.x, before)
+    again = without_pairs(dataset).x
+    assert (again != dealt.x).sum() == 0
+    continuous = ExpressionDataset(x, (x[:, :1] - 3), dataset.gene_names, pd.Index(["y"]))
+    dealt = without_pairs(continuous, n_groups=20)
+    assert pearsonr(dealt.x[:, 0], continuous.y[:, 0])[0] > 0.95
+    with pytest.raises(ValueError, match="n_groups"):
+        without_pairs(continuous, n_groups=1001)
+
+
+# ------------------------------------------------------------------------------------------------------ trust
+
+
+@pytest.fixture(scope="module")
+def planted():
+    adata = simulate.planted_interactions(seed=3, n_cells=1600, n_genes=120, n_programs=3, genes_per_program=20)
+    train, val, test = get_classification_datasets(adata, "label")
+    cfg = Config(120, 8, 2, linear=True, n_epochs=15, batch_size=32, device="cpu")
+    models = fit_replicas(ScBMLPClassifier, cfg, train, val, 4, progress=False)
+    null = permutation_null(ScBMLPClassifier, cfg, train, val, "on", 19, progress=False)
+    sets = adata.uns["truth"]["programs"] | {
+        f"noise{i}": [f"Sim{i * 7 + j:04d}" for j in range(1, 7)] for i in range(9)
+    }
+    return adata, train, val, test, cfg, models, null, sets
+
+
+def test_trust_is_earned_by_the_modules_of_the_planted_pair_alone(planted):
+    adata, train, val, test, cfg, models, null, sets = planted
+    modules = consensus(models, "on", 5)
+    table = audit(models[0], test, train=train, validation=val)
+    drawn = random_directions(modules, train)
+    found = [enrich(one, sets, n_top=20) for one in (modules, drawn)]
+    believed = trust(modules, models, val, null=null, audit=table, enriched=found[0], enriched_random=found[1])
+    rows = believed.trust
+    assert list(rows["trusted"]) == [True, True, False, False, False], rows.T
+    assert (rows["p"][:2] == 0.05).all() and (rows["stability"][:2] > 0.9).all()
+    assert (rows["gain_curved"] == table.loc["on", "gain_curved"]).all() and rows["gain_curved"].iloc[0] > 0.1
+    pd.testing.assert_frame_equal(
+        rows[["stability", "low"]], stability(models, "on", modules=modules, dataset=val)[["stability", "low"]]
+    )
+    assert modules.trust is None
+    both = trust({"on": modules}, models, val, null=null)
+    assert list(both["on"].trust.columns) == ["eigenvalue", "stability", "low", "r", "p", "similarity", "trusted"]
+    cells = adata.copy()
+    believed.to_adata(cells)
+    pd.testing.assert_frame_equal(cells.uns["modules_on"]["trust"], rows)
+    with pytest.raises(KeyError, match="null has no fits read for 'off'; it has on"):
+        trust(consensus(models, "off", 2), models, val, null=null)
+    with pytest.raises(KeyError, match="audit has no row 'on'; it has off"):
+        trust(modules, models, val, audit=table.drop("on"))
+    with pytest.raises(ValueError, match="modules= and dataset= together"):
+        stability(models, "on", modules=modules)
+
+
+def test_stability_of_given_modules_is_their_best_match_in_every_model(planted):
+    _, _, val, _, _, models, _, _ = planted
+    modules = gene_modules(models[0], "on", 2, "covariance")
+    table, scores = stability(models, "on", modules=modules, dataset=val), modules.scores(val).to_numpy()
+    by_hand = []
+    for model in models:
+        other = gene_modules(model, "on", 2, "covariance").scores(val).to_numpy()
+        by_hand.append(np.abs(np.corrcoef(scores.T, other.T)[:2, 2:]).max(axis=1))
+    np.testing.assert_allclose(table["stability"], np.mean(by_hand, axis=0), atol=1e-6)
+
+
+def test_random_directions_have_the_correlations_of_the_cells(planted):
+    _, train, *_, models, _, _ = planted
+    modules = consensus(models, "on", 5)
+    drawn = pd.concat([random_directions(modules, train, random_state=i).loadings for i in range(60)], axis=1)
+    np.testing.assert_allclose(
+        np.linalg.norm(drawn.iloc[:, :5], axis=0), np.linalg.norm(modules.loadings, axis=0), rtol=1e-6
+    )
+    x = train.x.toarray() if sparse.issparse(train.x) else train.x
+    wanted, seen = np.corrcoef(x.T)[np.triu_indices(120, 1)], np.corrcoef(drawn)[np.triu_indices(120, 1)]
+    assert pearsonr(wanted, seen)[0] > 0.5
+    with pytest.raises(AssertionError):  # another draw is another direction
+        np.testing.assert_allclose(drawn.iloc[:, 0], drawn.iloc[:, 5], rtol=0.1)
+
+
+def test_gsea_finds_the_sets_at_their_poles_and_agrees_with_a_count(planted):
+    *_, models, _, sets = planted
+    modules = consensus(models, "on", 2)
+    table = gsea(modules, sets, n_permutations=200, random_state=1)
+    loading = modules.loadings["module_1"]
+    rows = table[table["module"] == "module_1"].set_index("term")
+    # An independent look: programs whose genes have the largest mean loading are those with the largest score.
+    means = pd.Series({term: loading[genes].mean() for term, genes in sets.items()})
+    best = means.abs().idxmax()
+    assert np.sign(rows.loc[best, "nes"]) == np.sign(means[best]) and rows.loc[best, "q"] < 0.05
+    assert (table["p"] >= 1 / 201).all() and table["p"].is_monotonic_increasing and len(table) == 2 * len(sets)
+    assert set(rows.loc[best, "genes"].split(", ")) <= set(sets[best])
+    pd.testing.assert_frame_equal(table, gsea(modules, sets, n_permutations=200, random_state=1))
