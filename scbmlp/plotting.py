@@ -1,4 +1,4 @@
-"""From computed tables to matplotlib axes: nothing here fits, tests or opens a figure of its own."""
+"""From computed tables to matplotlib axes, or to a styled table: nothing here fits, tests or opens a figure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from pandas.io.formats.style import Styler
 
 # Paul Tol's "muted" scheme :cite:p:`tol2021`: its nine hues stay apart under every common colour blindness.
 MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#DDCC77", "#882255", "#AA4499", "#999933")
@@ -340,3 +341,21 @@ def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Ax
     ax.set(yticks=range(len(groups)), yticklabels=groups)
     ax.invert_yaxis()
     return ax
+
+
+def trust(table: pd.DataFrame) -> Styler:
+    """Show what speaks for each module, those that may not be interpreted in grey.
+
+    Parameters
+    ----------
+    table
+        The ``trust`` of :class:`scbmlp.modules.GeneModules`, or several joined by :func:`pandas.concat`.
+
+    Returns
+    -------
+    The table as a page shows it; the table itself is what to compute with.
+    """
+    grey = np.where(table["trusted"], "", f"color: {NEUTRAL}")
+    shown = table.drop(columns=["trusted", "low"], errors="ignore").rename(columns=lambda name: name.replace("_", " "))
+    style = shown.style.set_uuid("trust").format(precision=2).apply(lambda _: grey, axis=0)
+    return style.format("{:.3f}", subset=shown.columns.intersection(["eigenvalue", "p", "gain curved"]))

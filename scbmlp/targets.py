@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
+from scipy.optimize import linear_sum_assignment
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from sklearn.neighbors import KNeighborsRegressor
@@ -370,3 +371,68 @@ def dose_coordinates(
     scaled = np.log1p(numbers) / np.log1p(numbers.max())
     table = (labels.to_numpy()[:, None] == compounds) * scaled.to_numpy()[:, None]
     adata.obsm[key_added] = pd.DataFrame(table.astype(np.float32), adata.obs_names, compounds)
+
+
+def noise_ceiling(
+    adata: AnnData,
+    compute: Callable[[AnnData], np.ndarray],
+    *,
+    layer: str | None = None,
+    random_state: int = 0,
+) -> pd.DataFrame:
+    """Say how much of a target is there in the molecules, and not a matter of which of them were caught.
+
+    Every molecule goes to one of two halves by the toss of a coin, and the target is computed on each half. What the
+    halves agree on, r, is stepped up to all molecules by 2r / (1 + r) :cite:p:`spearman1910,brown1910`: a predictor
+    that knows the noiseless target and nothing of the noise has that R2. A model that reads expression of the same
+    molecules can come above it, and what is above is noise that both share.
+
+    Parameters
+    ----------
+    adata
+        Cells with counts in ``X`` or `layer`; it is not changed.
+    compute
+        Returns the target (cell x out) of an AnnData whose ``X`` has the counts of one half.
+    layer
+        Layer of `adata` with the counts; ``X`` if None.
+    random_state
+        Seed of the coins.
+
+    Returns
+    -------
+    A row an output of `compute` on all molecules: ``r``, the correlation of the two halves' targets, each matched one
+    to one with that of all molecules, since outputs such as eigenvectors swap order and sign; and ``ceiling``, 0 where
+    r is not positive.
+
+    Raises
+    ------
+    ValueError
+        Values are no counts, or `compute` does not return one row a cell.
+    KeyError
+        There is no such layer.
+    """
+    x, where = expression(adata, layer)
+    x = sparse.csr_matrix(x)
+    if len(x.data) and ((x.data < 0) | (x.data != np.round(x.data))).any():
+        raise ValueError(
+            f"{where} has values that are no counts, such as {x.data[x.data != np.round(x.data)][:1]}; halves are of "
+            f"molecules: pass layer= with the counts."
+        )
+    rng = np.random.default_rng(random_state)
+    taken = rng.binomial(x.data.astype(np.int64), 0.5)
+    targets = []
+    for data in (x.data, taken, x.data - taken):
+        part = sparse.csr_matrix((np.asarray(data, dtype=np.float32), x.indices, x.indptr), x.shape, copy=True)
+        part.eliminate_zeros()  # in place, and so on a copy
+        target = np.asarray(compute(AnnData(part, adata.obs.copy(), adata.var.copy())), dtype=np.float64)
+        if target.ndim != 2 or len(target) != adata.n_obs:
+            raise ValueError(f"compute returned shape {target.shape} for {adata.n_obs} cells; (cell x out) is needed.")
+        targets.append(target)
+    whole, *halves = targets
+    matched, n = [], whole.shape[1]
+    for half in halves:
+        r = np.corrcoef(whole, half, rowvar=False)[:n, n:]
+        at = linear_sum_assignment(-np.abs(r))[1]
+        matched.append(half[:, at] * np.sign(r[range(n), at]))
+    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(matched[0].T, matched[1].T, strict=True)])
+    return pd.DataFrame({"r": r, "ceiling": 2 * np.maximum(r, 0) / (1 + np.maximum(r, 0))})

@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from scipy import linalg, sparse
 
 from scbmlp.datasets import get_regression_datasets
-from scbmlp.targets import _signatures, dose_coordinates, laplacian_frequencies, perturbation_response
+from scbmlp.targets import (
+    _signatures,
+    dose_coordinates,
+    laplacian_frequencies,
+    noise_ceiling,
+    perturbation_response,
+)
 
 
 def graph(weights):
@@ -390,3 +396,34 @@ def test_doses_that_are_no_numbers_are_refused(treated, dose, shown):
         dose_coordinates(adata, "drug", "dose", "control")
     with pytest.raises(KeyError, match="control='DMSO' is no label"):
         dose_coordinates(adata, "drug", "dose", "DMSO")
+
+
+def test_noise_ceiling_is_the_share_of_the_target_that_is_no_noise():
+    """Counts of known rates: the R2 of the noiseless target is known without any halves."""
+    rng = np.random.default_rng(0)
+    rate = rng.gamma(4, 1, (4000, 3))
+    counts = AnnData(sparse.csr_matrix(rng.poisson(rate * [8, 1, 0.1]).astype(np.float32)))
+    before = counts.X.copy()
+    table = noise_ceiling(counts, lambda half: half.X.toarray())
+    x = counts.X.toarray()
+    known = [np.corrcoef(rate[:, i], x[:, i])[0, 1] ** 2 for i in range(3)]
+    np.testing.assert_allclose(table["ceiling"], known, atol=0.04)
+    assert (counts.X != before).nnz == 0
+    # Outputs that swap places and signs from half to half are the same outputs.
+    turns = iter(([0, 1, 2], [2, 0, 1], [1, 2, 0]))
+    swapped = noise_ceiling(counts, lambda half: half.X.toarray()[:, (at := next(turns))] * (-1) ** at[0])
+    np.testing.assert_allclose(swapped, table, atol=1e-12)
+    # Halves that have nothing in common have a ceiling near 0, whatever is computed.
+    noise = noise_ceiling(counts, lambda half: rng.standard_normal((half.n_obs, 2)))
+    assert noise["ceiling"].max() < 0.1
+
+
+def test_noise_ceiling_refuses_what_is_no_count():
+    logged = AnnData(np.log1p(np.arange(12, dtype=np.float32).reshape(4, 3)))
+    with pytest.raises(ValueError, match=r"X has values that are no counts, such as .*: pass layer= with the counts"):
+        noise_ceiling(logged, lambda half: half.X)
+    logged.layers["counts"] = np.ones((4, 3), np.float32)
+    with pytest.raises(ValueError, match=r"compute returned shape \(4,\) for 4 cells; \(cell x out\) is needed"):
+        noise_ceiling(logged, lambda half: half.X.toarray().sum(axis=1), layer="counts")
+    with pytest.raises(KeyError, match="molecules"):
+        noise_ceiling(logged, lambda half: half.X, layer="molecules")
