@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import os
 import pickle
 from collections.abc import Sequence
 from copy import copy
@@ -19,17 +16,15 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from safetensors import safe_open
-from safetensors.torch import save_file
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-import scbmlp
 from scbmlp.baselines import LinearModel, linear_baseline
 from scbmlp.checks import plain_names, warn, whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes, standard_deviation
+from scbmlp.storage import read_model, write_model
 from scbmlp.training import (
     Counted,
     Permuted,
@@ -42,7 +37,6 @@ from scbmlp.training import (
     seeded,
 )
 
-FORMAT = 2  # of saved models; files of the first were torch's
 MARGIN = 0.01  # below the linear baseline by less than this is noise
 
 # Weight decay, dropout rate and weight decay of the linear part that `tune` tries, from strong to weak.
@@ -421,13 +415,11 @@ class _BilinearMLP(nn.Module):
         ValueError
             A name is neither text nor a number, which a file could not hold.
         """
-        path = Path(path)
         tensors = dict(self.state_dict())
         if self.statistics is not None:
             for name, part in self.statistics._asdict().items():
                 tensors[f"statistics.{name}"] = torch.as_tensor(part)
         known = {
-            "format": FORMAT,
             "class": type(self).__name__,
             "config": asdict(self.cfg),
             "options": self._options(),
@@ -439,17 +431,8 @@ class _BilinearMLP(nn.Module):
             "baseline": self._baseline,
             "best_epoch": self.best_epoch,
             "trials": None if self.trials is None else self.trials.to_dict("list"),
-            "versions": {module.__name__: module.__version__ for module in (scbmlp, torch, np, lightning)},
         }
-        stored = {"scbmlp": json.dumps(known, default=lambda value: value.item())}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        stored["sha256"] = _digest(stored["scbmlp"], tensors)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, stored)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_model(Path(path), known, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -473,7 +456,7 @@ class _BilinearMLP(nn.Module):
             The file holds another class of model, or no model of scbmlp, is damaged, or was written by a later
             version.
         """
-        name, (known, tensors) = Path(path).name, _read_model(Path(path))
+        name, (known, tensors) = Path(path).name, read_model(Path(path))
         if known["class"] != cls.__name__:
             raise ValueError(f"{name} holds {known['class']}, not {cls.__name__}; load it by {known['class']}.load.")
         try:
@@ -492,68 +475,6 @@ class _BilinearMLP(nn.Module):
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{name} is damaged ({error}); save the model again, or take another copy.") from error
         return model.eval()
-
-
-def _digest(text: str, tensors: dict[str, Tensor]) -> str:
-    """Return a checksum of all that a file holds."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a file says of a model, and its tensors; whatever is wrong with the file is told here."""
-    foreign = ValueError(f"{path.name} holds no scbmlp model; give a file that save has written.")
-    damaged = ValueError(f"{path.name} is damaged: save the model again, or take another copy.")
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[:2] == b"PK":
-        return _read_earlier(path, foreign, damaged)
-    if len(start) < 9 or start[8:] != b"{":
-        raise damaged if 0 < len(start) < 9 and start[-4:] == bytes(4) else foreign
-    try:
-        with safe_open(path, "pt") as file:
-            stored = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # noqa: BLE001  safetensors has an error of its own, made in Rust
-        raise damaged from error
-    if "scbmlp" not in stored:
-        raise foreign
-    try:
-        known = json.loads(stored["scbmlp"])
-        newer = known["format"] > FORMAT
-    except (ValueError, KeyError, TypeError) as error:
-        raise damaged from error
-    if newer:
-        raise ValueError(
-            f"{path.name} was written by scbmlp {known.get('versions', {}).get('scbmlp')}, in format "
-            f"{known['format']}; this version reads up to {FORMAT}: update scbmlp."
-        )
-    if stored.get("sha256") != _digest(stored["scbmlp"], tensors):
-        raise damaged
-    return known, tensors
-
-
-def _read_earlier(path: Path, foreign: Exception, damaged: Exception) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a file of the time when models were written by torch."""
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError, ValueError) as error:
-        # torch refuses objects that could run code, and cannot open a file cut short: a model is neither.
-        raise (foreign if isinstance(error, pickle.UnpicklingError) else damaged) from error
-    if not (isinstance(stored, dict) and {"class", "config", "weights", "gene_names", "output_names"} <= stored.keys()):
-        raise foreign
-    tensors = dict(stored["weights"])
-    if stored.get("statistics"):
-        tensors |= {
-            f"statistics.{name}": part for name, part in zip(Statistics._fields, stored["statistics"], strict=False)
-        }
-    known = {"options": {}, "history": [], "baseline": None, "best_epoch": None, "trials": None, "layer": None}
-    known |= {name: value for name, value in stored.items() if name not in ("weights", "statistics")}
-    known["named"] = [known[name] != list(range(len(known[name]))) for name in ("gene_names", "output_names")]
-    return known, tensors
 
 
 class ScBMLPClassifier(_BilinearMLP):

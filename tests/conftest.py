@@ -9,6 +9,7 @@ from scipy import sparse
 
 from scbmlp import simulate
 from scbmlp.datasets import get_classification_datasets
+from scbmlp.models import Config, ScBMLPClassifier
 
 
 @pytest.hookimpl(wrapper=True)
@@ -99,3 +100,12 @@ def rows_made_dense(monkeypatch):
 
         monkeypatch.setattr(kind, "toarray", counted)
     return seen
+
+
+@pytest.fixture(scope="session")
+def classifier(sets):
+    """A small model that tells the cells, not to be changed."""
+    cfg = Config(d_input=300, d_hidden=8, d_output=8, n_epochs=10, device="cpu")
+    model = ScBMLPClassifier(cfg)
+    model.fit(sets[0], sets[1], enable_progress_bar=False)
+    return model

@@ -28,7 +28,7 @@ def cells_of(model, n=9, seed=0):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_attributions_and_pairs_are_shapley_values_counted_over_all_sets_of_genes(linear):
-    """Twelve genes, 4,096 sets: the count knows nothing of weights."""
+    """eq-attributions, on twelve genes and 4,096 sets: the count knows nothing of weights."""
     n = 12
     model = random_model(n, 4, 2, seed=1, bias=True, linear=linear).double()
     x, reference = cells_of(model, 2), cells_of(model, 1, seed=5)[0].astype(np.float64)
@@ -99,6 +99,7 @@ def test_pairs_that_are_none():
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
 def test_group_means_split_the_mean_output(linear, form):
+    """eq-donor."""
     model = random_model(6, 3, 2, seed=4, bias=True, linear=linear)
     x, reference = cells_of(model, 40), cells_of(model, 1, seed=9)[0]
     donors = np.random.default_rng(1).choice(["a", "b", "c"], 40)
@@ -164,6 +165,7 @@ QUICK = {"n_epochs": 3, "batch_size": 32, "lr": 1e-2, "device": "cpu"}
 
 
 def test_p_values_are_uniform_where_nothing_is():
+    """eq-permutation."""
     p = []
     for seed in range(40):
         table = permutation_null(

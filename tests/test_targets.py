@@ -399,7 +399,7 @@ def test_doses_that_are_no_numbers_are_refused(treated, dose, shown):
 
 
 def test_noise_ceiling_is_the_share_of_the_target_that_is_no_noise():
-    """Counts of known rates: the R2 of the noiseless target is known without any halves."""
+    """eq-halves: rates are known, and so is the R2 of the noiseless target, without any halves."""
     rng = np.random.default_rng(0)
     rate = rng.gamma(4, 1, (4000, 3))
     counts = AnnData(sparse.csr_matrix(rng.poisson(rate * [8, 1, 0.1]).astype(np.float32)))
