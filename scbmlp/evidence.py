@@ -137,7 +137,7 @@ def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, rando
     """
     x = match_genes(dataset, modules.loadings.index)
     x = x[some(x.shape[0], LARGE)]
-    mix = np.random.default_rng(random_state).standard_normal((x.shape[0], len(modules.eigenvalues)))
+    mix = np.random.default_rng(random_state).standard_normal((x.shape[0], modules.loadings.shape[1]))
     unit = modules.unit.to_numpy()[:, None]
     # The covariance of the genes with noise over cells has the covariance of the genes.
     drawn = np.asarray(x.T @ (mix - mix.mean(axis=0)))
@@ -196,8 +196,11 @@ def trust(
         `null` or `audit` lacks the output.
     """
     if isinstance(modules, Mapping):
-        more = {"null": null, "audit": audit, "enriched": enriched, "enriched_random": enriched_random}
-        return {name: trust(one, models, val, **more) for name, one in modules.items()}
+        done, found = {}, {"enriched": enriched, "enriched_random": enriched_random}
+        for name, one in modules.items():
+            own = {key: None if table is None else table[table["output"] == name] for key, table in found.items()}
+            done[name] = trust(one, models, val, null=null, audit=audit, **own)
+        return done
     output = modules.output
     table = stability(models, output, modules=modules, dataset=val)[["eigenvalue", "stability", "low"]]
     alike = [similarity(a, b, output, dataset=val) for a, b in combinations(models[:6], 2)]
@@ -218,7 +221,7 @@ def trust(
             table[name] = audit.loc[output, name]
     for name, found in {"terms": enriched, "terms_random": enriched_random}.items():
         if found is not None:
-            found = found[(found["output"] == str(output)) & (found["q"] < 0.05)]
+            found = found[found["q"] < 0.05]
             table[name] = found.groupby("module")["term"].nunique().reindex(table.index, fill_value=0)
     if enriched is not None and enriched_random is not None:
         table["terms_random"] = table["terms_random"].mean()

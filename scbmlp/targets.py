@@ -12,7 +12,7 @@ import pandas as pd
 import scanpy as sc
 from anndata import AnnData
 from scipy import sparse
-from scipy.optimize import linear_sum_assignment
+from scipy.linalg import orthogonal_procrustes
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from sklearn.neighbors import KNeighborsRegressor
@@ -400,9 +400,9 @@ def noise_ceiling(
 
     Returns
     -------
-    A row an output of `compute` on all molecules: ``r``, the correlation of the two halves' targets, each matched one
-    to one with that of all molecules, since outputs such as eigenvectors swap order and sign; and ``ceiling``, 0 where
-    r is not positive.
+    A row an output of `compute` on all molecules: ``r``, the correlation of the two halves' targets, and ``ceiling``, 0
+    where r is not positive. Before, the outputs of each half, in units of their standard deviation, are rotated onto
+    those of all molecules, since eigenvectors and components swap order and sign, and turn among each other.
 
     Raises
     ------
@@ -428,11 +428,7 @@ def noise_ceiling(
         if target.ndim != 2 or len(target) != adata.n_obs:
             raise ValueError(f"compute returned shape {target.shape} for {adata.n_obs} cells; (cell x out) is needed.")
         targets.append(target)
-    whole, *halves = targets
-    matched, n = [], whole.shape[1]
-    for half in halves:
-        r = np.corrcoef(whole, half, rowvar=False)[:n, n:]
-        at = linear_sum_assignment(-np.abs(r))[1]
-        matched.append(half[:, at] * np.sign(r[range(n), at]))
-    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(matched[0].T, matched[1].T, strict=True)])
+    whole, *halves = [(target - target.mean(axis=0)) / target.std(axis=0) for target in targets]
+    turned = [half @ orthogonal_procrustes(half, whole)[0] for half in halves]
+    r = np.array([np.corrcoef(a, b)[0, 1] for a, b in zip(turned[0].T, turned[1].T, strict=True)])
     return pd.DataFrame({"r": r, "ceiling": 2 * np.maximum(r, 0) / (1 + np.maximum(r, 0))})
