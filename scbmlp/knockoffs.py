@@ -203,7 +203,8 @@ def pair_discoveries(
     ModelClass
         ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
     cfg
-        Size and training, for the genes without knock-offs. ``linear=True`` keeps single genes out of the bilinear part.
+        Size and training, for the genes without knock-offs. With ``linear=True`` single genes have weights
+        of their own.
     train, val
         As in ``fit``.
     output
@@ -221,7 +222,7 @@ def pair_discoveries(
     -------
     A row a pair, greatest contrast first: ``gene_a``, ``gene_b``, ``interaction`` and ``strength`` as in ``top_pairs``,
     ``contrast``, the strength over the noise, and ``q``: the least estimated false discovery rate, (1 + pairs with
-    knock-offs) / pairs of genes, of all lists from the top that the pair is in. Less than 0.1 takes more than ten pairs.
+    knock-offs) / pairs of genes, of all lists from the top that the pair is in. Ten pairs can have 0.1, and no less.
 
     Raises
     ------

@@ -100,7 +100,7 @@ def test_swapping_a_gene_with_its_knockoff_changes_nothing_in_distribution():
         lambda gene: gene * y,
         lambda gene: gene * z[:, 5] * y,
         lambda gene: gene**2 * z[:, 1] ** 2,
-        lambda gene: (gene > 1) * (z[:, 1] > 1),
+        lambda gene: 1.0 * (gene > 1) * (z[:, 1] > 1),
     ):
         one, other = function(z[:, 0]), function(z[:, 8])
         assert abs((one - other).mean()) < 4 * (one - other).std() / np.sqrt(len(z))
