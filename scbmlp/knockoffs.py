@@ -18,8 +18,8 @@ from scbmlp.interactions import InteractionMatrix, Output, direction, interactio
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_replicas
 
 SWEEPS = 5  # over all genes, in which the scores of tied cells and the correlations are found from one another
-# float64 arrays held at a time: gene x gene, cell x gene
-ARRAYS = {"gaussian": (6, 8), "permuted": (0, 2)}
+# At most so many float64 arrays of gene x gene, and of cell x gene, are held at a time (measured).
+ARRAYS = {"gaussian": (10, 5), "permuted": (0, 3)}
 
 
 def knockoffs(
@@ -233,12 +233,13 @@ def pair_discoveries(
 
     Notes
     -----
-    For one gene that matters and one that does not, a pair and its knock-off (gene, knock-off) are equally likely to be
-    strong if knock-offs are right, so that the estimate is right in expectation; for two that do not it is three times
-    too large. It is no theorem: one gene takes part in many pairs, whose signs are not independent. And two genes that
-    both matter, in other pairs or on their own, have no like among knock-offs: if the model mixes them up, the pair
-    counts as a discovery. Clumping takes off most of these, those of genes that go along with the right ones.
-    Knock-offs have the correlations of ranks, not what is beyond them, such as extremes that come together.
+    For a gene that matters and one that does not, a pair and its like with the knock-off of the second are equally
+    likely to be strong, if knock-offs are right: the estimate is then right in expectation, or too large; for two genes
+    that do not matter it is three times too large. It is no theorem: one gene takes part in many pairs, whose signs are
+    not independent. And two genes that both matter, but not as a pair, have no like among knock-offs: if the model mixes
+    them up, they count as a discovery. Most of these go along with a right pair, and clumping takes them off. Knock-offs
+    have the correlations of ranks, not what is beyond them, such as extremes that come together. What is found depends
+    on the draw, so look at several. ``benchmarks/pairs.py`` measures all this on planted data.
     """
     n, n_replicas = whole_number(n, "n"), whole_number(n_replicas, "n_replicas", 2)
     if not (isinstance(clump, Real) and 0 < clump <= 1):
