@@ -236,10 +236,10 @@ def pair_discoveries(
     For a gene that matters and one that does not, a pair and its like with the knock-off of the second are equally
     likely to be strong, if knock-offs are right: the estimate is then right in expectation, or too large; for two genes
     that do not matter it is three times too large. It is no theorem: one gene takes part in many pairs, whose signs are
-    not independent. And two genes that both matter, but not as a pair, have no like among knock-offs: if the model mixes
-    them up, they count as a discovery. Most of these go along with a right pair, and clumping takes them off. Knock-offs
-    have the correlations of ranks, not what is beyond them, such as extremes that come together. What is found depends
-    on the draw, so look at several. ``benchmarks/pairs.py`` measures all this on planted data.
+    not independent. And two genes that both matter, but not as a pair, have no like among knock-offs: if the model
+    mixes them up, they count as a discovery. Most of these go along with a right pair, and clumping takes them off.
+    Knock-offs have the correlations of ranks, not what is beyond them, such as extremes that come together. What is
+    found depends on the draw, so look at several. ``benchmarks/pairs.py`` measures all this on planted data.
     """
     n, n_replicas = whole_number(n, "n"), whole_number(n_replicas, "n_replicas", 2)
     if not (isinstance(clump, Real) and 0 < clump <= 1):
