@@ -23,6 +23,7 @@ CASES = {
     "apart, permuted": ("apart", "lognormal", "permuted", {}),
     "apart, not clumped": ("apart", "lognormal", "gaussian", {"clump": 1}),
     "apart, counts": ("apart", "counts", "gaussian", {}),
+    "apart, permuted, not clumped": ("apart", "lognormal", "permuted", {"clump": 1}),
     "apart, independent genes, permuted": ("apart", "independent", "permuted", {}),
     "hubs": ("hubs", "lognormal", "gaussian", {}),
     "none": ("none", "lognormal", "gaussian", {}),
