@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
     "checks", "simulate", "sources", "datasets", "targets", "effects", "baselines", "training", "models",
-    "sklearn", "interactions", "modules", "enrichment", "plotting",
+    "sklearn", "interactions", "knockoffs", "modules", "enrichment", "plotting",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
@@ -23,6 +23,7 @@ PUBLIC = {
     "baselines": ["linear_baseline", "LinearModel"],
     "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor", "tune", "fit_replicas", "statistics"],
     "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit", "similarity"],
+    "knockoffs": ["knockoffs", "pair_discoveries"],
     "modules": ["gene_modules", "GeneModules", "consensus", "stability", "truncation_curve"],
     "enrichment": ["enrich", "read_gene_sets"],
     "sklearn": ["BilinearClassifier", "BilinearRegressor"],

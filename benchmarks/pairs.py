@@ -1,0 +1,113 @@
+"""Pairs of genes with a false discovery rate, on planted data sets: is the rate kept, and what is found.
+
+python benchmarks/pairs.py [n_datasets] [case ...]; cases are the keys of CASES, all if none is named.
+"""
+
+import sys
+import time
+import warnings
+
+import numpy as np
+import pandas as pd
+
+from scbmlp import simulate
+from scbmlp.datasets import ExpressionDataset, get_classification_datasets
+from scbmlp.knockoffs import pair_discoveries
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+
+N_CELLS, N_GENES, N_PAIRS = 3000, 150, 12
+TRAINING = {"n_epochs": 20, "batch_size": 256, "lr": 1e-3, "weight_decay": 1e-2, "device": "cpu"}
+# Name: which genes are in pairs, how expression comes about, knock-offs, other arguments.
+CASES = {
+    "apart": ("apart", "lognormal", "gaussian", {}),
+    "apart, permuted": ("apart", "lognormal", "permuted", {}),
+    "apart, not clumped": ("apart", "lognormal", "gaussian", {"clump": 1}),
+    "apart, counts": ("apart", "counts", "gaussian", {}),
+    "apart, permuted, not clumped": ("apart", "lognormal", "permuted", {"clump": 1}),
+    "apart, independent genes, permuted": ("apart", "independent", "permuted", {}),
+    "hubs": ("hubs", "lognormal", "gaussian", {}),
+    "none": ("none", "lognormal", "gaussian", {}),
+    "programs": ("programs", "", "gaussian", {}),
+}
+CURVES = (np.square, np.abs, lambda u: u > 0.5, np.exp)
+
+
+def unit(v: np.ndarray) -> np.ndarray:
+    return (v - v.mean(axis=0)) / v.std(axis=0)
+
+
+def planted(seed: int, design: str, law: str) -> tuple[ExpressionDataset, ExpressionDataset, set]:
+    """Return train and validation cells, and the pairs whose products are in the target.
+
+    Genes come in programs of ten, correlated in the logarithm of their rates (r = 0.5). Seen is log1p of the rate, less
+    what drops out, or of Poisson counts. Of the target's variance half is products, 0.15 each are linear and curved
+    effects of single genes, most of them in pairs too; the rest is noise. "apart": each gene is in one pair; "hubs":
+    all pairs are among twelve genes.
+    """
+    rng = np.random.default_rng(seed)
+    z = rng.standard_normal((N_CELLS, N_GENES))
+    if law != "independent":
+        z = np.sqrt(0.5) * (z + rng.standard_normal((N_CELLS, N_GENES // 10)).repeat(10, axis=1))
+    rate = np.exp(rng.normal(0.5, 0.8, N_GENES) + 0.8 * z)
+    if law == "counts":
+        x = np.log1p(rng.poisson(rate * rng.lognormal(0, 0.2, (N_CELLS, 1))))
+    else:
+        x = np.log1p(np.where(rng.random(rate.shape) < np.exp(-2 * rate), 0, rate))
+    u, genes, pairs = unit(x), rng.permutation(N_GENES), []
+    if design == "apart":
+        pairs = genes[: 2 * N_PAIRS].reshape(-1, 2)
+    elif design == "hubs":
+        every = np.stack(np.triu_indices(12, 1), axis=1)
+        pairs = genes[every[rng.choice(len(every), N_PAIRS, replace=False)]]
+    single = np.append(genes[:10], genes[2 * N_PAIRS : 2 * N_PAIRS + 10])
+    sign = rng.choice([-1, 1], 3 * N_GENES)
+    curved = sum(sign[i] * unit(CURVES[i % 4](u[:, gene])) for i, gene in enumerate(single[:14]))
+    y = np.sqrt(0.15) * (unit(u[:, single] @ sign[-len(single) :]) + unit(curved))
+    if len(pairs):
+        y = y + np.sqrt(0.5) * unit(unit(u[:, pairs[:, 0]] * u[:, pairs[:, 1]]) @ sign[N_GENES : N_GENES + N_PAIRS])
+    y = y + np.sqrt(0.2) * rng.standard_normal(N_CELLS)
+    names, cut = pd.Index([f"G{i:03d}" for i in range(N_GENES)]), int(0.8 * N_CELLS)
+    parts = [
+        ExpressionDataset(x[cells], y[cells, None], names, pd.Index(["y"])) for cells in (slice(cut), slice(cut, None))
+    ]
+    return *parts, {frozenset(names[pair]) for pair in pairs}
+
+
+def programs(seed: int) -> tuple[ExpressionDataset, ExpressionDataset, set]:
+    """Return cells whose label is the exclusive-or of two programs of 25 genes, and all pairs across the two."""
+    adata = simulate.planted_interactions(seed, n_genes=N_GENES, n_programs=5)
+    one, two = (adata.uns["truth"]["programs"][name] for name in adata.uns["truth"]["pair"])
+    train, val, _ = get_classification_datasets(adata, "label", 0.8, 0.15)
+    return train, val, {frozenset((a, b)) for a in one for b in two}
+
+
+def main(n: int, cases: list[str]) -> None:
+    """Print one line a case."""
+    warnings.filterwarnings("ignore", "the model ends below")
+    for case in cases:
+        design, law, kind, options = CASES[case]
+        start, rows = time.perf_counter(), []
+        for seed in range(n):
+            train, val, truth = programs(seed) if design == "programs" else planted(seed, design, law)
+            ModelClass = ScBMLPClassifier if design == "programs" else ScBMLPRegressor
+            cfg = Config(N_GENES, 128, len(train.output_names), linear=True, seed=seed, **TRAINING)
+            table = pair_discoveries(
+                ModelClass, cfg, train, val, train.output_names[-1], kind=kind, n=1000, random_state=seed,
+                progress=False, **options,
+            )  # fmt: skip
+            true = np.array([frozenset(pair) in truth for pair in table[["gene_a", "gene_b"]].to_numpy()], dtype=bool)
+            for level in (0.1, 0.2):
+                found = table["q"].to_numpy() <= level
+                false = (found & ~true).sum()
+                power = (found & true).sum() / max(len(truth), 1)
+                rows.append((level, found.sum(), false, false / max(found.sum(), 1), power))
+        table = pd.DataFrame(rows, columns=["level", "found", "false", "fdp", "power"]).groupby("level")
+        mean, error = table.mean(), 1.96 * table["fdp"].std() / np.sqrt(n)
+        for level, row in mean.iterrows():
+            print(f"{case}, at {level}: FDR {row['fdp']:.3f} +- {error[level]:.3f}, power {row['power']:.3f}, "
+                  f"{row['found']:.1f} found, {row['false']:.1f} false, {n} data sets", flush=True)  # fmt: skip
+        print(f"  {(time.perf_counter() - start) / n:.1f} s a data set", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20, sys.argv[2:] or list(CASES))
