@@ -229,6 +229,15 @@ def test_targets_are_permuted_within_strata():
         fit_permuted(ScBMLPClassifier, models[0].cfg, train, val, 0, progress=False)
 
 
+def test_a_null_needs_a_target_that_differs():
+    train, val = noise(3)
+    val.y[:] = 1
+    with pytest.raises(ValueError, match="dataset has the same target of 'a' in every cell; take more cells"):
+        permutation_null(ScBMLPClassifier, Config(12, 4, 2, **QUICK), train, val, "a", 1, progress=False)
+    with pytest.raises(ValueError, match="val is of type NoneType"):
+        permutation_null(ScBMLPClassifier, Config(12, 4, 2, **QUICK), train, None, "a", 1, progress=False)
+
+
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
 def test_without_pairs_each_gene_keeps_its_target_and_loses_the_others(form):
     rng = np.random.default_rng(0)

@@ -1,5 +1,7 @@
 """Do the figures show the numbers of their tables, on the axes given, and change nothing else?"""
 
+import re
+
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -284,3 +286,14 @@ def test_strip_puts_every_value_on_the_line_of_its_group_and_colours_those_outsi
     assert colors_of(acts) == {plotting.POSITIVE.lower()} and colors_of(silent) == {plotting.NEUTRAL.lower()}
     box = ax.patches[0].get_extents().transformed(ax.transData.inverted())
     assert (box.x0, box.x1) == pytest.approx((-2, 2)) and list(names(ax.yaxis).values()) == list(GROUPS)
+
+
+def test_modules_that_are_not_trusted_are_grey():
+    table = pd.DataFrame(
+        {"eigenvalue": [0.5, -0.1], "stability": [0.9, 0.3], "low": [0.8, 0.1], "gain_curved": [0.01, 0.01]},
+        ["module_1", "module_2"],
+    )
+    html = plotting.trust(table.assign(trusted=[True, False])).to_html()
+    grey = re.findall(r"#T_trust_row(\d)_col\d", html.split("<table")[0])
+    assert set(grey) == {"1"} and len(grey) == 3, html
+    assert "gain curved" in html and "-0.100" in html and "low" not in html.split("<table")[1]
