@@ -176,7 +176,7 @@ def lasso(train, val, n_products=3000):
     """Fit the lasso on all genes and on the products that correlate most with the class."""
     z, _, cross = class_covariances(train)
     i, j = np.triu_indices(len(cross), 1)
-    best = np.argpartition(-np.abs(cross[i, j]), n_products)[:n_products]
+    best = np.argsort(-np.abs(cross[i, j]), kind="stable")[:n_products]
     i, j = i[best], j[best]
     features = np.hstack([z, z[:, i] * z[:, j]])
     features = (features - features.mean(axis=0)) / features.std(axis=0)
@@ -269,21 +269,21 @@ SMALL = (400, 8)  # genes and programs, where many data sets are made
 
 def part_rules():
     """Run every rule and every method, on 1,500 cells x 400 genes, half of them in 8 programs."""
-    for seed, rule in product(range(2), RULES):
+    for seed, rule in product(range(1), RULES):
         adata = simulate.planted_interactions(seed, 1500, *SMALL, rule=rule)
         yield from ({"rule": rule, "seed": seed, **row} for row in compare(adata, METHODS))
 
 
 def part_cells():
     """Run the exclusive-or among 2,000 genes, with fewer and fewer cells."""
-    for seed, n in product(range(2), (2000, 1500, 1000, 700, 500)):
+    for seed, n in product(range(1), (200, 300, 500, 700, 1000, 2000)):
         adata = simulate.planted_interactions(seed, n)
         yield from ({"n_cells": n, "seed": seed, **row} for row in compare(adata, CHEAP))
 
 
 def part_phase():
     """Run the exclusive-or among 400 genes by number of cells and noise."""
-    grid = product((200, 400, 800, 1600), (0.5, 1.0, 1.5, 2.0), range(1))
+    grid = product((200, 400, 800), (0.5, 1.0, 1.5, 2.0), range(1))
     for n, noise, seed in grid:
         adata = simulate.planted_interactions(seed, n, *SMALL, noise=noise)
         yield from ({"n_cells": n, "noise": noise, "seed": seed, **row} for row in compare(adata, CHEAP))
@@ -291,10 +291,10 @@ def part_phase():
 
 def part_axes():
     """Run the exclusive-or of 1,000 cells by depth and by number of genes, one at a time."""
-    for depth, seed in product((200, 400, 800, 1600, 3200), range(1)):
+    for depth, seed in product((200, 600, 1800), range(1)):
         adata = simulate.planted_interactions(seed, 1000, *SMALL, depth=depth)
         yield from ({"axis": "depth", "value": depth, "seed": seed, **row} for row in compare(adata, CHEAP))
-    for n, seed in product((200, 800, 1600), range(1)):
+    for n, seed in product((200, 800), range(1)):
         adata = simulate.planted_interactions(seed, 1000, n, 8)
         yield from ({"axis": "genes", "value": n, "seed": seed, **row} for row in compare(adata, CHEAP))
 
@@ -313,7 +313,7 @@ def part_paired():
             yield {"seed": seed, "method": name, "genes": of_genes, "pairs": of_pairs}
 
 
-def grn_cells(logic, seed, n_cells=600, n_inputs=6, n_each=6):
+def grn_cells(logic, seed, n_cells=400, n_inputs=6, n_each=6):
     """Simulate cells with grnlab: inputs on or off, genes that follow one of them, and a target of two, kept aside.
 
     The first two inputs with their genes are the pair. The kinetics, their random constants and the noise are grnlab's.
@@ -355,7 +355,7 @@ def grn_cells(logic, seed, n_cells=600, n_inputs=6, n_each=6):
 
 def part_grnlab():
     """Put the same question to cells of a published simulator of gene regulation."""
-    for seed, logic in product(range(2), ("AND", "OR", "exclusive-or")):
+    for seed, logic in product(range(1), ("AND", "OR", "exclusive-or")):
         adata = grn_cells(logic, seed)
         share = float((adata.obs["label"] == "on").mean())
         yield from ({"logic": logic, "seed": seed, "on": share, **row} for row in compare(adata, METHODS))
