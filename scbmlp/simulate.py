@@ -146,12 +146,21 @@ def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnDa
 
 
 def planted_interactions(
-    seed: int = 0, n_cells: int = 3000, n_genes: int = 2000, n_programs: int = 20, genes_per_program: int = 25
+    seed: int = 0,
+    n_cells: int = 3000,
+    n_genes: int = 2000,
+    n_programs: int = 20,
+    genes_per_program: int = 25,
+    *,
+    rule: str = "exclusive-or",
+    noise: float = 1.0,
+    depth: float | None = None,
 ) -> AnnData:
-    """Simulate cells whose label is the exclusive-or of two gene programs, so that only an interaction predicts it.
+    """Simulate cells whose label a few gene programs make, by default the exclusive-or of two.
 
-    All programs are equally strong, independent, and on in half of the cells; neither program of the pair says
-    anything about the label alone. Single genes are noisy, the mean of a program's genes is not.
+    All programs are equally strong, independent, and on in half of the cells. Single genes are noisy, the mean of a
+    program's genes is not. Neither program of an exclusive-or says anything about the label alone, so that only an
+    interaction predicts it.
 
     Parameters
     ----------
@@ -160,24 +169,49 @@ def planted_interactions(
     n_cells, n_genes
         Number of cells and of genes; genes in no program are noise.
     n_programs, genes_per_program
-        Number of programs, two of which, drawn at random, make the label; number of genes that each raises, its own.
+        Number of programs, of which two or four, drawn at random, make the label; number of genes that each raises, its
+        own.
+    rule
+        What makes the label.
+
+        - ``"exclusive-or"``: one program of a pair is on, and not the other;
+        - ``"conjunction"``: both are on;
+        - ``"readout"``: the same, and one gene that is in no program is switched on by it;
+        - ``"additive"``: the log odds rise by 2 with each of four programs;
+        - ``"link"``: the chance doubles with each of four programs, a curve of their number and no interaction;
+        - ``"mixed"``: the log odds rise by 4 where the exclusive-or of a pair holds, and by 2 with each of two others.
+    noise
+        Standard deviation of a gene's noise, where 1 is what a program adds to it.
+    depth
+        Mean number of counts of a cell. Counts are drawn, brought to the same total and log-transformed. If None there
+        are none: expression is continuous.
 
     Returns
     -------
-    Non-negative continuous expression (cell x gene, float32, like log-normalised counts) with the balanced label,
-    ``off`` or ``on``, in ``obs["label"]``. ``uns["truth"]`` has ``programs`` (name: genes), ``pair`` (the two
-    programs' names), ``genes`` (the genes of the pair), ``state`` (cell x program, 0 or 1, columns in
-    ``program_names``) and ``cells``.
+    Non-negative expression (cell x gene, float32, log-normalised counts or like them) with the label, ``off`` or
+    ``on``, in ``obs["label"]``; that of an exclusive-or is balanced. ``uns["truth"]`` has ``programs`` (name: genes),
+    ``causes`` (the names of the programs that make the label), ``genes`` (the genes of those), ``pair`` (the names of
+    the two programs that interact, none for ``additive`` and ``link``), ``state`` (cell x program, 0 or 1, columns in
+    ``program_names``), ``cells``, and ``readout`` (the gene of ``rule="readout"``, else none).
 
     Raises
     ------
     ValueError
-        A number is too small: cells for the four states of a pair, programs for a pair, genes for the programs.
+        A number is too small: cells for the four states of a pair, programs for the rule, genes for the programs,
+        noise, or depth. Or `rule` is unknown.
     """
+    rules = {"exclusive-or": 2, "conjunction": 2, "readout": 2, "additive": 4, "link": 4, "mixed": 4}
+    if rule not in rules:
+        raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(map(repr, rules))}.")
     _check_at_least("n_cells", n_cells, 8, "are needed to fill the four states of the pair")
-    _check_at_least("n_programs", n_programs, 2, "are needed for a pair")
+    _check_at_least("n_programs", n_programs, rules[rule], f"are needed for rule={rule!r}")
     _check_at_least("genes_per_program", genes_per_program, 1, "is needed")
-    _check_at_least("n_genes", n_genes, n_programs * genes_per_program, "are needed by n_programs x genes_per_program")
+    in_use = n_programs * genes_per_program + (rule == "readout")
+    why = "are needed by n_programs x genes_per_program" + (" and the readout" if rule == "readout" else "")
+    _check_at_least("n_genes", n_genes, in_use, why)
+    _check_at_least("noise", noise, 0, "is a standard deviation")
+    if depth is not None:
+        _check_at_least("depth", depth, 1, "count a cell is needed")
     rng = np.random.default_rng(seed)
     names = _numbered("program_", n_programs, width=2)
     genes = _numbered("Sim", n_genes)
@@ -188,18 +222,46 @@ def planted_interactions(
     corner = rng.permutation(n_cells) % 4
     state[:, pair] = np.stack([corner // 2, corner % 2], axis=1)
 
-    # One standard deviation between off and on, for each gene: weak alone, clear in the mean of 25.
-    noise_sd = 0.5
-    x = rng.normal(rng.uniform(1, 2, n_genes), noise_sd, (n_cells, n_genes))
+    # As much between off and on as the noise, by default: weak in each gene, clear in the mean of 25.
+    step = 0.5
+    x = rng.normal(rng.uniform(1, 2, n_genes), step * noise, (n_cells, n_genes))
     for program, columns in enumerate(members):
-        x[:, columns] += noise_sd * state[:, [program]]
-    label = np.array(["off", "on"])[state[:, pair[0]] ^ state[:, pair[1]]]
+        x[:, columns] += step * state[:, [program]]
+    others = np.setdiff1d(np.arange(n_programs), pair)
+    first, second = state[:, pair].T
+    readout = []
+    if rule in ("conjunction", "readout"):
+        causes, on = pair, (first & second) == 1
+        if rule == "readout":
+            readout = np.setdiff1d(np.arange(n_genes), members)[:1]
+            x[:, readout] += 6 * step * on[:, None]
+    elif rule == "exclusive-or":
+        causes, on = pair, (first ^ second) == 1
+    else:
+        added = rng.choice(others, 2, replace=False)
+        causes = np.sort([*pair, *added])
+        number = state[:, causes].sum(axis=1)
+        chance = {
+            "additive": expit(2.0 * (number - 2)),
+            "link": 2.0 ** (number - 4),
+            "mixed": expit(4.0 * (first ^ second) - 2 + 2.0 * (state[:, added].sum(axis=1) - 1)),
+        }[rule]
+        on = rng.random(n_cells) < chance
+    x = np.maximum(x, 0)
+    if depth is not None:
+        rate = np.expm1(x)
+        scale = rate.sum(axis=1).mean()
+        counts = rng.poisson(rate * depth / scale)
+        x = np.log1p(counts * scale / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    label = np.where(on, "on", "off")
     obs = pd.DataFrame({"label": pd.Categorical(label, ["off", "on"])}, index=_numbered("sim-", n_cells))
-    adata = AnnData(np.maximum(x, 0).astype(np.float32), obs=obs, var=pd.DataFrame(index=genes))
+    adata = AnnData(x.astype(np.float32), obs=obs, var=pd.DataFrame(index=genes))
     adata.uns["truth"] = {
         "programs": {name: genes[np.sort(columns)] for name, columns in zip(names, members, strict=True)},
-        "pair": names[pair],
-        "genes": genes[np.sort(members[pair].ravel())],
+        "causes": names[causes],
+        "pair": names[[] if rule in ("additive", "link") else pair],
+        "genes": genes[np.sort(members[causes].ravel())],
+        "readout": genes[readout],
         "program_names": names,
         "state": state,
         "cells": adata.obs_names.to_numpy(str),
@@ -322,7 +384,7 @@ def sciplex3(
     return adata
 
 
-def _check_at_least(name: str, value: int, minimum: int, why: str) -> None:
+def _check_at_least(name: str, value: float, minimum: float, why: str) -> None:
     if value < minimum:
         raise ValueError(f"{name}={value} is too small: at least {minimum} {why}; pass {name}={minimum} or more.")
 

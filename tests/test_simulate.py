@@ -111,6 +111,11 @@ def test_truth_survives_a_file(name, tmp_path):
         (lambda: simulate.planted_interactions(n_programs=1), "n_programs=1 is too small"),
         (lambda: simulate.planted_interactions(genes_per_program=0), "genes_per_program=0 is too small"),
         (lambda: simulate.planted_interactions(n_genes=499), "n_genes=499 is too small: at least 500"),
+        (lambda: simulate.planted_interactions(rule="xor"), "rule='xor' is unknown; choose one of 'exclusive-or',"),
+        (lambda: simulate.planted_interactions(rule="mixed", n_programs=3), "n_programs=3 is too small: at least 4"),
+        (lambda: simulate.planted_interactions(rule="readout", n_genes=500), "n_genes=500 is too small: at least 501"),
+        (lambda: simulate.planted_interactions(noise=-1), "noise=-1 is too small"),
+        (lambda: simulate.planted_interactions(depth=0), "depth=0 is too small"),
     ],
 )
 def test_what_cannot_be_simulated_is_an_error_that_says_what_can(call, message):
@@ -258,6 +263,71 @@ def test_planted_label_needs_the_product_of_the_pair(planted):
     a, b = programs - programs[:, train].mean(axis=1, keepdims=True)
     product = (a * b)[:, None]
     assert LogisticRegression(C=1e4).fit(product[train], on[train]).score(product[test], on[test]) > 0.95
+
+
+def program_states(adata, key):
+    truth = adata.uns["truth"]
+    names = list(truth["program_names"])
+    return np.stack([truth["state"][:, names.index(name)] for name in truth[key]])
+
+
+@pytest.mark.parametrize(
+    ("rule", "n_causes", "interact"),
+    [("exclusive-or", 2, True), ("conjunction", 2, True), ("readout", 2, True), ("additive", 4, False),
+     ("link", 4, False), ("mixed", 4, True)],
+)  # fmt: skip
+def test_planted_rules_have_their_causes_and_their_pair(rule, n_causes, interact):
+    adata = simulate.planted_interactions(1, 800, 600, rule=rule)
+    truth = adata.uns["truth"]
+    assert len(truth["causes"]) == n_causes and len(truth["pair"]) == 2 * interact
+    assert set(truth["pair"]) <= set(truth["causes"])
+    assert set(truth["genes"]) == {gene for name in truth["causes"] for gene in truth["programs"][name]}
+    assert len(truth["readout"]) == (rule == "readout")
+    # The cells are those of the exclusive-or; the rule makes the label, and at most one gene.
+    as_before = simulate.planted_interactions(1, 800, 600)
+    rest = ~adata.var_names.isin(truth["readout"])
+    np.testing.assert_array_equal(adata.X[:, rest], as_before.X[:, rest])
+    np.testing.assert_array_equal(truth["state"], as_before.uns["truth"]["state"])
+
+
+def test_planted_labels_follow_their_rule():
+    made = {
+        rule: simulate.planted_interactions(2, 20_000, 100, 4, 5, rule=rule)
+        for rule in ("conjunction", "readout", "additive", "link", "mixed")
+    }
+    on = {rule: (adata.obs["label"] == "on").to_numpy() for rule, adata in made.items()}
+    for rule in ("conjunction", "readout"):
+        np.testing.assert_array_equal(on[rule], program_states(made[rule], "pair").all(axis=0))
+    readout = made["readout"][:, made["readout"].uns["truth"]["readout"]].X.ravel()
+    assert readout[on["readout"]].mean() - readout[~on["readout"]].mean() > 2.5
+    number = program_states(made["additive"], "causes").sum(axis=0)
+    for rule, chance in {"additive": 1 / (1 + np.exp(4 - 2.0 * np.arange(5))), "link": 2.0 ** np.arange(-4, 1)}.items():
+        share = [on[rule][number == k].mean() for k in range(5)]
+        np.testing.assert_allclose(share, chance, atol=0.03)
+    mixed = made["mixed"]
+    a, b = program_states(mixed, "pair")
+    added = program_states(mixed, "causes").sum(axis=0) - a - b
+    odds = 4.0 * (a != b) - 2 + 2.0 * (added - 1)
+    for value in np.unique(odds):
+        assert abs(on["mixed"][odds == value].mean() - 1 / (1 + np.exp(-value))) < 0.04
+
+
+def test_planted_noise_and_depth_blur_the_same_states():
+    def spread(**options):
+        adata = simulate.planted_interactions(0, 1000, 600, **options)
+        truth = adata.uns["truth"]
+        genes = adata[:, truth["programs"]["program_01"]].X
+        state = truth["state"][:, 0] == 1
+        step = genes[state].mean() - genes[~state].mean()
+        return step, genes[state].std(axis=0).mean() / step
+
+    clean, noisy = spread(noise=0.25), spread(noise=2)
+    assert abs(clean[0] - 0.5) < 0.05 and clean[1] < 0.4 and noisy[1] > 1.5
+    deep, shallow = spread(noise=0.25, depth=200_000), spread(noise=0.25, depth=600)
+    np.testing.assert_allclose(deep, clean, rtol=0.25)
+    assert shallow[1] > 2 * deep[1]
+    adata = simulate.planted_interactions(0, 500, 600, depth=600)
+    assert adata.X.min() == 0 and (adata.X == 0).mean() > 0.2
 
 
 def test_sciplex3_has_the_design_of_the_screen(screen):
