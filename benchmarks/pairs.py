@@ -1,11 +1,16 @@
 """Pairs of genes with a false discovery rate, on planted data sets: is the rate kept, and what is found.
 
-python benchmarks/pairs.py [n_datasets] [case ...]; cases are the keys of CASES, all if none is named.
+python benchmarks/pairs.py [n_datasets] [case ...]; cases are the keys of CASES, all if none is named. Each writes its
+rows to benchmarks/results/pairs.json, which the chapter on planted truth draws.
 """
 
+import json
 import sys
 import time
 import warnings
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +20,7 @@ from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.knockoffs import pair_discoveries
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 
+RESULTS = Path(__file__).with_name("results") / "pairs.json"
 N_CELLS, N_GENES, N_PAIRS = 3000, 150, 12
 TRAINING = {"n_epochs": 20, "batch_size": 256, "lr": 1e-3, "weight_decay": 1e-2, "device": "cpu"}
 # Name: which genes are in pairs, how expression comes about, knock-offs, other arguments.
@@ -81,32 +87,57 @@ def programs(seed: int) -> tuple[ExpressionDataset, ExpressionDataset, set]:
     return train, val, {frozenset((a, b)) for a in one for b in two}
 
 
+def discovered(case: str, seed: int) -> list[dict]:
+    """Return what is found in one data set at two levels of the false discovery rate, and how much of it is false."""
+    design, law, kind, options = CASES[case]
+    train, val, truth = programs(seed) if design == "programs" else planted(seed, design, law)
+    ModelClass = ScBMLPClassifier if design == "programs" else ScBMLPRegressor
+    cfg = Config(N_GENES, 128, len(train.output_names), linear=True, seed=seed, **TRAINING)
+    table = pair_discoveries(
+        ModelClass, cfg, train, val, train.output_names[-1], kind=kind, n=1000, random_state=seed, progress=False,
+        **options,
+    )  # fmt: skip
+    true = np.array([frozenset(pair) in truth for pair in table[["gene_a", "gene_b"]].to_numpy()], dtype=bool)
+    rows = []
+    for level in (0.1, 0.2):
+        found = table["q"].to_numpy() <= level
+        row = {
+            "case": case,
+            "seed": seed,
+            "level": level,
+            "found": int(found.sum()),
+            "false": int((found & ~true).sum()),
+        }
+        rows.append(row | {"planted": len(truth)})
+    return rows
+
+
 def main(n: int, cases: list[str]) -> None:
-    """Print one line a case."""
+    """Print one line a case and level, and put every data set into the file."""
     warnings.filterwarnings("ignore", "the model ends below")
     for case in cases:
-        design, law, kind, options = CASES[case]
         start, rows = time.perf_counter(), []
         for seed in range(n):
-            train, val, truth = programs(seed) if design == "programs" else planted(seed, design, law)
-            ModelClass = ScBMLPClassifier if design == "programs" else ScBMLPRegressor
-            cfg = Config(N_GENES, 128, len(train.output_names), linear=True, seed=seed, **TRAINING)
-            table = pair_discoveries(
-                ModelClass, cfg, train, val, train.output_names[-1], kind=kind, n=1000, random_state=seed,
-                progress=False, **options,
-            )  # fmt: skip
-            true = np.array([frozenset(pair) in truth for pair in table[["gene_a", "gene_b"]].to_numpy()], dtype=bool)
-            for level in (0.1, 0.2):
-                found = table["q"].to_numpy() <= level
-                false = (found & ~true).sum()
-                power = (found & true).sum() / max(len(truth), 1)
-                rows.append((level, found.sum(), false, false / max(found.sum(), 1), power))
-        table = pd.DataFrame(rows, columns=["level", "found", "false", "fdp", "power"]).groupby("level")
-        mean, error = table.mean(), 1.96 * table["fdp"].std() / np.sqrt(n)
-        for level, row in mean.iterrows():
-            print(f"{case}, at {level}: FDR {row['fdp']:.3f} +- {error[level]:.3f}, power {row['power']:.3f}, "
-                  f"{row['found']:.1f} found, {row['false']:.1f} false, {n} data sets", flush=True)  # fmt: skip
-        print(f"  {(time.perf_counter() - start) / n:.1f} s a data set", flush=True)
+            rows += discovered(case, seed)
+        table = pd.DataFrame(rows)
+        table["fdp"] = table["false"] / table["found"].clip(lower=1)
+        table["power"] = (table["found"] - table["false"]) / table["planted"].clip(lower=1)
+        for level, part in table.groupby("level"):
+            mean, error = part.mean(numeric_only=True), 1.96 * part["fdp"].std() / np.sqrt(n)
+            print(f"{case}, at {level}: FDR {mean['fdp']:.3f} +- {error:.3f}, power {mean['power']:.3f}, "
+                  f"{mean['found']:.1f} found, {mean['false']:.1f} false, {n} data sets", flush=True)  # fmt: skip
+        seconds = round(time.perf_counter() - start)
+        print(f"  {seconds / n:.1f} s a data set", flush=True)
+        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        known[case] = {
+            "date": date.today().isoformat(),
+            "command": f'python benchmarks/pairs.py {n} "{case}"',
+            "versions": {name: version(name).split("+")[0] for name in ("numpy", "scikit-learn", "torch")},
+            "seconds": seconds,
+            "rows": rows,
+        }
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(known, indent=0) + "\n")
 
 
 if __name__ == "__main__":

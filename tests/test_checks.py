@@ -31,11 +31,22 @@ from scbmlp.datasets import (
     match_genes,
 )
 from scbmlp.effects import additivity, against_control, mean_effects, response_directions
-from scbmlp.enrichment import enrich, read_gene_sets
-from scbmlp.interactions import audit, decompose, direction, interaction_matrix, linear_axis
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, tune
-from scbmlp.modules import agreement, gene_modules, truncation_curve
-from scbmlp.targets import dose_coordinates, laplacian_frequencies, perturbation_response
+from scbmlp.enrichment import enrich, gsea, read_gene_sets
+from scbmlp.evidence import ablation, random_directions, trust, without_pairs
+from scbmlp.interactions import (
+    attributions,
+    audit,
+    decompose,
+    direction,
+    group_means,
+    interaction_matrix,
+    linear_axis,
+    pair_effects,
+)
+from scbmlp.knockoffs import knockoffs
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, tune
+from scbmlp.modules import agreement, gene_modules, permutation_null, truncation_curve
+from scbmlp.targets import dose_coordinates, laplacian_frequencies, noise_ceiling, perturbation_response
 
 PACKAGE = str(Path(scbmlp.__file__).parent)
 N, G = 120, 20
@@ -306,6 +317,29 @@ BAD = {
     "indices of few": (lambda a, w: own(w, indices=[0, 1]), ValueError, "indices has 2"),
     "own targets with NaN": (lambda a, w: own(w, y=np.full((4, 2), np.nan)), ValueError, "y holds NaN"),
     "own cells with NaN": (lambda a, w: own(w, x=np.full((4, 3), np.nan)), ValueError, "x holds NaN"),
+    # -------------------------------------------------------------------------------------------------- evidence
+    "AnnData to ablate on": (lambda a, w: ablation(w.classifier, w.modules, a), ValueError, "of type AnnData"),
+    "modules of another model": (lambda a, w: ablation(w.regressor, w.modules, w.graded[2]), KeyError, "modules.output='T0' is not one output of the model; they are up, down"),
+    "AnnData to deal out": (lambda a, w: without_pairs(a), ValueError, "of type AnnData"),
+    "more groups than cells": (lambda a, w: without_pairs(w.sets[2], n_groups=999), ValueError, "n_groups=999"),
+    "one replica": (lambda a, w: trust(w.modules, [w.classifier], w.sets[1]), ValueError, "models has 1; two or more .*fit_replicas"),
+    "replicas of other outputs": (lambda a, w: trust(w.modules, [w.classifier, w.lettered], w.sets[1]), ValueError, "models have different output_names"),
+    "directions of other genes": (lambda a, w: random_directions(w.modules, own(w)), KeyError, "lacks 20 of the 20 genes"),
+    "strata of few": (lambda a, w: fit_permuted(ScBMLPClassifier, config(), *w.sets[:2], 1, ["a"]), ValueError, "strata has 1 labels, the last cell of train is cell"),
+    "stratum of one cell": (lambda a, w: fit_permuted(ScBMLPClassifier, config(), *w.sets[:2], 1, np.arange(N)), ValueError, "labels with a single cell in train, .*merge them"),
+    "no permutation": (lambda a, w: permutation_null(ScBMLPClassifier, config(), *w.sets[:2], "T0", 0), ValueError, "n_permutations=0: a whole number"),
+    "half a permutation": (lambda a, w: permutation_null(ScBMLPClassifier, config(), *w.sets[:2], "T0", 1.5), ValueError, "n_permutations=1.5"),
+    "no module of a null": (lambda a, w: permutation_null(ScBMLPClassifier, config(), *w.sets[:2], "T0", 1, n_modules=0), ValueError, "n_modules=0"),
+    "null without validation": (lambda a, w: permutation_null(ScBMLPClassifier, config(), w.sets[0], None, "T0"), ValueError, "val is of type NoneType"),
+    "pair of one gene": (lambda a, w: pair_effects(w.classifier, "T0", a, [("G1", "G1")], np.zeros(G)), ValueError, "pairs has 'G1' with itself; name two"),
+    "pair of an unknown gene": (lambda a, w: pair_effects(w.classifier, "T0", a, [("G1", "G99")], np.zeros(G)), KeyError, "not the model's: G99"),
+    "attributions around few genes": (lambda a, w: attributions(w.classifier, "T0", a, np.zeros(3)), ValueError, "reference has"),
+    "attributions of no output": (lambda a, w: attributions(w.classifier, "T9", a, np.zeros(G)), KeyError, "output='T9' is unknown"),
+    "donors of few cells": (lambda a, w: group_means(w.classifier, "T0", a, ["d"], np.zeros(G)), ValueError, r"groups has shape \(1,\) for 120 cells; pass one"),
+    "halves of no counts": (lambda a, w: noise_ceiling(a, lambda half: half.X), ValueError, "no counts.*pass layer="),
+    "permutations of no ranks": (lambda a, w: gsea(w.modules, {"s": list(a.var_names)}, n_permutations=0), ValueError, "n_permutations=0"),
+    "no set to rank": (lambda a, w: gsea(w.modules, {"s": ["x"]}), ValueError, "none of 1 gene sets has 5 to 500"),
+    "knock-offs of AnnData": (lambda a, w: knockoffs(a), ValueError, "train is of type AnnData"),
     # -------------------------------------------------------------------------------------------------- training
     "precision of 16 bits": (lambda a, w: fit(w, precision="bf16-true"), ValueError, "precision='bf16-true': .*choose one of 32-true"),
     "precision of 64 bits": (lambda a, w: fit(w, precision=64), ValueError, "precision=64: "),

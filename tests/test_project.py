@@ -12,20 +12,30 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
-    "checks", "simulate", "sources", "datasets", "targets", "effects", "baselines", "training", "models",
-    "sklearn", "interactions", "knockoffs", "modules", "enrichment", "plotting",
+    "checks", "simulate", "sources", "datasets", "targets", "effects", "baselines", "training", "storage",
+    "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
-    "targets": ["laplacian_frequencies", "perturbation_response"],
+    "targets": ["laplacian_frequencies", "perturbation_response", "noise_ceiling"],
     "baselines": ["linear_baseline", "LinearModel"],
-    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor", "tune", "fit_replicas", "statistics"],
-    "interactions": ["interaction_matrix", "InteractionMatrix", "decompose", "audit", "similarity"],
+    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor", "tune", "fit_replicas", "fit_permuted", "statistics"],
+    "interactions": [
+        "interaction_matrix",
+        "InteractionMatrix",
+        "decompose",
+        "audit",
+        "similarity",
+        "attributions",
+        "pair_effects",
+        "group_means",
+    ],
     "knockoffs": ["knockoffs", "pair_discoveries"],
-    "modules": ["gene_modules", "GeneModules", "consensus", "stability", "truncation_curve"],
-    "enrichment": ["enrich", "read_gene_sets"],
+    "modules": ["gene_modules", "GeneModules", "consensus", "stability", "permutation_null", "truncation_curve"],
+    "evidence": ["trust", "ablation", "without_pairs", "random_directions"],
+    "enrichment": ["enrich", "gsea", "read_gene_sets"],
     "sklearn": ["BilinearClassifier", "BilinearRegressor"],
 }
 

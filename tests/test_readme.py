@@ -69,3 +69,9 @@ def test_files_of_the_readme_exist():
 def test_readme_asks_whether_it_is_worth_it(ran):
     assert ran["tuned"].score(ran["validation"]) >= ran["tuned"].trials["val_accuracy"][0] - 0.02
     assert (ran["report"]["interaction"] <= 1.0).all() and ran["report"]["gain"].notna().all()
+
+
+def test_modules_come_with_what_speaks_for_them(ran):
+    table = ran["beta"].trust
+    assert list(table.columns) == ["eigenvalue", "stability", "low", "r", "p", "similarity", "trusted"]
+    assert len(table) == 5 and (table["p"] >= 0.05).all()
