@@ -184,9 +184,9 @@ def trust(
     - ``similarity``: mean over pairs of at most six replicas of what all of the output has in common, as a function.
     - ``interaction``, ``gain_curved``: of the output, as from ``audit``.
     - ``terms``, ``terms_random``: gene sets with q below 0.05 of the module, and of a random direction on average.
-    - ``trusted``: stability of at least 0.8 and p of at most 0.05, and more terms than a random direction where both
-      were counted. It says that a module would come back and is about its target; that genes in it *interact* takes
-      ``gain_curved``.
+    - ``trusted``: stability of at least 0.8, p of at most 0.05, and no fewer terms than a random direction where both
+      were counted. It says that a module would come back and is about its target. That it has a name takes ``terms``,
+      and that genes in it *interact* takes ``gain_curved``.
 
     Raises
     ------
@@ -225,5 +225,5 @@ def trust(
             table[name] = found.groupby("module")["term"].nunique().reindex(table.index, fill_value=0)
     if enriched is not None and enriched_random is not None:
         table["terms_random"] = table["terms_random"].mean()
-        trusted &= table["terms"] > table["terms_random"]
+        trusted &= table["terms"] >= table["terms_random"]
     return replace(modules, trust=table.assign(trusted=trusted))
