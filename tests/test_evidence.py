@@ -299,6 +299,10 @@ def test_trust_is_earned_by_the_modules_of_the_planted_pair_alone(planted):
     cells = adata.copy()
     believed.to_adata(cells)
     pd.testing.assert_frame_equal(cells.uns["modules_on"]["trust"], rows)
+    # Modules that other fits do not have are not trusted, however well they follow the target.
+    strangers, _ = fit_permuted(ScBMLPClassifier, cfg, train, val, 2, progress=False)
+    alone = trust(modules, strangers[1:], val, null=null).trust
+    assert (alone["p"][:2] == 0.05).all() and not alone["trusted"].any(), alone.T
     with pytest.raises(KeyError, match="null has no fits read for 'off'; it has on"):
         trust(consensus(models, "off", 2), models, val, null=null)
     with pytest.raises(KeyError, match="audit has no row 'on'; it has off"):
