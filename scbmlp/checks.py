@@ -252,12 +252,24 @@ def by_cell(values: Any, adata: AnnData, what: str) -> pd.DataFrame:
     table = pd.DataFrame(table.toarray() if sparse.issparse(table) else table)
     if len(table) != adata.n_obs:
         raise ValueError(f"{what} has {len(table)} rows for {adata.n_obs} cells; pass one for each cell of adata.")
-    table = table.set_axis(adata.obs_names) if isinstance(table.index, pd.RangeIndex) else _of_cells(table, adata, what)
+    table = table.set_axis(adata.obs_names) if isinstance(table.index, pd.RangeIndex) else of_cells(table, adata, what)
     check_finite(numeric_matrix(table, what), what, "drop those cells")
     return table
 
 
-def _of_cells(table: Any, adata: AnnData, what: str) -> Any:
+def of_cells(table: Any, adata: AnnData, what: str) -> Any:
+    """Return the rows of a Series or DataFrame in the order of the cells, whose names it has.
+
+    Parameters
+    ----------
+    table, adata, what
+        As in :func:`by_cell`.
+
+    Raises
+    ------
+    ValueError
+        Rows are those of other cells.
+    """
     if table.index.equals(adata.obs_names):
         return table
     if not (table.index.is_unique and set(table.index) == set(adata.obs_names)):
@@ -466,7 +478,7 @@ def positions(cells: Any, adata: AnnData) -> np.ndarray:
         if len(values) != n:
             raise ValueError(f"cells is a mask of {len(values)} values for {n} cells; pass one for each.")
         if isinstance(cells, pd.Series) and not isinstance(cells.index, pd.RangeIndex):
-            values = np.asarray(_of_cells(cells, adata, "cells"))
+            values = np.asarray(of_cells(cells, adata, "cells"))
         found = np.flatnonzero(as_mask(values, "cells"))
     elif len(values) == n > 2 and set(values.tolist()) == {0, 1}:
         raise ValueError("cells holds 0 and 1 for every cell, like a mask, but as numbers; pass cells.astype(bool).")

@@ -20,7 +20,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
 from scbmlp.baselines import LARGE, Axes, additive_features, logistic, ridge, some
-from scbmlp.checks import nearest, whole_number
+from scbmlp.checks import nearest, of_cells, whole_number
 from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
@@ -576,7 +576,8 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
     model, output, x, reference
         As in :func:`attributions`.
     groups
-        Label of every cell (cell), such as ``adata.obs["donor"]``; cells without a label are left out.
+        Label of every cell (cell), such as ``adata.obs["donor"]``; a Series is matched with the cells of AnnData by
+        name. Cells without a label are left out.
 
     Returns
     -------
@@ -589,9 +590,11 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
     ValueError
         As for :func:`attributions`, and if `groups` are not one a cell.
     """
-    x = match_genes(x, model.gene_names, model.layer)
+    adata, x = x, match_genes(x, model.gene_names, model.layer)
     if np.ndim(groups) != 1 or len(groups) != x.shape[0]:
         raise ValueError(f"groups has shape {np.shape(groups)} for {x.shape[0]} cells; pass one label a cell.")
+    if isinstance(groups, pd.Series) and isinstance(adata, AnnData) and not isinstance(groups.index, pd.RangeIndex):
+        groups = of_cells(groups, adata, "groups")
     reference = gene_vector(reference, model.gene_names, "reference")
     matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference).to_numpy()
     constant = direction(model, output) @ _expand(model, reference)[0]

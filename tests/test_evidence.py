@@ -113,6 +113,13 @@ def test_group_means_split_the_mean_output(linear, form):
         np.testing.assert_allclose(row["pseudobulk"], m @ q @ m, rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(row["coexpression"], np.trace(q @ np.cov(own.T, bias=True)), rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(row["mean"], model.outputs(own)[:, 1].mean(), rtol=1e-4, atol=1e-5)
+    # Labels of AnnData's cells are matched by name.
+    adata = AnnData(form(x), pd.DataFrame({"donor": donors}, [f"c{i}" for i in range(40)]))
+    adata.var_names = model.gene_names
+    turned = group_means(model, "out1", adata, adata.obs["donor"][::-1], reference)
+    pd.testing.assert_frame_equal(turned, table)
+    with pytest.raises(ValueError, match="groups has rows of other cells than adata"):
+        group_means(model, "out1", adata, adata.obs["donor"].add_prefix("x"), reference)
     # What cells of one donor do together is lost where each is its mean.
     flat = np.stack([x[donors == donor].mean(axis=0) for donor in donors])
     assert group_means(model, "out1", flat, donors, reference)["coexpression"].abs().max() < 1e-5
