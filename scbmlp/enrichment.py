@@ -141,8 +141,8 @@ def gsea(
     """Test whether the genes of a set gather at one pole of a module, over all genes and without a cut.
 
     Pre-ranked gene-set enrichment :cite:p:`subramanian2005` by gseapy :cite:p:`fang2023gseapy`, genes in the order of
-    their loadings, gene labels permuted. Such permutations take genes for independent, which they are not: compare
-    with :func:`scbmlp.evidence.random_directions`.
+    their loadings, those that never varied left out, gene labels permuted. Such permutations take genes for
+    independent, which they are not: compare with :func:`scbmlp.evidence.random_directions`.
 
     Parameters
     ----------
@@ -168,8 +168,9 @@ def gsea(
     random_state = whole_number(random_state, "random_state", 0)
     sets, tables = {term: {gene.upper() for gene in genes} for term, genes in read_gene_sets(gene_sets).items()}, []
     for output, module_set in named.items():
-        symbol, tested = _tested(sets, module_set.loadings.index, output, min_size, max_size)
-        for module, loading in module_set.loadings.items():
+        varied = module_set.loadings[(module_set.loadings != 0).any(axis=1)]  # the others have no place in an order
+        symbol, tested = _tested(sets, varied.index, output, min_size, max_size)
+        for module, loading in varied.items():
             ranked = loading.set_axis(loading.index.map(str)).loc[list(symbol.values())]
             ranked = ranked.set_axis(list(symbol)).sort_values(ascending=False, kind="stable")
             found = gseapy.prerank(

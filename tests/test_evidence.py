@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from math import factorial
 
 import numpy as np
@@ -343,7 +344,7 @@ def test_random_directions_have_the_correlations_of_the_cells(planted):
         np.testing.assert_allclose(drawn.iloc[:, 0], drawn.iloc[:, 5], rtol=0.1)
 
 
-def test_gsea_finds_the_sets_at_their_poles_and_agrees_with_a_count(planted):
+def test_gsea_finds_the_sets_at_their_poles_and_agrees_with_a_count(planted, caplog):
     *_, models, _, sets = planted
     modules = consensus(models, "on", 2)
     table = gsea(modules, sets, n_permutations=200, random_state=1)
@@ -356,3 +357,11 @@ def test_gsea_finds_the_sets_at_their_poles_and_agrees_with_a_count(planted):
     assert (table["p"] >= 1 / 201).all() and table["p"].is_monotonic_increasing and len(table) == 2 * len(sets)
     assert set(rows.loc[best, "genes"].split(", ")) <= set(sets[best])
     pd.testing.assert_frame_equal(table, gsea(modules, sets, n_permutations=200, random_state=1))
+    # Genes that never varied are tied at 0, and stay out of the order.
+    silent = modules.loadings.copy()
+    silent.iloc[:30] = 0.0
+    without = gsea(replace(modules, loadings=silent), sets, n_permutations=20, min_size=1)
+    some = without.set_index(["module", "term"])["size"].loc["module_1"]
+    expected = {term: sum(gene in silent.index[30:] for gene in genes) for term, genes in sets.items()}
+    assert dict(some) == {term: n for term, n in expected.items() if n}
+    assert not caplog.records
