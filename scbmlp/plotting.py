@@ -356,6 +356,10 @@ def trust(table: pd.DataFrame) -> Styler:
     The table as a page shows it; the table itself is what to compute with.
     """
     grey = np.where(table["trusted"], "", f"color: {NEUTRAL}")
-    shown = table.drop(columns=["trusted", "low"], errors="ignore").rename(columns=lambda name: name.replace("_", " "))
+    shown = table.drop(columns=["trusted", "low"], errors="ignore").rename(columns={"terms_random": "by chance"})
+    shown = shown.rename(columns=lambda name: name.replace("_", " "))
     style = shown.style.set_uuid("trust").format(precision=2).apply(lambda _: grey, axis=0)
+    # Eleven columns in the width of a page.
+    style = style.set_table_attributes('style="font-size: 0.72em"')
+    style = style.set_table_styles([{"selector": "th, td", "props": "padding: 0.15em 0.4em"}])
     return style.format("{:.3f}", subset=shown.columns.intersection(["eigenvalue", "p", "gain curved"]))
