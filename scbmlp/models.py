@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
@@ -844,10 +844,9 @@ def tune(
         ]
         for linear in (True, False)
     ]
-    bar = tqdm(total=n_epochs * len(forms), desc="tune", unit="epoch", disable=None if progress else True)
-    for models in forms:
-        _fit(models, train, val, baseline, None, {"enable_progress_bar": False, "callbacks": [_Advance(bar)]})
-    bar.close()
+    with _progress("tune", n_epochs * len(forms), progress) as options_of_trainer:
+        for models in forms:
+            _fit(models, train, val, baseline, None, options_of_trainer)
     models = sum(forms, [])
     first, target = models[0], val.y.numpy()
     outputs = [baseline.outputs(val), *(model.outputs(val) for model in models)]
@@ -935,9 +934,8 @@ def fit_replicas(
                 for rows in map(np.sort, drawn)
             ]
             baseline = [linear_baseline(part, val, exact=False) for part in parts]
-    bar = tqdm(total=cfg.n_epochs, desc="replicas", unit="epoch", disable=None if progress else True)
-    _fit(models, train, val, baseline, None, {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}, counts)
-    bar.close()
+    with _progress("replicas", cfg.n_epochs, progress) as options_of_trainer:
+        _fit(models, train, val, baseline, None, options_of_trainer, counts)
     return models
 
 
@@ -998,10 +996,8 @@ def fit_permuted(
             order[rows, 1:] = rng.permuted(order[rows, 1:], axis=0)
         orders.append(order)
     models = [ModelClass(cfg, **options) for _ in range(n_permutations + 1)]
-    bar = tqdm(total=cfg.n_epochs, desc="permutations", unit="epoch", disable=None if progress else True)
-    quiet = {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}
-    _fit(models, train, val, val is not None and cfg.linear, None, quiet, orders=tuple(orders))
-    bar.close()
+    with _progress("permutations", cfg.n_epochs, progress) as options_of_trainer:
+        _fit(models, train, val, val is not None and cfg.linear, None, options_of_trainer, orders=tuple(orders))
     return models, [None] * len(models) if val is None else [_other_targets(val, order) for order in orders[1].T]
 
 
@@ -1024,6 +1020,13 @@ def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
             f"with others, or drop these cells."
         )
     return codes
+
+
+@contextlib.contextmanager
+def _progress(what: str, n_epochs: int, shown: bool) -> Iterator[dict[str, Any]]:
+    """Give the trainer's options for one bar over all fits inside, in place of a bar for each."""
+    with tqdm(total=n_epochs, desc=what, unit="epoch", disable=None if shown else True) as bar:
+        yield {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}
 
 
 class _Advance(lightning.Callback):
