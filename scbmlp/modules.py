@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
 
 from scbmlp.checks import plain_names, whole_number
@@ -508,6 +509,32 @@ def correlate(a: Any, b: Any) -> np.ndarray:
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     scale = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0))
     return np.divide(a.T @ b, scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def principal_angles(a: GeneModules, b: GeneModules, dataset: ExpressionDataset) -> np.ndarray:
+    """Return the angles between what two sets of modules span, as functions of cells.
+
+    The cosine of the first is the largest correlation that mixes of the scores of either set can have, that of the next
+    the largest of what is left, and so on :cite:p:`knyazev2002`. Modules that turn among each other do not change them.
+
+    Parameters
+    ----------
+    a, b
+        Modules of the same genes.
+    dataset
+        Cells over which scores are correlated.
+
+    Returns
+    -------
+    Angles in degrees, rising (comp of the smaller set).
+
+    Raises
+    ------
+    KeyError
+        `dataset` lacks genes of the modules.
+    """
+    scores = (np.asarray(one.scores(dataset), dtype=np.float64) for one in (a, b))
+    return np.degrees(subspace_angles(*(part - part.mean(axis=0) for part in scores)))[::-1]
 
 
 def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDataset) -> np.ndarray:

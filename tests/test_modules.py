@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -12,7 +13,7 @@ from scipy import sparse
 from scbmlp.datasets import ExpressionDataset, get_regression_datasets
 from scbmlp.interactions import decompose, interaction_matrix
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, fit_replicas
-from scbmlp.modules import agreement, consensus, gene_modules, stability, truncation_curve
+from scbmlp.modules import agreement, consensus, gene_modules, principal_angles, stability, truncation_curve
 from tests.test_interactions import random_model
 
 
@@ -320,6 +321,19 @@ def replicas(planted):
     train, *_ = get_regression_datasets(planted, "target")
     cfg = Config(8, 8, 2, n_epochs=60, lr=0.01, device="cpu")
     return fit_replicas(ScBMLPRegressor, cfg, train, None, 5, "bootstrap", progress=False)
+
+
+def test_principal_angles_are_canonical_correlations(fitted):
+    model, dataset = fitted
+    a, b = gene_modules(model, 0, 3, dataset=dataset), gene_modules(model, 1, 2, dataset=dataset)
+    angles = principal_angles(a, b, dataset)
+    together = np.cov(np.hstack([a.scores(dataset), b.scores(dataset)]).T.astype(np.float64))
+    of_a, between, of_b = together[:3, :3], together[:3, 3:], together[3:, 3:]
+    squared = np.linalg.eigvals(np.linalg.solve(of_b, between.T @ np.linalg.solve(of_a, between))).real
+    np.testing.assert_allclose(np.cos(np.radians(angles)) ** 2, np.sort(squared)[::-1], atol=1e-5)
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
+    turned = replace(a, loadings=a.loadings.dot(pd.DataFrame(turn, a.loadings.columns, a.loadings.columns)))
+    np.testing.assert_allclose(principal_angles(a, turned, dataset), 0, atol=1e-2)
 
 
 def test_consensus_of_one_function_is_that_function(replicas):
