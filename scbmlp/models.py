@@ -26,12 +26,12 @@ from scbmlp.checks import plain_names, warn, whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes, standard_deviation
 from scbmlp.storage import read_model, write_model
 from scbmlp.training import (
-    Counted,
-    Permuted,
+    Batches,
     Training,
     accelerator,
     check_trainer,
     interruptible,
+    kind_of,
     loader,
     quiet_lightning,
     seeded,
@@ -712,11 +712,11 @@ def _fit(
     if best:
         starts = [model._start(*one, units) for model, *one in zip(models, vals, linear_models, strict=True)]
     training = Training(models, units, starts, generator, orders is not None)
-    cells = train if counts is None else Counted(train, counts)
-    batches = cells if orders is None else Permuted(train, orders[0])
-    loaders = [loader(batches, cfg.batch_size, generator)]
+    dense = kind_of(cfg.device) != "cpu" or "mixed" in str(trainer_kwargs.get("precision"))
+    orders = (None, None) if orders is None else orders
+    loaders = [loader(Batches(train, counts, orders[0], dense), cfg.batch_size, generator)]
     if val is not None:
-        loaders.append(loader(val if orders is None else Permuted(val, orders[1]), max(cfg.batch_size, 1024)))
+        loaders.append(loader(Batches(val, None, orders[1], dense), max(cfg.batch_size, 1024)))
     defaults = {
         "max_epochs": cfg.n_epochs,
         "logger": False,

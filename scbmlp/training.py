@@ -14,11 +14,17 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
+from scipy import sparse
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
 
 from scbmlp.checks import nearest
-from scbmlp.datasets import ExpressionDataset
+from scbmlp.datasets import ExpressionDataset, dense_tensor
+
+# Share of values that are not 0 up to which sparse products are the quicker ones (benchmarks/training.py).
+SPARSE = 0.15
+_WIDE = ("branches_weight", "direct_weight")  # gene x hid and gene x out, of all models
 
 
 class Training(lightning.LightningModule):
@@ -52,7 +58,7 @@ class Training(lightning.LightningModule):
         self.order, self.own_targets = order or torch.Generator(), own_targets
         self.drawn: dict[str, Tensor] = {}
         self.models = list(models)
-        self.net = models[0] if len(models) == 1 else _SideBySide(models)
+        self.net = _Net(models)
         self.seen: dict[str, list[tuple[Tensor, ...]]] = {"train": [], "val": []}
         self.rows: list[dict[str, float]] | None = None
         self.interrupted = False
@@ -67,8 +73,8 @@ class Training(lightning.LightningModule):
             groups = [{"params": list(self.net.parameters()), "weight_decay": 0.0}]
         else:
             # The direct weights are regularised apart from the bilinear ones.
-            named = dict(self.net.named_parameters())
-            direct = named.pop("direct.weight", None)
+            named = dict(self.net.weights)
+            direct = named.pop("direct_weight", None)
             groups = [{"params": list(named.values()), "weight_decay": cfg.weight_decay}]
             groups += [] if direct is None else [{"params": [direct], "weight_decay": cfg.weight_decay_linear}]
         optimizer = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
@@ -86,7 +92,7 @@ class Training(lightning.LightningModule):
         if self.scale is not None:
             y = (y - self.mean) / self.scale
         # Losses are of full precision, whatever the products are.
-        outputs = self.net(x).float().reshape(len(self.models), len(x), -1)
+        outputs = self.net(x).float()
         counts = counts[0].T if counts else [None] * len(self.models)
         each = zip(self.models, outputs, self._targets(y), counts, strict=True)
         losses = torch.stack([model.loss(*one) for model, *one in each])
@@ -119,6 +125,8 @@ class Training(lightning.LightningModule):
             self.drawn = {name: checkpoint[name] for name in ("random", "random_cuda") if name in checkpoint}
 
     def on_train_start(self) -> None:
+        if self.trainer.world_size > 1:
+            self.net.places = None
         if "random" in self.drawn:
             torch.set_rng_state(self.drawn["random"].cpu())
         if "random_cuda" in self.drawn and self.device.type == "cuda":
@@ -170,17 +178,13 @@ class Training(lightning.LightningModule):
         epoch = len(self.models[0]._rows) + 1
         for i, (best, loss) in enumerate(zip(self.best, losses, strict=True)):
             if loss < best["loss"]:
-                weights = {name: value.clone() for name, value in self._weights(i).items()}
+                weights = {name: value.clone() for name, value in self.net.own(i).items()}
                 best.update(loss=loss, epoch=epoch, weights=weights)
-
-    def _weights(self, i: int) -> dict[str, Tensor]:
-        named = {name: value.detach() for name, value in self.net.named_parameters()}
-        return named if len(self.models) == 1 else {self.net.name(key): value[i] for key, value in named.items()}
 
     def finish(self) -> None:
         """Give the models their best weights, in the units of the targets, and take them out of training mode."""
         for i, model in enumerate(self.models):
-            weights = self._weights(i) if self.best is None else self.best[i]["weights"]
+            weights = self.net.own(i) if self.best is None else self.best[i]["weights"]
             model.best_epoch = len(model._rows) if self.best is None else self.best[i]["epoch"]
             parameters = dict(model.named_parameters())
             with torch.no_grad():
@@ -224,79 +228,149 @@ def interruptible(training: Training) -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-class _SideBySide(nn.Module):
-    """Weights of several models, stacked on an axis of their own: one product reads the cells for all of them."""
+class _Net(nn.Module):
+    """Weights of one model or of several, genes first, so that one product reads the cells for all of them.
+
+    Weights of several are stacked on an axis of their own. Cells come dense, or as CSR with their transpose.
+    """
 
     def __init__(self, models: Sequence[Any]) -> None:
         super().__init__()
-        first = models[0]
-        self.hid, self.linear = first.cfg.d_hidden, first.cfg.linear
-        self.register_buffer("center", first.center.clone())
+        first, self.n = models[0], len(models)
+        self.hid, self.dropout = first.cfg.d_hidden, first.cfg.dropout_rate
+        self.register_buffer("center", first.center.clone() if first.cfg.linear else None)
         keep = torch.tensor([1 - model.cfg.dropout_rate for model in models])
         self.register_buffer("keep", keep[:, None])
         named = [dict(model.named_parameters()) for model in models]
-        self.weights = nn.ParameterDict(
-            {name.replace(".", "_"): torch.stack([one[name].detach() for one in named]) for name in named[0]}
-        )
-        for key in self.weights:
+        self.weights = nn.ParameterDict()
+        for key in (name.replace(".", "_") for name in named[0]):
+            each = [one[key.replace("_", ".")].detach() for one in named]
+            self.weights[key] = torch.cat(each).T.contiguous() if key in _WIDE else torch.stack(each)
+        # Where gradients of large weights go; several processes have to see them come by, and have no places.
+        self.places: dict[str, Tensor] | None = {}
+        for key, weight in self.weights.items():
             field = "weight_decay_linear" if key == "direct_weight" else "weight_decay"
             decay = torch.tensor([getattr(model.cfg, field) for model in models])
-            self.register_buffer(f"decay_{key}", decay.reshape(-1, *(1,) * (self.weights[key].ndim - 1)))
+            size = len(decay), *(1,) * (weight.ndim - 1)
+            if key in _WIDE:
+                decay, size = decay.repeat_interleave(weight.shape[1] // len(decay)), (1, weight.shape[1])
+            self.register_buffer(f"decay_{key}", decay.reshape(size))
 
-    @staticmethod
-    def name(key: str) -> str:
-        """Return what a model calls the weights that are stacked under `key`."""
-        return key.removeprefix("weights.").replace("_", ".")
+    def own(self, i: int) -> dict[str, Tensor]:
+        """Return the weights of one model, by its names."""
+        own = {}
+        for key, weight in self.weights.items():
+            one = weight.detach().chunk(self.n, dim=1)[i].T if key in _WIDE else weight.detach()[i]
+            own[key.replace("_", ".")] = one
+        return own
 
     def add_penalties(self) -> None:
         for key, weight in self.weights.items():
             weight.grad.addcmul_(weight.detach(), getattr(self, f"decay_{key}").expand_as(weight))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Return the outputs of every model (model x cell x out)."""
         w = self.weights
-        if self.linear:
+        if self.center is not None and torch.is_tensor(x):
             x = x - self.center
-        hidden = nn.functional.linear(x, w["branches_weight"].flatten(0, 1))
+        hidden = self._product(x, "branches_weight")
         if "branches_bias" in w:
             hidden = hidden + w["branches_bias"].flatten()
-        left, right = hidden.unflatten(-1, (-1, 2, self.hid)).unbind(2)
+        left, right = hidden.unflatten(-1, (self.n, 2, self.hid)).unbind(2)
         product = left * right
-        if self.training:
+        if self.n == 1:
+            product = nn.functional.dropout(product, self.dropout, self.training)
+        elif self.training:  # rates may differ
             product = product * (torch.rand_like(product) < self.keep) / self.keep
         y = torch.einsum("cmh,moh->mco", product, w["project_weight"])
         if "project_bias" in w:
             y = y + w["project_bias"][:, None]
-        if self.linear:
-            direct = nn.functional.linear(x, w["direct_weight"].flatten(0, 1))
-            y = y + direct.unflatten(-1, (len(y), -1)).transpose(0, 1)
+        if "direct_weight" in w:
+            direct = self._product(x, "direct_weight")
+            y = y + direct.unflatten(-1, (self.n, -1)).transpose(0, 1)
         return y
 
+    def _product(self, x: Tensor | Sequence[Tensor], key: str) -> Tensor:
+        weight = self.weights[key]
+        if torch.is_tensor(x) and (x.device.type != "cpu" or torch.is_autocast_enabled("cpu")):
+            return x @ weight
+        if self.places is not None and key not in self.places:
+            self.places[key] = torch.empty_like(weight)
+        return _Product.apply(x, weight, self.center, self.places and self.places[key])
 
-class Counted(Dataset):
-    """Cells with how often each of several models is to count them (cell x model)."""
 
-    def __init__(self, dataset: ExpressionDataset, counts: np.ndarray) -> None:
-        self.dataset, self.counts = dataset, torch.as_tensor(counts, dtype=torch.float32)
+class _Product(torch.autograd.Function):
+    """Cells times weights (gene x hid) on the CPU, where a large gradient that is allocated anew costs a product.
+
+    So the gradient is written into a place that is kept; without one it is returned as usual. From sparse cells the
+    centre (gene) is taken off in the product.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor | Sequence[Tensor], weight: Tensor, center: Tensor | None, place: Tensor | None
+    ) -> Tensor:
+        x, turned = (x, x.T) if torch.is_tensor(x) else x
+        ctx.x, ctx.weight, ctx.place = turned, weight, place
+        ctx.center = center if x.layout == torch.sparse_csr else None
+        y = x @ weight
+        return y if ctx.center is None else y - center @ weight
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        weight, place = ctx.weight, ctx.place
+        place = torch.empty_like(weight) if place is None else place
+        # A gradient that is there already is of an earlier batch of the same step.
+        torch.addmm(place, ctx.x, slope, beta=float(weight.grad is place), out=place)
+        if ctx.center is not None:
+            place.addr_(ctx.center, slope.sum(dim=0), alpha=-1)
+        if ctx.place is not None:
+            weight.grad, place = place, None
+        return None, place, None, None
+
+
+class Batches(Dataset):
+    """Cells as steps take them: dense, or sparse with their transpose if that makes products quicker.
+
+    Parameters
+    ----------
+    dataset
+        Cells with their targets.
+    counts
+        How often each of several models is to count each cell (cell x model).
+    orders
+        For each of several models the cells whose targets it is to take (cell x model).
+    dense
+        Never sparse, since the products are on a GPU or of low precision.
+    """
+
+    def __init__(
+        self,
+        dataset: ExpressionDataset,
+        counts: np.ndarray | None = None,
+        orders: np.ndarray | None = None,
+        dense: bool = False,
+    ) -> None:
+        self.dataset = dataset
+        self.counts = None if counts is None else torch.as_tensor(counts, dtype=torch.float32)
+        self.orders = None if orders is None else torch.as_tensor(orders)
+        x = dataset.x
+        quick = torch.backends.mkl.is_available() and sparse.issparse(x) and x.shape[1] >= 1000
+        self.sparse = not dense and quick and x.nnz < SPARSE * np.prod(x.shape, dtype=float)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.dataset[index], self.counts[index]
+    def __getitem__(self, index: list[int]) -> tuple[Any, ...]:
+        y = self.dataset.y[index if self.orders is None else self.orders[index]]
+        x = self.dataset.x[index]
+        x = tuple(map(_csr, (x, x.T.tocsr()))) if self.sparse else dense_tensor(x)
+        return (x, y) if self.counts is None else (x, y, self.counts[index])
 
 
-class Permuted(Dataset):
-    """Cells with the targets of others, in an order of its own for each of several models (cell x model)."""
-
-    def __init__(self, dataset: ExpressionDataset, orders: np.ndarray) -> None:
-        self.dataset, self.orders = dataset, torch.as_tensor(orders)
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
-        return self.dataset[index][0], self.dataset.y[self.orders[index]]
+def _csr(x: sparse.csr_matrix) -> Tensor:
+    return torch.sparse_csr_tensor(x.indptr, x.indices, torch.as_tensor(x.data), x.shape, check_invariants=False)
 
 
 def loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
@@ -338,12 +412,17 @@ def accelerator(device: str) -> dict[str, Any]:
     return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
 
 
+def kind_of(device: str) -> str:
+    """Return the kind of device that a name stands for."""
+    if device == "auto" and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return torch.device("cpu" if device == "auto" else device).type
+
+
 @contextmanager
 def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
     """Draw from `seed` inside, and leave torch's own generators where they were; for the CPU, no GPU is asked."""
-    kind = torch.device("cpu" if device == "auto" else device).type
-    if device == "auto" and torch.accelerator.is_available():
-        kind = torch.accelerator.current_accelerator().type
+    kind = kind_of(device)
     gpu = kind != "cpu"
     kind = kind if gpu else "cuda"
     with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()) if gpu else [], device_type=kind):
