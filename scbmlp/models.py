@@ -232,7 +232,10 @@ class _BilinearMLP(nn.Module):
             whole one in ``default_root_dir``, or a fresh start where there is none.
         trainer_kwargs
             Handed to ``lightning.Trainer``: ``enable_progress_bar=False`` for a quiet fit, ``default_root_dir=...``
-            for a folder that gets a checkpoint after each epoch, ``callbacks=[...]`` for early stopping.
+            for a folder that gets a checkpoint after each epoch, ``callbacks=[...]`` for early stopping, ``devices=2,
+            strategy="ddp"`` for several processes, ``num_nodes=`` for several machines. Processes share every batch
+            among them, so that ``cfg.batch_size`` is that of all together, and have the same model and history in the
+            end.
 
         Returns
         -------
@@ -723,6 +726,7 @@ def _fit(
         "enable_checkpointing": "default_root_dir" in trainer_kwargs,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the loaders share out by themselves
         **accelerator(cfg.device),
     }
     if ckpt_path == "last":

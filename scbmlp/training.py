@@ -17,7 +17,7 @@ import torch
 from scipy import sparse
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 
 from scbmlp.checks import nearest
 from scbmlp.datasets import ExpressionDataset, dense_tensor
@@ -56,7 +56,7 @@ class Training(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.order, self.own_targets = order or torch.Generator(), own_targets
-        self.drawn: dict[str, Tensor] = {}
+        self.drawn: list[dict[str, Tensor]] = []
         self.models = list(models)
         self.net = _Net(models)
         self.seen: dict[str, list[tuple[Tensor, ...]]] = {"train": [], "val": []}
@@ -87,7 +87,7 @@ class Training(lightning.LightningModule):
         if len(self.models) > 1:
             self.net.add_penalties()
 
-    def _step(self, batch: tuple[Tensor, ...], stage: str) -> Tensor:
+    def _step(self, batch: tuple[Any, ...], stage: str) -> Tensor:
         x, y, *counts = batch
         if self.scale is not None:
             y = (y - self.mean) / self.scale
@@ -95,42 +95,52 @@ class Training(lightning.LightningModule):
         outputs = self.net(x).float()
         counts = counts[0].T if counts else [None] * len(self.models)
         each = zip(self.models, outputs, self._targets(y), counts, strict=True)
-        losses = torch.stack([model.loss(*one) for model, *one in each])
+        # A process may have no cell of the last batch, and still has to take part in the step.
+        losses = torch.stack([model.loss(*one) if len(y) else one[0].sum() for model, *one in each])
         self.seen[stage].append((losses.detach(), outputs.detach(), y))
         return losses.sum()  # no weight is shared, so each model learns as if alone
 
     def _targets(self, y: Tensor) -> Sequence[Tensor]:
         return y.unbind(1) if self.own_targets else [y] * len(self.models)
 
-    def training_step(self, batch: tuple[Tensor, ...]) -> Tensor:
-        return self._step(batch, "train")
+    def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
+        loss, processes = self._step(batch, "train"), self.trainer.world_size
+        if processes == 1:
+            return loss
+        # Gradients are averaged over processes, each counting as one whatever its share of the batch.
+        size = self.models[0].cfg.batch_size
+        together = min(size, len(self.trainer.train_dataloader.dataset) - batch_idx * size)
+        return loss * (len(batch[1]) * processes / together)
 
-    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+    def validation_step(self, batch: tuple[Any, ...]) -> None:
         self._step(batch, "val")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rows"] = [model._rows for model in self.models]
         checkpoint["best"] = self.best
         # What is drawn next: the order of the cells, and dropout.
-        checkpoint["order"], checkpoint["random"] = self.order.get_state(), torch.get_rng_state()
+        checkpoint["order"] = self.order.get_state()
+        drawn = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
-            checkpoint["random_cuda"] = torch.cuda.get_rng_state(self.device)
+            drawn["cuda"] = torch.cuda.get_rng_state(self.device)
+        checkpoint["random"] = _of_all(drawn)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         for model, rows in zip(self.models, checkpoint["rows"], strict=True):
             model._rows = rows
         self.best = checkpoint["best"]
-        if "order" in checkpoint:
-            self.order.set_state(checkpoint["order"].cpu())
-            self.drawn = {name: checkpoint[name] for name in ("random", "random_cuda") if name in checkpoint}
+        self.order.set_state(checkpoint["order"].cpu())
+        self.drawn = checkpoint["random"]
 
     def on_train_start(self) -> None:
         if self.trainer.world_size > 1:
             self.net.places = None
-        if "random" in self.drawn:
-            torch.set_rng_state(self.drawn["random"].cpu())
-        if "random_cuda" in self.drawn and self.device.type == "cuda":
-            torch.cuda.set_rng_state(self.drawn["random_cuda"].cpu(), self.device)
+            torch.manual_seed(self.models[0].cfg.seed + self.global_rank)  # dropout of its own
+        if len(self.drawn) == self.trainer.world_size:
+            drawn = self.drawn[self.global_rank]
+            torch.set_rng_state(drawn["cpu"].cpu())
+            if "cuda" in drawn and self.device.type == "cuda":
+                torch.cuda.set_rng_state(drawn["cuda"].cpu(), self.device)
 
     def on_validation_start(self) -> None:
         self.seen["val"].clear()  # what is left of Lightning's sanity check
@@ -160,19 +170,27 @@ class Training(lightning.LightningModule):
     def _summary(self, stage: str) -> tuple[list[dict[str, float]], list[float]]:
         """Return loss and metric of every model over the steps of a stage, and the losses as they are trained on."""
         each, outputs, targets = zip(*self.seen[stage], strict=True)
-        weights = torch.tensor([float(len(y)) for y in targets])
-        losses = (torch.stack(each, dim=1).cpu() @ weights / weights.sum()).tolist()
-        outputs, targets = torch.cat(outputs, dim=1), torch.cat(targets)
         self.seen[stage].clear()
+        counts = torch.tensor([float(len(y)) for y in targets])
+        own = (
+            torch.stack(each, dim=1).cpu() @ counts,
+            counts.sum(),
+            torch.cat(outputs, dim=1).cpu(),
+            torch.cat(targets).cpu(),
+        )
+        losses, counts, outputs, targets = zip(*_of_all(own), strict=True)
+        losses = (sum(losses) / sum(counts)).tolist()
+        outputs, targets = torch.cat(outputs, dim=1), torch.cat(targets)
         rows = []
         for model, loss, one, target in zip(self.models, losses, outputs, self._targets(targets), strict=True):
             loss = loss if self.scale is None else self._in_target_units(model, one, target)
-            measured = float(model._measure(one.cpu().numpy(), target.cpu().numpy()))
+            measured = float(model._measure(one.numpy(), target.numpy()))
             rows.append({f"{stage}_loss": loss, f"{stage}_{model.metric}": measured})
         return rows, losses
 
     def _in_target_units(self, model: Any, outputs: Tensor, targets: Tensor) -> float:
-        return float(model.loss(outputs * self.scale + self.mean, targets * self.scale + self.mean))
+        mean, scale = self.mean.cpu(), self.scale.cpu()
+        return float(model.loss(outputs * scale + mean, targets * scale + mean))
 
     def _keep(self, losses: list[float]) -> None:
         epoch = len(self.models[0]._rows) + 1
@@ -196,6 +214,15 @@ class Training(lightning.LightningModule):
                         layer.weight.mul_(scale[:, None])
                     model.project.bias.mul_(scale).add_(mean)
             model.eval()
+
+
+def _of_all(own: Any) -> list[Any]:
+    """Return what every process has; a list of one where there is one."""
+    if not torch.distributed.is_initialized():
+        return [own]
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return found
 
 
 class Interrupted(Exception):
@@ -373,12 +400,30 @@ def _csr(x: sparse.csr_matrix) -> Tensor:
     return torch.sparse_csr_tensor(x.indptr, x.indices, torch.as_tensor(x.data), x.shape, check_invariants=False)
 
 
+class _Share(Sampler):
+    """The cells of every batch that fall to this process; all of them where it is alone."""
+
+    def __init__(self, batches: BatchSampler) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        several = torch.distributed.is_initialized()
+        first, step = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+        for batch in self.batches:
+            yield batch[first::step]
+
+
 def loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
-    """Return a loader that cuts whole batches out of the matrix; shuffled if it has a generator."""
+    """Return a loader that cuts whole batches out of the matrix; shuffled if it has a generator.
+
+    Several processes draw the same order, and each takes its share of every batch.
+    """
     order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
-    return DataLoader(
-        dataset, sampler=BatchSampler(order, batch_size, drop_last=False), batch_size=None, generator=generator
-    )
+    batches = BatchSampler(order, batch_size, drop_last=False)
+    return DataLoader(dataset, sampler=_Share(batches), batch_size=None, generator=generator)
 
 
 def check_trainer(arguments: dict[str, Any]) -> None:
@@ -391,10 +436,10 @@ def check_trainer(arguments: dict[str, Any]) -> None:
         if name in arguments:
             raise ValueError(f"{name}={arguments[name]!r}: leave it out, and build the model with Config({field}=...).")
     for name in ("devices", "num_nodes"):
-        if arguments.get(name, 1) not in (1, "1"):
+        if arguments.get(name, 1) not in (1, "1") and arguments.get("strategy") != "ddp":
             raise ValueError(
-                f"{name}={arguments[name]!r}: a fit is on one device, since its history and best epoch are of all "
-                f"cells; leave it out, and name a device by Config(device='cuda:0')."
+                f"{name}={arguments[name]!r}: several processes need strategy='ddp', where each runs the whole script "
+                f"and has the model in the end; or leave it out, and name one device by Config(device='cuda:0')."
             )
     allowed = ("32-true", "32", "bf16-mixed", "16-mixed")
     if str(arguments.get("precision") or "32") not in allowed:
@@ -432,13 +477,14 @@ def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
 
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
-    """Keep Lightning's advice on hardware and workers off the page, for the length of a fit."""
+    """Keep advice on hardware, workers and the age of sparse tensors off the page, for the length of a fit."""
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
             yield
     finally:
         logger.setLevel(level)

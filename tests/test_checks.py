@@ -343,8 +343,8 @@ BAD = {
     # -------------------------------------------------------------------------------------------------- training
     "precision of 16 bits": (lambda a, w: fit(w, precision="bf16-true"), ValueError, "precision='bf16-true': .*choose one of 32-true"),
     "precision of 64 bits": (lambda a, w: fit(w, precision=64), ValueError, "precision=64: "),
-    "two devices": (lambda a, w: fit(w, devices=2), ValueError, "devices=2: a fit is on one device"),
-    "all devices": (lambda a, w: fit(w, devices="auto"), ValueError, "devices='auto': a fit is on one device"),
+    "two devices": (lambda a, w: fit(w, devices=2), ValueError, "devices=2: several processes need strategy='ddp'"),
+    "all devices": (lambda a, w: fit(w, devices="auto"), ValueError, "devices='auto': several processes need strategy='ddp'"),
     "two machines": (lambda a, w: fit(w, num_nodes=2), ValueError, "num_nodes=2: a fit is on one device"),
     "epochs of the trainer": (lambda a, w: fit(w, max_epochs=3), ValueError, r"max_epochs=3: leave it out, .*Config\(n_epochs=\.\.\.\)"),
     "accelerator of the trainer": (lambda a, w: fit(w, accelerator="gpu"), ValueError, r"accelerator='gpu': .*Config\(device=\.\.\.\)"),

@@ -1,0 +1,135 @@
+"""The step: sparse products, gradients in their place, several processes. What a fit learns is in test_models."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import sparse
+
+from scbmlp.datasets import ExpressionDataset
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.training import Batches, _Net
+
+N_GENES = 1200
+QUIET = {"enable_progress_bar": False, "baseline": False}
+
+
+def cells(kind=ScBMLPClassifier, dense=False):
+    """Training and validation cells, a tenth of whose values are not 0."""
+    rng = np.random.default_rng(0)
+    x = sparse.random(203, N_GENES, density=0.1, format="csr", dtype=np.float32, random_state=0)
+    targets = np.asarray(x[:, :3] @ rng.standard_normal((3, 3))) + 0.1 * rng.standard_normal((203, 3))
+    y = targets.argmax(axis=1) if kind is ScBMLPClassifier else targets
+    x = x.toarray() if dense else x
+    names = pd.Index([f"g{i}" for i in range(N_GENES)]), pd.Index(["a", "b", "c"])
+    return [ExpressionDataset(x[rows], y[rows], *names) for rows in (slice(150), slice(150, None))]
+
+
+def config(**changes):
+    return Config(**{"d_input": N_GENES, "d_hidden": 8, "d_output": 3, "n_epochs": 3, "batch_size": 37} | changes)
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+@pytest.mark.parametrize("form", [{}, {"bias": True, "dropout_rate": 0.3}, {"linear": True}])
+def test_sparse_products_are_those_of_dense_cells(kind, form):
+    assert Batches(cells()[0]).sparse == torch.backends.mkl.is_available() and not Batches(cells(dense=True)[0]).sparse
+    fits = [kind(config(**form, device="cpu")) for _ in range(2)]
+    one, other = (
+        model.fit(*cells(kind, dense), enable_progress_bar=False)
+        for model, dense in zip(fits, (False, True), strict=True)
+    )
+    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+    for a, b in zip(fits[0].parameters(), fits[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_sparse_only_where_it_pays():
+    train, _ = cells()
+    assert not Batches(train, dense=True).sparse
+    few = ExpressionDataset(train.x[:, :900], train.y, train.gene_names[:900], train.output_names)
+    full = ExpressionDataset(sparse.csr_matrix(train.x.toarray() + 1), train.y, train.gene_names, train.output_names)
+    assert not Batches(few).sparse and not Batches(full).sparse
+
+
+@pytest.mark.parametrize("several", [1, 3])
+@pytest.mark.parametrize("linear", [False, True])
+def test_gradients_in_their_place_are_those_of_autograd(several, linear):
+    """Over two batches of one step, sparse and dense, beside the model's own forward and backward."""
+    train, _ = cells()
+    models = [ScBMLPClassifier(config(linear=linear, seed=i)) for i in range(several)]
+    for model in models:
+        model.center += torch.linspace(0, 0.1, N_GENES)
+    net = _Net(models).eval()
+    for model in models:
+        model.eval()
+    for rows in (range(20), range(20, 50)):
+        x, y = Batches(train)[list(rows)]
+        outputs = net(x if rows[0] else train[list(rows)][0])
+        sum(model.loss(one, y) for model, one in zip(models, outputs, strict=True)).backward()
+        for model, one in zip(models, outputs, strict=True):
+            own = model(train[list(rows)][0])
+            torch.testing.assert_close(own, one, rtol=1e-4, atol=1e-5)
+            model.loss(own, y).backward()
+    assert net.weights["branches_weight"].grad is net.places["branches_weight"]
+    for key, weight in net.weights.items():
+        wide = key in ("branches_weight", "direct_weight")
+        for i, model in enumerate(models):
+            own = weight.grad.chunk(several, dim=1)[i].T if wide else weight.grad[i]
+            torch.testing.assert_close(own, dict(model.named_parameters())[key.replace("_", ".")].grad)
+
+
+def test_two_small_batches_a_step_are_one_large_one():
+    train, val = cells()
+    fits = ScBMLPClassifier(config(batch_size=50)), ScBMLPClassifier(config(batch_size=25))
+    one, other = (
+        model.fit(train, val, accumulate_grad_batches=n, **QUIET) for model, n in zip(fits, (1, 2), strict=True)
+    )
+    np.testing.assert_allclose(one["val_loss"], other["val_loss"], rtol=1e-5)
+
+
+def _fit_everywhere(folder):
+    """Fit in every process that runs this file, and let each write what it has."""
+    devices, found = int(os.environ["WORLD_SIZE"]), {}
+    several = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
+    forms = {"plain": (ScBMLPClassifier, {}), "linear": (ScBMLPRegressor, {"linear": True, "dropout_rate": 0.0})}
+    for name, (kind, form) in forms.items():
+        # 150 cells in batches of 37 leave two for the last, 53 validation cells an odd number.
+        model = kind(config(device="cpu", **form))
+        history = model.fit(*cells(kind), enable_progress_bar=False, **several)
+        found[name] = history.to_numpy().tolist(), model.w_l.sum(dim=0).tolist(), model.best_epoch
+    if devices > 1:  # dropout of its own in each process, and a fit that goes on
+        stop = lightning.Callback()
+        stop.on_train_epoch_end = lambda trainer, module: setattr(trainer, "should_stop", trainer.current_epoch == 0)
+        for name, more in {"whole": {}, "stopped": {"callbacks": [stop]}, "on": {"ckpt_path": "last"}}.items():
+            model = ScBMLPClassifier(config(device="cpu", dropout_rate=0.3))
+            root = Path(folder, "whole" if name == "whole" else "kept")
+            history = model.fit(*cells(), default_root_dir=root, **QUIET, **several, **more)
+            found[name] = history.to_numpy().tolist(), model.w_l.sum(dim=0).tolist(), model.best_epoch
+    Path(folder, f"{devices}_{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+def test_two_processes_are_one_with_their_batches_joined(tmp_path):
+    """The launcher is torch's, as on a cluster."""
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    for n in ("1", "2"):
+        done = subprocess.run([*command, n, __file__, tmp_path], env=environment, capture_output=True, timeout=300)
+        assert done.returncode == 0, done.stderr.decode()[-3000:]
+    alone, one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
+    assert one == other  # one history and one model, wherever it is asked
+    for name in ("plain", "linear"):
+        for a, b in zip(alone[name], one[name], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert len(one["stopped"][0]) == 1 and one["on"] == one["whole"]
+    assert not np.allclose(one["whole"][1], one["plain"][1])
+
+
+if __name__ == "__main__":
+    _fit_everywhere(sys.argv[1])
