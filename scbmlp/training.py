@@ -69,14 +69,11 @@ class Training(lightning.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         cfg = self.models[0].cfg
-        if len(self.models) > 1:  # their penalties differ, and are added to the gradients
-            groups = [{"params": list(self.net.parameters()), "weight_decay": 0.0}]
-        else:
-            # The direct weights are regularised apart from the bilinear ones.
-            named = dict(self.net.weights)
-            direct = named.pop("direct_weight", None)
-            groups = [{"params": list(named.values()), "weight_decay": cfg.weight_decay}]
-            groups += [] if direct is None else [{"params": [direct], "weight_decay": cfg.weight_decay_linear}]
+        # The direct weights are regularised apart from the bilinear ones.
+        groups = [
+            {"params": [self.net.weights[key] for key in keys], "weight_decay": decay}
+            for decay, keys in self.net.decays.items()
+        ]
         optimizer = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
         return {
             "optimizer": optimizer,
@@ -84,8 +81,7 @@ class Training(lightning.LightningModule):
         }
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if len(self.models) > 1:
-            self.net.add_penalties()
+        self.net.add_penalties()
 
     def _step(self, batch: tuple[Any, ...], stage: str) -> Tensor:
         x, y, *counts = batch
@@ -275,13 +271,16 @@ class _Net(nn.Module):
             self.weights[key] = torch.cat(each).T.contiguous() if key in _WIDE else torch.stack(each)
         # Where gradients of large weights go; several processes have to see them come by, and have no places.
         self.places: dict[str, Tensor] | None = {}
+        # Weight decay by what it is of; the optimizer has one for all models, others are added to the gradients.
+        self.decays: dict[float, list[str]] = {}
         for key, weight in self.weights.items():
             field = "weight_decay_linear" if key == "direct_weight" else "weight_decay"
-            decay = torch.tensor([getattr(model.cfg, field) for model in models])
-            size = len(decay), *(1,) * (weight.ndim - 1)
-            if key in _WIDE:
-                decay, size = decay.repeat_interleave(weight.shape[1] // len(decay)), (1, weight.shape[1])
-            self.register_buffer(f"decay_{key}", decay.reshape(size))
+            each = [getattr(model.cfg, field) for model in models]
+            self.decays.setdefault(each[0] if len(set(each)) == 1 else 0.0, []).append(key)
+            if len(set(each)) > 1:
+                each = torch.tensor(each).repeat_interleave(weight.shape[1] // self.n if key in _WIDE else 1)
+                size = (1, -1) if key in _WIDE else (-1, *(1,) * (weight.ndim - 1))
+                self.register_buffer(f"decay_{key}", each.reshape(size))
 
     def own(self, i: int) -> dict[str, Tensor]:
         """Return the weights of one model, by its names."""
@@ -293,7 +292,8 @@ class _Net(nn.Module):
 
     def add_penalties(self) -> None:
         for key, weight in self.weights.items():
-            weight.grad.addcmul_(weight.detach(), getattr(self, f"decay_{key}").expand_as(weight))
+            if hasattr(self, f"decay_{key}"):
+                weight.grad.addcmul_(weight.detach(), getattr(self, f"decay_{key}").expand_as(weight))
 
     def forward(self, x: Tensor | Sequence[Tensor]) -> Tensor:
         """Return the outputs of every model (model x cell x out)."""
