@@ -4,16 +4,14 @@ python benchmarks/pairs.py [n_datasets] [case ...]; cases are the keys of CASES,
 rows to benchmarks/results/pairs.json, which the chapter on planted truth draws.
 """
 
-import json
 import sys
 import time
 import warnings
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from keep import keep
 
 from scbmlp import simulate
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets
@@ -126,18 +124,11 @@ def main(n: int, cases: list[str]) -> None:
             mean, error = part.mean(numeric_only=True), 1.96 * part["fdp"].std() / np.sqrt(n)
             print(f"{case}, at {level}: FDR {mean['fdp']:.3f} +- {error:.3f}, power {mean['power']:.3f}, "
                   f"{mean['found']:.1f} found, {mean['false']:.1f} false, {n} data sets", flush=True)  # fmt: skip
-        seconds = round(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         print(f"  {seconds / n:.1f} s a data set", flush=True)
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        known[case] = {
-            "date": date.today().isoformat(),
-            "command": f'python benchmarks/pairs.py {n} "{case}"',
-            "versions": {name: version(name).split("+")[0] for name in ("numpy", "scikit-learn", "torch")},
-            "seconds": seconds,
-            "rows": rows,
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(known, indent=0) + "\n")
+        keep(
+            RESULTS, case, f'python benchmarks/pairs.py {n} "{case}"', rows, seconds, ["numpy", "scikit-learn", "torch"]
+        )
 
 
 if __name__ == "__main__":

@@ -6,12 +6,9 @@ simulator that is not ours, and no dependency of the book: ``pip install --no-de
 ``PYTHONPATH=DIR`` for that part alone.
 """
 
-import json
 import sys
 import time
 import warnings
-from datetime import date
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from anndata import AnnData
+from keep import keep
 from sklearn.cluster import KMeans
 from sklearn.decomposition import NMF, PCA
 from sklearn.ensemble import RandomForestClassifier
@@ -367,20 +365,10 @@ def main(parts):
         start = time.perf_counter()
         rows = []
         for row in globals()[f"part_{part}"]():
-            rows.append({k: round(v, 4) if isinstance(v, float) and np.isfinite(v) else v for k, v in row.items()})
-            rows[-1] = {k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in rows[-1].items()}
+            rows.append(row)
             print(f"{part} {time.perf_counter() - start:5.0f} s", rows[-1], flush=True)
-        known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
         tools = ["numpy", "scikit-learn", "scanpy", "torch"] + ["grnlab"] * (part == "grnlab")
-        known[part] = {
-            "date": date.today().isoformat(),
-            "command": f"python benchmarks/recovery.py {part}",
-            "versions": {name: version(name).split("+")[0] for name in tools},
-            "seconds": round(time.perf_counter() - start),
-            "rows": rows,
-        }
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(known, indent=0) + "\n")
+        keep(RESULTS, part, f"python benchmarks/recovery.py {part}", rows, time.perf_counter() - start, tools)
 
 
 if __name__ == "__main__":
