@@ -1,8 +1,8 @@
 """Time and memory beside what else there is, in one run: python benchmarks/scale.py [part ...].
 
 Parts are step, epoch, spectra, quickstart, growth, replicas and processes, all if none is named; ``stored.py`` has the
-cells on disk. Competitors take turns within a part and medians are kept, since machines are noisy: what counts are the ratios. Each
-part writes its rows to benchmarks/results/scale.json, which the page on scale draws.
+cells on disk. Competitors take turns within a part and medians are kept, since machines are noisy: what counts are the
+ratios. Each part writes its rows to benchmarks/results/scale.json, which the page on scale draws.
 """
 
 import os

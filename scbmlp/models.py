@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
+from joblib import Parallel, delayed, effective_n_jobs
 from scipy.special import log_softmax
 from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
@@ -663,11 +664,13 @@ def _fit(
     trainer_kwargs: dict[str, Any],
     counts: np.ndarray | None = None,
     orders: tuple[np.ndarray, np.ndarray | None] | None = None,
-) -> None:
-    """Fit one model, or several of one form, size and number of epochs on the same batches.
+    seed: int | None = None,
+) -> list[_BilinearMLP]:
+    """Fit one model, or several of one form, size and number of epochs on the same batches, and return them.
 
     Several may have a baseline each, and count the training cells differently (cell x model), or have their targets in
-    other `orders`, of the training and the validation cells (each cell x model).
+    other `orders`, of the training and the validation cells (each cell x model). The order of the cells is that of the
+    first model's seed, or of another `seed`.
     """
     check_trainer(trainer_kwargs)
     first, cfg = models[0], models[0].cfg
@@ -710,7 +713,7 @@ def _fit(
             sets = {"train": own} if val is None else {"train": own, "val": own_val}
             model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
     best = val is not None and (cfg.linear or cfg.patience is not None)
-    generator = torch.Generator().manual_seed(cfg.seed)
+    generator = torch.Generator().manual_seed(cfg.seed if seed is None else seed)
     starts = None
     if best:
         starts = [model._start(*one, units) for model, *one in zip(models, vals, linear_models, strict=True)]
@@ -750,6 +753,7 @@ def _fit(
                 f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
                 f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
             )
+    return list(models)
 
 
 def _other_targets(dataset: ExpressionDataset, order: np.ndarray) -> ExpressionDataset:
@@ -887,6 +891,7 @@ def fit_replicas(
     n_replicas: int = 20,
     resample: Literal["bootstrap", "half"] | None = None,
     *,
+    n_jobs: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> list[ScBMLPClassifier | ScBMLPRegressor]:
@@ -908,8 +913,12 @@ def fit_replicas(
     resample
         Draw as many training cells as there are, with replacement, or a random half of them, anew for each replica; all
         of them if None, and then replicas tell of the seed alone.
+    n_jobs
+        Processes to share the replicas out among, as joblib has it: -1 for all cores; if None one, or what a
+        ``joblib.parallel_config`` around says, whose backends reach other machines, too. Dropout is drawn anew in
+        each, so that replicas with dropout depend on their number.
     progress
-        Show how many epochs are done and the time left, in a terminal or a notebook.
+        Show how many epochs are done and the time left, in a terminal or a notebook; of several processes nothing.
     options
         Handed to `ModelClass`, such as ``loss_fn="huber"``.
 
@@ -927,7 +936,7 @@ def fit_replicas(
         raise ValueError(f"resample={resample!r} is unknown; choose 'bootstrap', 'half' or None.")
     models = [ModelClass(replace(cfg, seed=cfg.seed + i), **options) for i in range(n_replicas)]
     check_dataset(train, "train")
-    counts, baseline = None, val is not None and cfg.linear
+    counts, baseline = None, val is not None and cfg.linear and linear_baseline(train, val, exact=False)
     if resample is not None:
         n, rng = len(train), np.random.default_rng(cfg.seed)
         drawn = [rng.choice(n, n if resample == "bootstrap" else n // 2, resample == "bootstrap") for _ in models]
@@ -938,9 +947,7 @@ def fit_replicas(
                 for rows in map(np.sort, drawn)
             ]
             baseline = [linear_baseline(part, val, exact=False) for part in parts]
-    with _progress("replicas", cfg.n_epochs, progress) as options_of_trainer:
-        _fit(models, train, val, baseline, None, options_of_trainer, counts)
-    return models
+    return _fit_all("replicas", models, train, val, baseline, counts=counts, progress=progress, n_jobs=n_jobs)
 
 
 def fit_permuted(
@@ -951,6 +958,7 @@ def fit_permuted(
     n_permutations: int = 20,
     strata: Any = None,
     *,
+    n_jobs: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> tuple[list[ScBMLPClassifier | ScBMLPRegressor], list[ExpressionDataset | None]]:
@@ -972,8 +980,8 @@ def fit_permuted(
     strata
         Label of every cell of the AnnData that `train` and `val` were cut from, such as ``adata.obs["donor"]``: targets
         are permuted within a stratum, so that what differs from stratum to stratum is kept. All cells are one if None.
-    progress
-        Show how many epochs are done and the time left, in a terminal or a notebook.
+    n_jobs, progress
+        As in :func:`fit_replicas`.
     options
         Handed to `ModelClass`, such as ``loss_fn="huber"``.
 
@@ -1000,9 +1008,45 @@ def fit_permuted(
             order[rows, 1:] = rng.permuted(order[rows, 1:], axis=0)
         orders.append(order)
     models = [ModelClass(cfg, **options) for _ in range(n_permutations + 1)]
-    with _progress("permutations", cfg.n_epochs, progress) as options_of_trainer:
-        _fit(models, train, val, val is not None and cfg.linear, None, options_of_trainer, orders=tuple(orders))
+    baseline = val is not None and cfg.linear
+    models = _fit_all(
+        "permutations", models, train, val, baseline, orders=tuple(orders), progress=progress, n_jobs=n_jobs
+    )
     return models, [None] * len(models) if val is None else [_other_targets(val, order) for order in orders[1].T]
+
+
+def _fit_all(
+    what: str,
+    models: list[_BilinearMLP],
+    train: ExpressionDataset,
+    val: ExpressionDataset | None,
+    baseline: bool | LinearModel | list[LinearModel],
+    *,
+    counts: np.ndarray | None = None,
+    orders: tuple[np.ndarray, np.ndarray | None] | None = None,
+    progress: bool,
+    n_jobs: int | None,
+) -> list[_BilinearMLP]:
+    """Fit models as :func:`_fit` does, all at once or some in each of several processes, and return them."""
+    groups = np.array_split(np.arange(len(models)), min(effective_n_jobs(n_jobs), len(models)))
+    if len(groups) == 1:
+        with _progress(what, models[0].cfg.n_epochs, progress) as options:
+            return _fit(models, train, val, baseline, None, options, counts, orders)
+    of_group = (
+        (
+            [models[i] for i in group],
+            train,
+            val,
+            [baseline[i] for i in group] if isinstance(baseline, list) else baseline,
+            None,
+            {"enable_progress_bar": False},
+            None if counts is None else counts[:, group],
+            None if orders is None else tuple(order if order is None else order[:, group] for order in orders),
+            models[0].cfg.seed,
+        )
+        for group in groups
+    )
+    return sum(Parallel(n_jobs=n_jobs)(delayed(_fit)(*arguments) for arguments in of_group), [])
 
 
 def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:

@@ -572,6 +572,7 @@ def permutation_null(
     *,
     n_modules: int = 5,
     metric: Literal["sd", "identity", "covariance"] = "covariance",
+    n_jobs: int | None = None,
     progress: bool = True,
     **options: Any,
 ) -> pd.DataFrame:
@@ -584,7 +585,7 @@ def permutation_null(
 
     Parameters
     ----------
-    ModelClass, cfg, train, val, n_permutations, strata, progress, options
+    ModelClass, cfg, train, val, n_permutations, strata, n_jobs, progress, options
         As in :func:`scbmlp.models.fit_permuted`.
     output
         As in :func:`scbmlp.interactions.direction`; or a list, all read from the same fits.
@@ -607,7 +608,9 @@ def permutation_null(
     check_dataset(val, "val")
     outputs = output if isinstance(output, list) else [output]
     n_modules = whole_number(n_modules, "n_modules")
-    models, vals = fit_permuted(ModelClass, cfg, train, val, n_permutations, strata, progress=progress, **options)
+    models, vals = fit_permuted(
+        ModelClass, cfg, train, val, n_permutations, strata, n_jobs=n_jobs, progress=progress, **options
+    )
     tables, null = {}, {}
     for name in outputs:
         found = []

@@ -37,7 +37,15 @@ from torch.nn.functional import cross_entropy
 from scbmlp import models
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_replicas, statistics, tune
+from scbmlp.models import (
+    Config,
+    ScBMLPClassifier,
+    ScBMLPRegressor,
+    fit_permuted,
+    fit_replicas,
+    statistics,
+    tune,
+)
 from scbmlp.sources import glioblastoma
 
 REAL = os.environ.get("SCBMLP_DATA_DIR") or str(Path(__file__).parents[2] / "shared" / "data")
@@ -834,6 +842,22 @@ def test_replicas_are_the_models_of_their_seeds(graded, kind, linear):
     assert linear or not torch.allclose(replicas[0].w_p, replicas[1].w_p)
     assert all(model.statistics is not None for model in replicas)
     assert not any(model.training for model in replicas)
+
+
+def test_processes_of_joblib_share_replicas_and_permutations(graded):
+    train, val, _ = sets_of(graded, ScBMLPRegressor)
+    cfg = Config(len(train.gene_names), 4, len(train.output_names), linear=True, n_epochs=2, dropout_rate=0.0,
+                 device="cpu")  # fmt: skip
+    fits = [
+        (
+            *fit_replicas(ScBMLPRegressor, cfg, train, val, 3, "half", n_jobs=n, progress=False),
+            *fit_permuted(ScBMLPRegressor, cfg, train, val, 2, n_jobs=n, progress=False)[0],
+        )
+        for n in (1, 2)
+    ]
+    for one, other in zip(*fits, strict=True):
+        assert one.cfg == other.cfg
+        assert_same_weights(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("resample", ["half", "bootstrap"])
