@@ -13,7 +13,7 @@ from anndata import AnnData
 from scipy.optimize import linear_sum_assignment
 
 from scbmlp.checks import plain_names, whole_number
-from scbmlp.datasets import ExpressionDataset, check_dataset, match_genes
+from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, match_genes, product
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
 from scbmlp.models import Config, Statistics, fit_permuted, statistics
 
@@ -59,8 +59,8 @@ class GeneModules:
         Parameters
         ----------
         x
-            AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix with the modules' genes in
-            order.
+            AnnData, a DataFrame, a dataset or the path of a file, whose genes are matched by name, or a matrix with
+            the modules' genes in order.
         layer
             Layer of AnnData to read; that of the training cells if None.
 
@@ -71,11 +71,10 @@ class GeneModules:
         ValueError
             A gene comes twice, or values are not finite.
         """
-        index = x.obs_names if isinstance(x, AnnData) else x.index if isinstance(x, pd.DataFrame) else None
-        x = match_genes(x, self.weights.index, layer or self.layer)
+        index, x = cell_names(x), match_genes(x, self.weights.index, layer or self.layer)
         weights = self.weights.to_numpy()
         # The origin is taken off the scores, not the cells, so that sparse cells stay sparse.
-        return pd.DataFrame(x @ weights - self.origin.to_numpy() @ weights, index, self.weights.columns)
+        return pd.DataFrame(product(x, weights) - self.origin.to_numpy() @ weights, index, self.weights.columns)
 
     def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return what each module adds to the output of cells, eigenvalue times squared score (cell x comp).

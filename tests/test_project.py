@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
-    "checks", "simulate", "sources", "datasets", "targets", "effects", "baselines", "training", "storage",
+    "checks", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training", "storage",
     "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
 ]  # fmt: skip
 PUBLIC = {
