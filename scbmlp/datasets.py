@@ -106,7 +106,12 @@ class ExpressionDataset(Dataset):
         if np.isscalar(index):
             x, y = self[[index]]
             return x[0], y[0]
-        return dense_tensor(self.x[index]), self.y[index]
+        x, y = self.parts(index)
+        return dense_tensor(x), y
+
+    def parts(self, index: Any) -> tuple[sparse.csr_matrix | np.ndarray, torch.Tensor]:
+        """Return the expression of cells, in memory and as sparse as it is, and their targets."""
+        return self.x[index], self.y[index]
 
     @property
     def stored(self) -> bool:
@@ -335,8 +340,8 @@ def match_genes(
         else:
             adata, x = open_cells(x, layer)
             names = adata.var_names
-        if _counts(x[: min(len(x), 1000)]) and x.target_sum is None and not x.log1p:
-            warn_of_counts(f"the first block of {x.where}")
+            if _counts(x[:1000]):
+                warn_of_counts(f"the first block of {x.where}")
         return _of_stored(x, names, gene_names)
     if isinstance(x, ExpressionDataset) and x.stored:
         return _of_stored(x.x, x.gene_names, gene_names)

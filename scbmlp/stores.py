@@ -221,9 +221,11 @@ class StoredMatrix:
         Parameters
         ----------
         size
-            Cells of a block.
+            Cells of a block, at most.
         """
-        at_once = max(1, min(self.holds(BLOCK_BYTES), BLOCK_CELLS) // size) * size
+        most = max(1, min(self.holds(BLOCK_BYTES), BLOCK_CELLS))
+        size = min(size, most)
+        at_once = most // size * size  # small blocks are cut out of one that is read
         for start in range(0, len(self), at_once):
             block = self[start : start + at_once]
             for first in range(0, block.shape[0], size):

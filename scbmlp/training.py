@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from scbmlp.checks import nearest
-from scbmlp.datasets import ExpressionDataset
+from scbmlp.datasets import ExpressionDataset, dense_tensor
 
 # Stored cells are read as runs of so many, in random order, and as many runs as hold so many cells, or bytes, are mixed
 # before batches are dealt out of them: of two classes in a row, a batch of 1,024 then has shares that are off by 3%.
@@ -297,6 +297,9 @@ class Counted(Dataset):
     def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         return *self.dataset[index], self.counts[index]
 
+    def parts(self, index: np.ndarray) -> tuple[Any, ...]:
+        return *self.dataset.parts(index), self.counts[index]
+
     def load(self, index: np.ndarray) -> Counted:
         return Counted(self.dataset.load(index), self.counts[index])
 
@@ -313,6 +316,9 @@ class Permuted(Dataset):
 
     def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
         return self.dataset[index][0], self.y[self.orders[index]]
+
+    def parts(self, index: np.ndarray) -> tuple[Any, ...]:
+        return self.dataset.parts(index)[0], self.y[self.orders[index]]
 
     def load(self, index: np.ndarray) -> Permuted:
         return Permuted(self.dataset.load(index), self.orders[index], self.y)
@@ -336,23 +342,28 @@ class Stored(IterableDataset):
             self.batch_size,
             fetch_factor=max(mixed // self.batch_size, 1),
             fetch_callback=lambda dataset, index: dataset.load(index),
+            batch_callback=lambda loaded, index: loaded.parts(index),
             seed=self.seed,
         )
 
     def __len__(self) -> int:
         return len(self._reader())
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         return iter(self._reader())
 
 
 class _StoredLoader(DataLoader):
-    """Draws the seed of every epoch from the generator whose state a checkpoint keeps: workers cannot."""
+    """Draws the seed of every epoch from the generator whose state a checkpoint keeps: workers cannot.
+
+    Cells come from workers as sparse as they are, and are made dense here: they are a tenth as large on the way.
+    """
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         if self.dataset.shuffled:
             self.dataset.seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
-        return super().__iter__()
+        for x, *rest in super().__iter__():
+            yield dense_tensor(x), *rest
 
 
 def loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
