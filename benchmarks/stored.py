@@ -11,6 +11,7 @@ import resource
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import h5py
@@ -70,8 +71,8 @@ class Watch(lightning.Callback):
         self.seconds = time.perf_counter() - self.start
 
 
-def train(source, workers, tell):
-    """Fit two epochs, and tell cells a second, the score, the seconds of all, and the peak memory in MB."""
+def train(source, workers):
+    """Fit two epochs, and return cells a second, the score, the seconds of all, and the peak memory in MB."""
     torch.set_num_threads(1)
     start, watch = time.perf_counter(), Watch()
     options = {"normalize_total": 1e4, "log1p": True, "split_key": "part"}
@@ -80,18 +81,13 @@ def train(source, workers, tell):
     model.fit(train, val, baseline=False, enable_progress_bar=False, callbacks=[watch])
     score, seconds = model.score(val), time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    tell.put((len(train) / watch.seconds, watch.seconds, score, seconds, peak))
+    return len(train) / watch.seconds, watch.seconds, score, seconds, peak
 
 
 def measured(source, workers=0):
     """Run in a process of its own, whose memory is its own."""
-    processes = multiprocessing.get_context("spawn")
-    tell = processes.Queue()
-    process = processes.Process(target=train, args=(source, workers, tell))
-    process.start()
-    found = tell.get(timeout=3600)
-    process.join()
-    return found
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(train, source, workers).result()
 
 
 def main():
@@ -104,15 +100,13 @@ def main():
         print(f"{n_cells} cells x {GENES} genes, {form}: {path.stat().st_size / 1e6:.0f} MB, "
               f"written in {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
         rates = {}
-        for name, workers in {"disk": 0, "disk, one worker": 1, "memory": None}.items():
-            if workers is None:
-                with h5py.File(path) as file:
-                    known = annotations(path)[:HELD]
-                    source = AnnData(sparse_dataset(file["X"])[: min(HELD, n_cells)], obs=known.obs, var=known.var)
-                found = measured(source)
-            else:
-                found = measured(path, workers)
-            rates[name] = found[0]
+        with h5py.File(path) as file:
+            known = annotations(path)[:HELD]
+            held = AnnData(sparse_dataset(file["X"])[: min(HELD, n_cells)], obs=known.obs, var=known.var)
+        # Machines are noisy: what is compared takes turns.
+        for name in ("memory", "disk", "disk, one worker") * 2:
+            found = measured(held if name == "memory" else path, int("worker" in name))
+            rates[name] = max(rates.get(name, 0), found[0])
             print(f"{name}: {found[0]:.0f} cells/s, {found[1]:.1f} s an epoch; accuracy {found[2]:.3f}; "
                   f"{found[3]:.0f} s in all; peak {found[4]:.0f} MB", flush=True)  # fmt: skip
         for name in ("disk", "disk, one worker"):

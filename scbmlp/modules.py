@@ -209,7 +209,7 @@ class GeneModules:
         Parameters
         ----------
         adata
-            Cells with all genes of the modules; it is changed.
+            Cells with all genes of the modules; it is changed. If it is backed, its file is not.
         key
             Where to write; ``modules_<output>`` if None.
         layer
@@ -220,6 +220,11 @@ class GeneModules:
         KeyError, ValueError
             As for :meth:`scores`; nothing is written then.
         """
+        if not isinstance(adata, AnnData):
+            raise ValueError(
+                f"adata is of type {type(adata).__name__}; modules are written to AnnData: open a file by "
+                f"anndata.read_h5ad(path, backed='r')."
+            )
         key = (key or f"modules_{self.output}").replace("/", "_")  # a slash would open a folder in an h5ad file
         scores = self.scores(adata, layer=layer).to_numpy()
         at = self.loadings.index.get_indexer(plain_names(adata.var_names, "genes", unique=False))

@@ -185,6 +185,9 @@ class StoredMatrix:
             )
         cuts = np.flatnonzero(np.diff(rows) > GAP) + 1
         starts, stops = rows[np.r_[0, cuts]], rows[np.r_[cuts - 1, len(rows) - 1]] + 1
+        if (stops - starts).sum() - len(rows) > max(self.holds(BLOCK_BYTES), 1):  # too much to drop at once
+            halves = [self._read(half) for half in np.array_split(rows, 2)]
+            return sparse.vstack(halves, format="csr") if self._sparse else np.concatenate(halves)
         with _reading(self.path):
             element = self._element()
             if len(starts) == 1:

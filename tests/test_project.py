@@ -18,6 +18,7 @@ ORDER = [
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
+    "stores": ["StoredMatrix"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "targets": ["laplacian_frequencies", "perturbation_response", "noise_ceiling"],
     "baselines": ["linear_baseline", "LinearModel"],
