@@ -471,8 +471,8 @@ def get_classification_datasets(
         does; `adata` stays as it is. Totals are over all genes there are, those of the file too that a backed view
         leaves out.
     num_workers
-        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. Their number
-        changes the order of the cells.
+        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. They start anew
+        in every epoch, and more than one of them changes the order of the cells.
 
     Returns
     -------
@@ -555,8 +555,8 @@ def get_regression_datasets(
         does; `adata` stays as it is. Totals are over all genes there are, those of the file too that a backed view
         leaves out.
     num_workers
-        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. Their number
-        changes the order of the cells.
+        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. They start anew
+        in every epoch, and more than one of them changes the order of the cells.
 
     Returns
     -------

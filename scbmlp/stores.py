@@ -291,7 +291,7 @@ def check_normalisation(normalize_total: Any, log1p: Any) -> None:
             f"number of counts is needed."
         )
     if not isinstance(log1p, bool | np.bool_):
-        raise ValueError(f"log1p={log1p!r}: True or False is needed.")
+        raise ValueError(f"log1p={log1p!r}: True or False is needed; the logarithm is the natural one.")
 
 
 def row_totals(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:

@@ -216,7 +216,7 @@ BAD = {
     "file of no counts": (lambda a, w: get_classification_datasets(w.disk(x_of(a, a.X * 0)), "type", normalize_total=True), ValueError, "no counts in any of 120 cells"),
     "total of nothing": (lambda a, w: get_classification_datasets(a, "type", normalize_total=0), ValueError, "normalize_total=0: False, True for the median"),
     "total of text": (lambda a, w: StoredMatrix(w.disk(a), normalize_total="median"), ValueError, "normalize_total='median': False, True"),
-    "logarithm of a base": (lambda a, w: get_regression_datasets(a, "target", log1p=2), ValueError, "log1p=2: True or False"),
+    "logarithm of a base": (lambda a, w: get_regression_datasets(a, "target", log1p=2), ValueError, "log1p=2: True or False is needed; the"),
     "half a worker": (lambda a, w: get_classification_datasets(a, "type", num_workers=0.5), ValueError, "num_workers=0.5: a whole number of at least 0"),
     "backed in frequencies": (lambda a, w: laplacian_frequencies(read_h5ad(w.disk(a), backed="r"), 2), ValueError, r"backed by a file, and all of its cells are needed.*adata\.to_memory\(\)"),
     "backed to deal out": (lambda a, w: without_pairs(get_classification_datasets(w.disk(a), "type")[0]), ValueError, r"needs all cells in memory.*dataset\.load\("),
