@@ -17,7 +17,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, r2_score
 from threadpoolctl import threadpool_limits
 
-from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes
+from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, held, match_genes, product, some
 
 MOST = 8000  # cells, where features are more than that too
 LARGE = 3000  # cells and features from which on a Cholesky decomposition a penalty is quicker than all eigenvectors
@@ -70,7 +70,7 @@ class LinearModel:
             The number of features is another.
         """
         names = pd.RangeIndex(self.weight.shape[1]) if self.gene_names is None else self.gene_names
-        return np.asarray(match_genes(x, names, layer or self.layer) @ self.weight.T) + self.constant
+        return product(match_genes(x, names, layer or self.layer), self.weight.T) + self.constant
 
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of classes, or R2 averaged over targets.
@@ -93,7 +93,7 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     Parameters
     ----------
     train, val
-        Cells to fit, and cells that choose the penalty.
+        Cells to fit, and cells that choose the penalty. Of stored cells as many are drawn as 256 MB hold.
     exact
         Whether to try a fine grid on principal axes, where a penalty is cheap once they are known; else a coarse one,
         a few times quicker.
@@ -109,6 +109,7 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
 
 
 def _linear(train: ExpressionDataset, val: ExpressionDataset, exact: bool) -> LinearModel:
+    train, val = held(train), held(val)
     x, x_val = train.x, match_genes(val, train.gene_names)
     y, y_val = train.y.numpy(), val.y.numpy()
     if y.ndim == 2:
@@ -295,7 +296,8 @@ def _quick_logistic(x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_clas
     rows, rows_val = (some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
     dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
     mean = dense.mean(axis=0)
-    dense, dense_val = dense - mean, dense_val - mean
+    dense -= mean  # in place: a copy of either is as large as all else together
+    dense_val -= mean
     unit = np.square(dense, dtype=np.float64).sum() / min(dense.shape)
     weights, constant, penalty = _logistic(
         dense, y[rows], dense_val, y_val[rows_val], n_classes, unit * QUICK_LOGISTIC, 1e-3
@@ -334,17 +336,6 @@ def _logistic(
         if here < error:
             best, error = (weights, constant, np.float64(penalty)), here
     return best
-
-
-def some(n: int, most: int) -> np.ndarray:
-    """Return the rows of at most that many cells, drawn by a seed of its own, rising.
-
-    Parameters
-    ----------
-    n, most
-        Number of cells there are, and of those to draw; all if there are no more.
-    """
-    return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
 def _between_cells(a: Any, b: Any, mean: np.ndarray, size: int = 1000) -> np.ndarray:

@@ -119,7 +119,10 @@ def expression(adata: AnnData, layer: str | None, dtype: Any = None) -> tuple[sp
         `adata` is backed by a file, or the matrix is not one of real numbers.
     """
     if adata.isbacked:
-        raise ValueError("adata is backed by a file; take the cells to work on into memory: adata.to_memory().")
+        raise ValueError(
+            "adata is backed by a file, and all of its cells are needed at once here; take those to work on into "
+            "memory: adata.to_memory()."
+        )
     if layer is not None and layer not in adata.layers:
         raise KeyError(
             f"layer={layer!r} is not in adata.layers; there are: {', '.join(adata.layers) or 'none'}. Values of that "
@@ -159,15 +162,43 @@ def check_log_normalised(x: sparse.csr_matrix | np.ndarray, where: str, adata: A
         Values are not finite, or negative.
     """
     check_finite(x, where)
+    remedy = "adata.raw may have them: adata.raw.to_adata()" if adata.raw is not None else REMEDY
+    check_not_negative(x, where, remedy)
+    values = x.data if sparse.issparse(x) else x
+    if values.size and values.max() > 1 and np.array_equal(values, np.round(values)):
+        warn_of_counts(where)
+
+
+def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = REMEDY) -> None:
+    """Raise an error if expression is negative.
+
+    Parameters
+    ----------
+    x, where, remedy
+        As :func:`check_finite` takes them.
+
+    Raises
+    ------
+    ValueError
+        A value is negative.
+    """
     values = x.data if sparse.issparse(x) else x
     if values.size and values.min() < 0:
-        remedy = "adata.raw may have them: adata.raw.to_adata()" if adata.raw is not None else REMEDY
         raise ValueError(
             f"{where} holds negative values (minimum {values.min():.3g}), as scaled expression does; log-normalised "
             f"expression must not be scaled or centred: {remedy}."
         )
-    if values.size and values.max() > 1 and np.array_equal(values, np.round(values)):
-        warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
+
+
+def warn_of_counts(where: str) -> None:
+    """Warn that expression looks like counts.
+
+    Parameters
+    ----------
+    where
+        What to call it.
+    """
+    warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
 
 
 def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.Index:

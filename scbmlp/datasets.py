@@ -1,9 +1,12 @@
-"""From AnnData to train, validation and test sets, sparse all the way to the batch."""
+"""From AnnData or a file to train, validation and test sets, sparse all the way to the batch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from copy import copy
 from numbers import Real
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
@@ -17,14 +20,28 @@ from torch.utils.data import Dataset
 from scbmlp.checks import (
     check_finite,
     check_log_normalised,
+    check_not_negative,
     expression,
     numeric_matrix,
     obs_column,
     obs_labels,
     plain_names,
     warn,
+    warn_of_counts,
     whole_number,
 )
+from scbmlp.stores import (
+    StoredMatrix,
+    annotations,
+    check_normalisation,
+    is_stored,
+    median_total,
+    normalised,
+    open_cells,
+    row_totals,
+)
+
+Matrix = sparse.csr_matrix | np.ndarray | StoredMatrix
 
 
 class ExpressionDataset(Dataset):
@@ -36,7 +53,7 @@ class ExpressionDataset(Dataset):
     Parameters
     ----------
     x
-        Expression, log-normalised, cell x gene.
+        Expression, log-normalised, cell x gene; one that is stored stays on disk.
     y
         Class codes, whole numbers (cell), or continuous targets (cell x out; one output may be flat).
     gene_names
@@ -47,6 +64,8 @@ class ExpressionDataset(Dataset):
         Row of each cell in the AnnData it came from (cell), so that ``adata[dataset.indices]`` gives the cells back.
     layer
         Layer of the AnnData that `x` came from, None for ``X``; a model trained on it reads the same layer again.
+    num_workers
+        Processes that read stored cells ahead while a model trains.
 
     Raises
     ------
@@ -57,20 +76,22 @@ class ExpressionDataset(Dataset):
 
     def __init__(
         self,
-        x: sparse.csr_matrix | np.ndarray,
+        x: Matrix,
         y: np.ndarray,
         gene_names: pd.Index,
         output_names: pd.Index,
         indices: np.ndarray | None = None,
         layer: str | None = None,
+        num_workers: int = 0,
     ) -> None:
-        self.x = numeric_matrix(x, "x", np.float32)
-        check_finite(self.x, "x")
+        self.x = x if isinstance(x, StoredMatrix) else numeric_matrix(x, "x", np.float32)
+        if not self.stored:  # else each block is checked as it is read
+            check_finite(self.x, "x")
         self.gene_names = plain_names(gene_names, "genes")
         self.output_names = plain_names(output_names, "outputs")
         self.y = torch.as_tensor(_targets(y, len(self.output_names)))
         self.indices = np.arange(len(self)) if indices is None else np.asarray(indices)
-        self.layer = layer
+        self.layer, self.num_workers = layer, whole_number(num_workers, "num_workers", 0)
         if self.x.shape[1] != len(self.gene_names):
             raise ValueError(f"x has {self.x.shape[1]} columns, gene_names has {len(self.gene_names)}; name every one.")
         if not len(self) == len(self.y) == len(self.indices):
@@ -86,6 +107,23 @@ class ExpressionDataset(Dataset):
             x, y = self[[index]]
             return x[0], y[0]
         return dense_tensor(self.x[index]), self.y[index]
+
+    @property
+    def stored(self) -> bool:
+        """Whether the expression is on disk."""
+        return isinstance(self.x, StoredMatrix)
+
+    def load(self, cells: Any = None) -> Self:
+        """Return a data set in memory.
+
+        Parameters
+        ----------
+        cells
+            Positions of the cells to take, a slice or a mask; all if None.
+        """
+        cells, part = slice(None) if cells is None else cells, copy(self)
+        part.x, part.y, part.indices = self.x[cells], self.y[cells], self.indices[cells]
+        return part
 
     def __repr__(self) -> str:
         return f"ExpressionDataset: {len(self)} cells x {len(self.gene_names)} genes, {len(self.output_names)} outputs"
@@ -140,22 +178,138 @@ def dense_tensor(x: sparse.spmatrix | np.ndarray | torch.Tensor) -> torch.Tensor
     return torch.as_tensor(x, dtype=torch.float32)
 
 
-def standard_deviation(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:
+def blocks(x: Matrix, size: int = 1024) -> Iterator[tuple[slice, sparse.csr_matrix | np.ndarray]]:
+    """Yield cells in memory, a block at a time, and where they are.
+
+    Parameters
+    ----------
+    x
+        Cells, in memory or stored (cell x gene).
+    size
+        Cells of a block.
+    """
+    if isinstance(x, StoredMatrix):
+        yield from x.blocks(size)
+        return
+    for start in range(0, x.shape[0], size):
+        block = x[start : start + size]
+        yield slice(start, start + block.shape[0]), block
+
+
+def product(x: Matrix, weights: np.ndarray) -> np.ndarray:
+    """Return x @ weights (cell x comp), of stored cells block by block.
+
+    Parameters
+    ----------
+    x
+        Cells, in memory or stored (cell x gene).
+    weights
+        Weights (gene x comp).
+    """
+    if not isinstance(x, StoredMatrix):
+        return np.asarray(x @ weights)
+    found = np.empty((len(x), weights.shape[1]), np.result_type(x.dtype, weights.dtype))
+    for part, block in x.blocks():
+        found[part] = block @ weights
+    return found
+
+
+def mean(x: Matrix) -> np.ndarray:
+    """Return the mean of every column (gene), in float64."""
+    return x.moments()[0] if isinstance(x, StoredMatrix) else np.asarray(x.mean(axis=0, dtype=np.float64)).ravel()
+
+
+def held(dataset: ExpressionDataset) -> ExpressionDataset:
+    """Return a data set in memory, for what needs all cells at once: of stored cells, those that 256 MB hold.
+
+    Parameters
+    ----------
+    dataset
+        Cells with their targets; those in memory are returned as they are.
+    """
+    return dataset.load(some(len(dataset), dataset.x.holds())) if dataset.stored else dataset
+
+
+def some(n: int, most: int) -> np.ndarray:
+    """Return the rows of at most that many cells, drawn by a seed of its own, rising.
+
+    Parameters
+    ----------
+    n, most
+        Number of cells there are, and of those to draw; all if there are no more.
+    """
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
+
+
+def take(x: Matrix, rows: np.ndarray) -> Matrix:
+    """Return some of the cells; stored ones stay on disk.
+
+    Parameters
+    ----------
+    x
+        Cells, in memory or stored (cell x gene).
+    rows
+        Their positions.
+    """
+    return x.take(rows) if isinstance(x, StoredMatrix) else x[rows]
+
+
+def check_in_memory(x: ExpressionDataset | Matrix, what: str) -> None:
+    """Raise an error for stored cells, where all of them are needed at once.
+
+    Parameters
+    ----------
+    x
+        Cells.
+    what
+        What needs them, for the message.
+
+    Raises
+    ------
+    ValueError
+        They are stored.
+    """
+    x = x.x if isinstance(x, ExpressionDataset) else x
+    if isinstance(x, StoredMatrix):
+        raise ValueError(
+            f"{what} needs all cells in memory, and {x.where} is read from disk; take as many as fit: "
+            f"dataset.load(range({min(len(x), x.holds())}))."
+        )
+
+
+def cell_names(x: Any) -> pd.Index | None:
+    """Return the names of cells, where they have any.
+
+    Parameters
+    ----------
+    x
+        Cells, as :func:`match_genes` takes them.
+    """
+    if isinstance(x, str | Path):
+        return annotations(x).obs_names
+    return x.obs_names if isinstance(x, AnnData) else x.index if isinstance(x, pd.DataFrame) else None
+
+
+def standard_deviation(x: Matrix) -> np.ndarray:
     """Return the standard deviation of every column (gene); the mean where a column is constant, so 0 if it is 0."""
+    if isinstance(x, StoredMatrix):
+        center, variance = x.moments()
+        # What sums of squares leave of a constant is rounding.
+        return np.where(variance > (1e-7 * center) ** 2, np.sqrt(variance), center)
     scaler = StandardScaler(with_mean=False).fit(x)
     return np.where(scaler.var_ > 0, np.sqrt(scaler.var_), scaler.mean_)
 
 
 def match_genes(
-    x: AnnData | ExpressionDataset | Any, gene_names: pd.Index, layer: str | None = None
-) -> sparse.csr_matrix | np.ndarray:
+    x: AnnData | ExpressionDataset | str | Path | Any, gene_names: pd.Index, layer: str | None = None
+) -> Matrix:
     """Return the expression in `x` with exactly these genes, in this order.
 
     Parameters
     ----------
     x
-        AnnData, a DataFrame or a dataset, whose genes are matched by name, or a dense, sparse or dask matrix with the
-        genes in order.
+        AnnData, in memory or backed, a DataFrame, a dataset, a stored matrix or the path of an ``.h5ad`` file or zarr
+        store, whose genes are matched by name; or a dense, sparse or dask matrix with the genes in order.
     gene_names
         Names of the genes wanted (gene); a RangeIndex stands for genes that nobody named.
     layer
@@ -163,16 +317,29 @@ def match_genes(
 
     Returns
     -------
-    A matrix, cell x gene.
+    A matrix, cell x gene, on disk if `x` is.
 
     Raises
     ------
     KeyError
         Genes are missing, or the layer is.
     ValueError
-        A gene that is needed comes twice, values are not finite, AnnData has negative ones or is backed by a file, or
-        a matrix does not have that many columns.
+        A gene that is needed comes twice, values are not finite, AnnData has negative ones, or a matrix does not have
+        that many columns.
+    FileNotFoundError, OSError
+        There is no file at that path, or it cannot be read.
     """
+    if is_stored(x, layer):
+        if isinstance(x, StoredMatrix):
+            names = x.gene_names
+        else:
+            adata, x = open_cells(x, layer)
+            names = adata.var_names
+            if _counts(x[:1000]):
+                warn_of_counts(f"the first block of {x.where}")
+        return _of_stored(x, names, gene_names)
+    if isinstance(x, ExpressionDataset) and x.stored:
+        return _of_stored(x.x, x.gene_names, gene_names)
     names, adata, where = None, x if isinstance(x, AnnData) else None, "x"
     if adata is not None:
         names = adata.var_names
@@ -196,6 +363,21 @@ def match_genes(
     else:
         check_log_normalised(x, where, adata)
     return x
+
+
+def _of_stored(x: StoredMatrix, names: pd.Index, gene_names: pd.Index) -> StoredMatrix:
+    """Return stored cells with exactly these genes, in this order."""
+    if not isinstance(gene_names, pd.RangeIndex):
+        names = plain_names(names, "genes", unique=False)
+        return x if names.equals(gene_names) else x[:, _find(names, gene_names)]
+    if x.shape[1] != len(gene_names):
+        raise ValueError(f"{x.where} has shape {x.shape}; (cell, gene) with {len(gene_names)} genes is needed.")
+    return x
+
+
+def _counts(x: sparse.csr_matrix | np.ndarray) -> bool:
+    values = x.data if sparse.issparse(x) else x
+    return bool(values.size and values.max() > 1 and np.array_equal(values, np.round(values)))
 
 
 def _find(names: pd.Index, wanted: pd.Index) -> np.ndarray:
@@ -249,7 +431,7 @@ def gene_vector(values: Any, gene_names: pd.Index, what: str) -> np.ndarray:
 
 
 def get_classification_datasets(
-    adata: AnnData,
+    adata: AnnData | str | Path,
     class_key: str,
     train_split: float = 0.7,
     val_split: float = 0.15,
@@ -257,13 +439,17 @@ def get_classification_datasets(
     *,
     layer: str | None = None,
     split_key: str | None = None,
+    normalize_total: bool | float = False,
+    log1p: bool = False,
+    num_workers: int = 0,
 ) -> tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]:
     """Split cells into train, validation and test sets with every class in each, in equal proportion.
 
     Parameters
     ----------
     adata
-        Cells with log-normalised expression.
+        Cells with log-normalised expression; in memory, or a backed AnnData or the path of an ``.h5ad`` file or zarr
+        store, dense or sparse by cells, whose expression stays on disk.
     class_key
         Column of ``adata.obs`` with the class of every cell.
     train_split, val_split
@@ -275,6 +461,13 @@ def get_classification_datasets(
     split_key
         Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
         with another label or none are in no set. Then the fractions and the seed do not count.
+    normalize_total, log1p
+        Scale every cell to that many counts, True for the median of the cells' totals, and take log(1 + x), as scanpy
+        does; `adata` stays as it is. Totals are over all genes there are, those of the file too that a backed view
+        leaves out.
+    num_workers
+        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. They start anew
+        in every epoch, and more than one of them changes the order of the cells.
 
     Returns
     -------
@@ -287,7 +480,10 @@ def get_classification_datasets(
     ValueError
         Labels are missing, there is one class, a class is too small to be in all three sets, the fractions leave a set
         empty, or the expression is not finite and non-negative.
+    FileNotFoundError, OSError
+        There is no file at that path, or it cannot be read.
     """
+    adata, stored = _cells(adata, layer)
     labels = obs_labels(adata, class_key, "class_key").astype("category").cat.remove_unused_categories()
     sizes = labels.value_counts()
     if len(sizes) < 2:
@@ -305,7 +501,8 @@ def get_classification_datasets(
                 f"another, drop it, or make the smallest set larger."
             )
     codes, classes = labels.cat.codes.to_numpy(np.int64), labels.cat.categories
-    sets = _split(adata, codes, classes, (train_split, val_split, random_state, split_key), layer)
+    options = layer, normalize_total, log1p, num_workers
+    sets = _split(adata, stored, codes, classes, (train_split, val_split, random_state, split_key), options)
     for name, one in zip(("train", "val", "test"), sets, strict=True):
         lacking = [str(classes[code]) for code in np.setdiff1d(codes, one.y.numpy())]
         if lacking:
@@ -318,7 +515,7 @@ def get_classification_datasets(
 
 
 def get_regression_datasets(
-    adata: AnnData,
+    adata: AnnData | str | Path,
     target_key: str,
     train_split: float = 0.7,
     val_split: float = 0.15,
@@ -326,13 +523,17 @@ def get_regression_datasets(
     *,
     layer: str | None = None,
     split_key: str | None = None,
+    normalize_total: bool | float = False,
+    log1p: bool = False,
+    num_workers: int = 0,
 ) -> tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]:
     """Split cells at random into train, validation and test sets with continuous targets.
 
     Parameters
     ----------
     adata
-        Cells with log-normalised expression.
+        Cells with log-normalised expression; in memory, or a backed AnnData or the path of an ``.h5ad`` file or zarr
+        store, dense or sparse by cells, whose expression stays on disk.
     target_key
         Key of ``adata.obsm`` with the targets (cell x out), an array or a DataFrame whose columns name the outputs.
     train_split, val_split
@@ -344,6 +545,13 @@ def get_regression_datasets(
     split_key
         Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
         with another label or none are in no set. Then the fractions and the seed do not count.
+    normalize_total, log1p
+        Scale every cell to that many counts, True for the median of the cells' totals, and take log(1 + x), as scanpy
+        does; `adata` stays as it is. Totals are over all genes there are, those of the file too that a backed view
+        leaves out.
+    num_workers
+        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. They start anew
+        in every epoch, and more than one of them changes the order of the cells.
 
     Returns
     -------
@@ -356,7 +564,10 @@ def get_regression_datasets(
     ValueError
         The targets are not a finite cell x out table or one of them is constant or named twice, the fractions leave a
         set empty, or the expression is not finite and non-negative.
+    FileNotFoundError, OSError
+        There is no file at that path, or it cannot be read.
     """
+    adata, stored = _cells(adata, layer)
     if not isinstance(target_key, str) or target_key not in adata.obsm:
         raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}.")
     target, where = adata.obsm[target_key], f"adata.obsm[{target_key!r}]"
@@ -380,7 +591,8 @@ def get_regression_datasets(
         )
     if split_key is None:
         _check_fractions(train_split, val_split)
-    return _split(adata, y, names, (train_split, val_split, random_state, split_key), layer)
+    options = layer, normalize_total, log1p, num_workers
+    return _split(adata, stored, y, names, (train_split, val_split, random_state, split_key), options)
 
 
 def _check_fractions(train_split: float, val_split: float) -> None:
@@ -392,12 +604,37 @@ def _check_fractions(train_split: float, val_split: float) -> None:
         )
 
 
-def _split(adata, y, output_names, how, layer):
-    """Cut the checked expression and `y` into three sets; integer targets are stratified."""
+def _cells(adata: Any, layer: str | None) -> tuple[AnnData, StoredMatrix | None]:
+    """Return what is known of the cells, and their expression where it is in a file."""
+    return open_cells(adata, layer) if is_stored(adata, layer) else (adata, None)
+
+
+def _checked(
+    adata: AnnData, x: StoredMatrix | None, layer: str | None, normalize_total: bool | float, log1p: bool
+) -> Matrix:
+    """Return expression of which every cell was looked at, scaled and on the scale of logarithms if asked for."""
+    check_normalisation(normalize_total, log1p)
+    as_it_is = normalize_total is False and not log1p
+    if x is not None:
+        if normalize_total is not True and x.totals()[1] and as_it_is:
+            warn_of_counts(x.where)
+        return x.scaled(normalize_total, log1p)
     x, where = expression(adata, layer, np.float32)
+    if as_it_is:
+        check_log_normalised(x, where, adata)
+        return x
+    check_finite(x, where)
+    check_not_negative(x, where)
+    target = median_total(row_totals(x), where) if normalize_total is True else normalize_total or None
+    return normalised(x, target, log1p)
+
+
+def _split(adata, stored, y, output_names, how, options):
+    """Cut the checked expression and `y` into three sets; integer targets are stratified."""
+    *which, num_workers = options
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
-    check_log_normalised(x, where, adata)
+    x = _checked(adata, stored, *which)
     train_split, val_split, random_state, split_key = how
 
     def cut(cells, fraction):
@@ -424,5 +661,6 @@ def _split(adata, y, output_names, how, layer):
                 f"'test'; label at least one cell for each."
             )
     return tuple(
-        ExpressionDataset(x[i], y[i], adata.var_names, output_names, i, layer) for i in map(np.sort, (train, val, test))
+        ExpressionDataset(take(x, i), y[i], adata.var_names, output_names, i, which[0], num_workers)
+        for i in map(np.sort, (train, val, test))
     )

@@ -11,9 +11,9 @@ import pandas as pd
 from scipy import sparse
 from sklearn.cluster import KMeans
 
-from scbmlp.baselines import LARGE, some
+from scbmlp.baselines import LARGE
 from scbmlp.checks import whole_number
-from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes
+from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, dense_tensor, match_genes, some
 from scbmlp.interactions import Model, direction, similarity
 from scbmlp.modules import GeneModules, follows_target, stability
 
@@ -92,9 +92,10 @@ def without_pairs(dataset: ExpressionDataset, *, n_groups: int = 10, random_stat
     Raises
     ------
     ValueError
-        There are fewer cells than groups.
+        There are fewer cells than groups, or they are stored.
     """
     check_dataset(dataset)
+    check_in_memory(dataset, "without_pairs")
     n_groups, y = whole_number(n_groups, "n_groups", 1, len(dataset)), dataset.y.numpy()
     group = y
     if y.ndim == 2:

@@ -19,10 +19,24 @@ from sklearn.metrics import log_loss
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import SplineTransformer
 
-from scbmlp.baselines import LARGE, Axes, additive_features, logistic, ridge, some
+from scbmlp.baselines import LARGE, Axes, LinearModel, additive_features, logistic, ridge
 from scbmlp.checks import nearest, of_cells, whole_number
-from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
+from scbmlp.datasets import (
+    ExpressionDataset,
+    blocks,
+    cell_names,
+    check_in_memory,
+    dense_tensor,
+    gene_vector,
+    held,
+    match_genes,
+    mean,
+    product,
+    some,
+    take,
+)
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.stores import BLOCK_CELLS
 
 Model = ScBMLPClassifier | ScBMLPRegressor
 Output = int | str | Mapping[int | str, float]
@@ -136,7 +150,7 @@ class InteractionMatrix(LinearOperator):
         x
             Cells, cell x gene: AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix.
         """
-        projected = match_genes(x, self.gene_names) @ self.basis
+        projected = product(match_genes(x, self.gene_names), self.basis)
         return np.einsum("ci,ij,cj->c", projected, self.core, projected, optimize=True)
 
     def diagonal(self) -> np.ndarray:
@@ -453,8 +467,8 @@ def decompose(model: Model, x: Any, reference: np.ndarray, *, batch_size: int = 
     constant, axis = _expand(model, reference)
     left, right, p = _float64(model.w_l, model.w_r, model.w_p)
     linear, quadratic = [], []
-    for start in range(0, x.shape[0], batch_size):
-        d = dense_tensor(x[start : start + batch_size]).numpy() - reference
+    for _, block in blocks(x, batch_size):
+        d = dense_tensor(block).numpy() - reference
         linear.append(d @ axis.T)
         quadratic.append(((d @ left.T) * (d @ right.T)) @ p.T)
     linear, quadratic = np.vstack(linear), np.vstack(quadratic)
@@ -559,8 +573,8 @@ def pair_effects(
 
 def _around(model: Model, x: Any, reference: np.ndarray) -> tuple[np.ndarray, pd.Index | None]:
     """Return cells less a reference cell (cell x gene), and their names where they have any."""
-    index = x.obs_names if isinstance(x, AnnData) else x.index if isinstance(x, pd.DataFrame) else None
-    x = match_genes(x, model.gene_names, model.layer)
+    index, x = cell_names(x), match_genes(x, model.gene_names, model.layer)
+    check_in_memory(x, "a table of cells x genes")
     return dense_tensor(x).numpy() - gene_vector(reference, model.gene_names, "reference"), index
 
 
@@ -600,8 +614,9 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
     constant = direction(model, output) @ _expand(model, reference)[0]
     rows = {}
     for name, cells in pd.Series(np.arange(x.shape[0])).groupby(np.asarray(groups), observed=True).indices.items():
-        m = np.asarray(x[cells].mean(axis=0)).ravel() - reference
-        hidden, at_mean = x[cells] @ matrix.basis - reference @ matrix.basis, m @ matrix.basis
+        own = take(x, cells)
+        m = mean(own) - reference
+        hidden, at_mean = product(own, matrix.basis) - reference @ matrix.basis, m @ matrix.basis
         spread = hidden - at_mean
         parts = [
             constant,
@@ -739,8 +754,8 @@ def audit(
         Expression of the reference cell (gene), a Series matched by name, or the name of a class for the mean of its
         cells in `dataset`; the mean of `dataset` if None.
     train, validation
-        Cells that additive models are fitted on, and cells that choose their penalty and fit the curves. Without both,
-        ``interaction``, ``gain`` and what goes with them are NaN.
+        Cells that additive models are fitted on, and cells that choose their penalty and fit the curves; of stored
+        cells as many are drawn as 256 MB hold. Without both, ``interaction``, ``gain`` and what goes with them are NaN.
 
     Returns
     -------
@@ -791,7 +806,7 @@ def audit(
         chosen = slice(None) if reference is None else np.flatnonzero(target == model.output_names.get_loc(reference))
         if not isinstance(chosen, slice) and not len(chosen):
             raise ValueError(f"reference={reference!r}: dataset has no cell of that class; pass its mean expression.")
-        reference = np.asarray(x[chosen].mean(axis=0)).ravel()
+        reference = mean(take(x, chosen))
     reference = gene_vector(reference, model.gene_names, "reference")
     constant, linear, quadratic = decompose(model, x, reference)
     directions = np.stack([direction(model, name) for name in model.output_names])
@@ -844,9 +859,11 @@ def audit(
 def _self_terms(model: Model, x: Any, reference: np.ndarray) -> np.ndarray:
     """Return the sum over genes of Q_ii d_i^2 of every direction (cell x out), without making cells dense."""
     own = np.stack([matrix.diagonal() for matrix in interaction_matrices(model)], axis=1)
-    m = np.ravel(reference).astype(np.float64)
-    square = x.multiply(x) if sparse.issparse(x) else np.square(x, dtype=np.float64)
-    return np.asarray(square @ own - 2 * (x @ (m[:, None] * own))) + m**2 @ own
+    m, parts = np.ravel(reference).astype(np.float64), []
+    for _, block in blocks(x, BLOCK_CELLS):
+        square = block.multiply(block) if sparse.issparse(block) else np.square(block, dtype=np.float64)
+        parts.append(np.asarray(square @ own - 2 * (block @ (m[:, None] * own))))
+    return np.vstack(parts) + m**2 @ own
 
 
 def _pairs(model: Model, cells: Any, reference: np.ndarray, directions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -871,21 +888,19 @@ def _additive(
     """
     for dataset in (train, validation):
         model.check(dataset)
-    features, watched, tested = (
-        additive_features(match_genes(cells, model.gene_names)) for cells in (train, validation, x)
-    )
+    train, validation = held(train), held(validation)
+    features, watched = (additive_features(match_genes(cells, model.gene_names)) for cells in (train, validation))
     axes, directions = Axes(features), np.stack([direction(model, name) for name in model.output_names])
     result = {name: np.full(len(directions), np.nan) for name in ("interaction", "interaction_curved")}
     # Around any cell the linear part and the Q_ii d_i^2 are additive as they are; only the pairs need a predictor.
     # Around the training mean, so that the answer does not depend on a reference.
-    mean = np.asarray(match_genes(train, model.gene_names).mean(axis=0)).ravel()
-    of_pairs, whole = zip(*(_pairs(model, cells, mean, directions) for cells in (train, validation, x)), strict=True)
+    center = mean(match_genes(train, model.gene_names))
+    of_pairs, whole = zip(*(_pairs(model, cells, center, directions) for cells in (train, validation, x)), strict=True)
     total = whole[2].var(axis=0)
     if len(varied := np.flatnonzero((np.ptp(of_pairs[0], axis=0) > 0) & (total > 0))):
         predictor = ridge(axes, of_pairs[0][:, varied], watched, of_pairs[1][:, varied])
-        left = [
-            part[:, varied] - predictor.outputs(at) for part, at in zip(of_pairs[1:], (watched, tested), strict=True)
-        ]
+        predicted = predictor.outputs(watched), _of_additive(predictor, x)
+        left = [part[:, varied] - one for part, one in zip(of_pairs[1:], predicted, strict=True)]
         additive = [part[:, varied] - rest for part, rest in zip(whole[1:], left, strict=True)]
         curved = _through_curves(additive[0], whole[1][:, varied], additive[1])
         result["interaction"][varied] = left[1].var(axis=0) / total[varied]
@@ -897,10 +912,15 @@ def _additive(
         additive = logistic(axes, y, watched, y_seen, len(directions), exact=False)
     else:
         additive = ridge(axes, y, watched, y_seen)
-    result["additive"] = additive.outputs(tested)
+    result["additive"] = _of_additive(additive, x)
     result["curved"] = _through_curves(model.outputs(validation).astype(np.float64), y_seen, outputs)
     result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"])
     return result
+
+
+def _of_additive(model: LinearModel, x: Any) -> np.ndarray:
+    """Return the outputs (cell x out) of a model of additive features, which take three times the memory of cells."""
+    return np.vstack([model.outputs(additive_features(block)) for _, block in blocks(x, BLOCK_CELLS)])
 
 
 def _through_curves(seen: np.ndarray, target: np.ndarray, outputs: np.ndarray) -> np.ndarray:
@@ -929,8 +949,7 @@ def _truncated(model: Model, x: Any, *, batch_size: int = 1024) -> Iterator[np.n
     constant, linear, _ = decompose(model, x, model.origin)
     matrices = interaction_matrices(model)
     u, _ = matrices[0]._thin()
-    thin = [(dense_tensor(x[i : i + batch_size]).numpy() - model.origin) @ u for i in range(0, x.shape[0], batch_size)]
-    thin = np.vstack(thin)
+    thin = np.vstack([(dense_tensor(block).numpy() - model.origin) @ u for _, block in blocks(x, batch_size)])
     pairs = [matrix._thin_eigh() for matrix in matrices]
     outputs = (constant + linear) @ np.stack([direction(model, name) for name in model.output_names]).T
     yield outputs

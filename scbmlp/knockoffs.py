@@ -13,7 +13,7 @@ from scipy.linalg import block_diag, cholesky
 from scipy.special import ndtr, ndtri
 
 from scbmlp.checks import whole_number
-from scbmlp.datasets import ExpressionDataset, check_dataset, standard_deviation
+from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, standard_deviation
 from scbmlp.interactions import InteractionMatrix, Output, direction, interaction_matrix
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_replicas
 
@@ -60,12 +60,13 @@ def knockoffs(
     ------
     ValueError
         `kind` is unknown, there are fewer than three cells in `train`, genes of the data sets differ, or are knock-offs
-        already, or more memory is needed than `max_gb`.
+        already, cells are stored, or more memory is needed than `max_gb`.
     """
     if kind not in ARRAYS:
         raise ValueError(f"kind={kind!r} is unknown; choose 'gaussian' or 'permuted'.")
     for name, dataset in {"train": train, **{f"others[{i}]": one for i, one in enumerate(others)}}.items():
         check_dataset(dataset, name)
+        check_in_memory(dataset, "knockoffs")
         if not dataset.gene_names.equals(train.gene_names):
             raise ValueError(f"{name} does not have the genes of train in its order; cut both from one AnnData.")
     if len(train) < 3:

@@ -24,7 +24,16 @@ from tqdm.auto import tqdm
 
 from scbmlp.baselines import LinearModel, linear_baseline
 from scbmlp.checks import plain_names, warn, whole_number
-from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, match_genes, standard_deviation
+from scbmlp.datasets import (
+    ExpressionDataset,
+    blocks,
+    check_dataset,
+    dense_tensor,
+    match_genes,
+    mean,
+    standard_deviation,
+    take,
+)
 from scbmlp.storage import read_model, write_model
 from scbmlp.training import (
     Batches,
@@ -262,29 +271,29 @@ class _BilinearMLP(nn.Module):
         self._rows, self._baseline, self.statistics, self.trials = [], None, None, None
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
         if self.cfg.linear:
-            self.center.copy_(torch.as_tensor(np.asarray(train.x.mean(axis=0)).ravel()))
+            self.center.copy_(torch.as_tensor(mean(train.x)))
             nn.init.zeros_(self.direct.weight)
             nn.init.zeros_(self.project.bias)
             if baseline is not None:
-                mean, scale = units or (0.0, np.ones(1))
+                shift, scale = units or (0.0, np.ones(1))
                 at_center = baseline.constant + baseline.weight @ self.origin
                 with torch.no_grad():
                     self.direct.weight.copy_(torch.as_tensor(baseline.weight / scale[:, None]))
-                    self.project.bias.copy_(torch.as_tensor((at_center - mean) / scale))
+                    self.project.bias.copy_(torch.as_tensor((at_center - shift) / scale))
 
     def _start(
         self, val: ExpressionDataset, baseline: LinearModel | None, units: tuple | None
     ) -> tuple[float, dict[str, Tensor]]:
         """Return the loss on validation cells, and the weights, of the start, of a linear form its linear part."""
-        mean, scale = units or (0.0, 1.0)
+        shift, scale = units or (0.0, 1.0)
         weights = {name: value.detach().clone() for name, value in self.named_parameters()}
         if not self.cfg.linear:
             outputs = self.outputs(val)
         else:
             weights["project.weight"].zero_()
             outputs = np.zeros((len(val), self.cfg.d_output)) if baseline is None else baseline.outputs(val)
-            outputs = outputs if baseline is None else (outputs - mean) / scale
-        target = val.y if units is None else torch.as_tensor((val.y.numpy() - mean) / scale)
+            outputs = outputs if baseline is None else (outputs - shift) / scale
+        target = val.y if units is None else torch.as_tensor((val.y.numpy() - shift) / scale)
         return float(self.loss(torch.as_tensor(outputs), target)), weights
 
     def _row(self, stages: dict[str, tuple[np.ndarray, Tensor]]) -> dict[str, float]:
@@ -354,8 +363,9 @@ class _BilinearMLP(nn.Module):
         Parameters
         ----------
         x
-            Cells, cell x gene: AnnData, a DataFrame or a dataset, whose genes are matched by name, or a dense, sparse
-            or dask matrix with the model's genes in order.
+            Cells, cell x gene: AnnData, in memory or backed, a DataFrame, a dataset, a stored matrix or the path of an
+            ``.h5ad`` file or zarr store, whose genes are matched by name, or a dense, sparse or dask matrix with the
+            model's genes in order. What is in a file is read block by block.
         layer
             Layer of AnnData to read; that of the training cells if None, ``X`` where they were read from ``X``.
         batch_size
@@ -377,10 +387,7 @@ class _BilinearMLP(nn.Module):
         self.eval()
         device = self.branches.weight.device
         with torch.no_grad():
-            parts = [
-                self(dense_tensor(x[start : start + batch_size]).to(device)).cpu()
-                for start in range(0, x.shape[0], batch_size)
-            ]
+            parts = [self(dense_tensor(block).to(device)).cpu() for _, block in blocks(x, batch_size)]
         self.train(was_training)
         return torch.cat(parts).numpy() if parts else np.empty((0, self.cfg.d_output), np.float32)
 
@@ -629,7 +636,7 @@ class ScBMLPRegressor(_BilinearMLP):
 
 
 def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDataset) -> Statistics:
-    """Take from cells what modules need of them; sparse cells stay sparse.
+    """Take from cells what modules need of them, a block at a time.
 
     Parameters
     ----------
@@ -648,11 +655,15 @@ def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDat
     model.check(dataset, names=False)
     x, y = match_genes(dataset, model.gene_names), dataset.y.numpy()
     y = np.eye(model.cfg.d_output)[y] if y.ndim == 1 else y.astype(np.float64)
-    hidden = x @ model.branches.weight.detach().cpu().numpy().astype(np.float64).T
+    weight, center = model.branches.weight.detach().cpu().T, mean(x)
     # One of two factors of a covariance has to be centred.
-    products = (x.T @ (part - part.mean(axis=0)) / x.shape[0] for part in (hidden, y))
-    mean = np.asarray(x.mean(axis=0), dtype=np.float64).ravel()
-    return Statistics(mean, standard_deviation(x), *map(np.asarray, products))
+    shift, y = torch.as_tensor(center) @ weight.double(), torch.as_tensor(y - y.mean(axis=0))
+    found = [torch.zeros(len(center), factor.shape[-1], dtype=torch.float64) for factor in (shift, y)]
+    for part, block in blocks(x):
+        d = dense_tensor(block)
+        for total, factor in zip(found, (d @ weight - shift.float(), y[part].float()), strict=True):
+            total += d.T @ factor
+    return Statistics(center, standard_deviation(x), *(total.numpy() / x.shape[0] for total in found))
 
 
 def _fit(
@@ -943,7 +954,7 @@ def fit_replicas(
         counts = np.stack([np.bincount(rows, minlength=n) for rows in drawn], axis=1) * n / len(drawn[0])
         if baseline:
             parts = [
-                ExpressionDataset(train.x[rows], train.y[rows], train.gene_names, train.output_names)
+                ExpressionDataset(take(train.x, rows), train.y[rows], train.gene_names, train.output_names)
                 for rows in map(np.sort, drawn)
             ]
             baseline = [linear_baseline(part, val, exact=False) for part in parts]

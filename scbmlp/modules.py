@@ -14,7 +14,7 @@ from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
 
 from scbmlp.checks import plain_names, whole_number
-from scbmlp.datasets import ExpressionDataset, check_dataset, match_genes
+from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, match_genes, product
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
 from scbmlp.models import Config, Statistics, fit_permuted, statistics
 
@@ -60,8 +60,8 @@ class GeneModules:
         Parameters
         ----------
         x
-            AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix with the modules' genes in
-            order.
+            AnnData, a DataFrame, a dataset or the path of a file, whose genes are matched by name, or a matrix with
+            the modules' genes in order.
         layer
             Layer of AnnData to read; that of the training cells if None.
 
@@ -72,11 +72,10 @@ class GeneModules:
         ValueError
             A gene comes twice, or values are not finite.
         """
-        index = x.obs_names if isinstance(x, AnnData) else x.index if isinstance(x, pd.DataFrame) else None
-        x = match_genes(x, self.weights.index, layer or self.layer)
+        index, x = cell_names(x), match_genes(x, self.weights.index, layer or self.layer)
         weights = self.weights.to_numpy()
         # The origin is taken off the scores, not the cells, so that sparse cells stay sparse.
-        return pd.DataFrame(x @ weights - self.origin.to_numpy() @ weights, index, self.weights.columns)
+        return pd.DataFrame(product(x, weights) - self.origin.to_numpy() @ weights, index, self.weights.columns)
 
     def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return what each module adds to the output of cells, eigenvalue times squared score (cell x comp).
@@ -211,7 +210,7 @@ class GeneModules:
         Parameters
         ----------
         adata
-            Cells with all genes of the modules; it is changed.
+            Cells with all genes of the modules; it is changed. If it is backed, its file is not.
         key
             Where to write; ``modules_<output>`` if None.
         layer
@@ -222,6 +221,11 @@ class GeneModules:
         KeyError, ValueError
             As for :meth:`scores`; nothing is written then.
         """
+        if not isinstance(adata, AnnData):
+            raise ValueError(
+                f"adata is of type {type(adata).__name__}; modules are written to AnnData: open a file by "
+                f"anndata.read_h5ad(path, backed='r')."
+            )
         key = (key or f"modules_{self.output}").replace("/", "_")  # a slash would open a folder in an h5ad file
         scores = self.scores(adata, layer=layer).to_numpy()
         at = self.loadings.index.get_indexer(plain_names(adata.var_names, "genes", unique=False))

@@ -9,21 +9,35 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from itertools import islice
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
+from scdataset import BlockShuffling, Streaming, scDataset
 from scipy import sparse
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    SequentialSampler,
+)
 
 from scbmlp.checks import nearest
 from scbmlp.datasets import ExpressionDataset, dense_tensor
 
-# Share of values that are not 0 up to which sparse products are the quicker ones (benchmarks/training.py).
+# Share of values that are not 0 up to which sparse products are the quicker ones (benchmarks/scale.py).
 SPARSE = 0.15
+# Stored cells are read as runs of so many, in random order, and as many runs as hold so many cells, or bytes, are mixed
+# before batches are dealt out of them.
+RUN, MIXED_CELLS, MIXED_BYTES = 64, 16384, 2**27
 _WIDE = ("branches_weight", "direct_weight")  # gene x hid and gene x out, of all models
 
 
@@ -101,7 +115,7 @@ class Training(lightning.LightningModule):
 
     def training_step(self, batch: tuple[Any, ...], batch_idx: int) -> Tensor:
         loss, processes = self._step(batch, "train"), self.trainer.world_size
-        if processes == 1:
+        if processes == 1 or isinstance(self.trainer.train_dataloader.dataset, Stored):
             return loss
         # Gradients are averaged over processes, each counting as one whatever its share of the batch.
         size = self.models[0].cfg.batch_size
@@ -246,6 +260,13 @@ def interruptible(training: Training) -> Iterator[None]:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
         raise
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RuntimeError(
+            f"a process that reads cells ahead has died ({error}); it may have run out of memory: cut the data sets "
+            f"with fewer of them, or with num_workers=0."
+        ) from error
     finally:
         if before is not None:
             signal.signal(signal.SIGINT, before)
@@ -358,7 +379,7 @@ class _Product(torch.autograd.Function):
 
 
 class Batches(Dataset):
-    """Cells as steps take them: dense, or sparse with their transpose if that makes products quicker.
+    """Cells as steps take them: dense, or sparse with their transpose where that makes products quicker.
 
     Parameters
     ----------
@@ -379,25 +400,99 @@ class Batches(Dataset):
         orders: np.ndarray | None = None,
         dense: bool = False,
     ) -> None:
-        self.dataset = dataset
+        self.dataset, self.dense = dataset, dense or not torch.backends.mkl.is_available()
         self.counts = None if counts is None else torch.as_tensor(counts, dtype=torch.float32)
-        self.orders = None if orders is None else torch.as_tensor(orders)
-        x = dataset.x
-        quick = torch.backends.mkl.is_available() and sparse.issparse(x) and x.shape[1] >= 1000
-        self.sparse = not dense and quick and x.nnz < SPARSE * np.prod(x.shape, dtype=float)
+        self.y = dataset.y if orders is None else dataset.y[orders]
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: list[int]) -> tuple[Any, ...]:
-        y = self.dataset.y[index if self.orders is None else self.orders[index]]
-        x = self.dataset.x[index]
-        x = tuple(map(_csr, (x, x.T.tocsr()))) if self.sparse else dense_tensor(x)
-        return (x, y) if self.counts is None else (x, y, self.counts[index])
+    def __getitem__(self, index: Sequence[int]) -> tuple[Any, ...]:
+        return self.ready(*self.parts(index))
+
+    def parts(self, index: Sequence[int]) -> tuple[Any, ...]:
+        """Return expression as it is, targets, and counts."""
+        return self.dataset.x[index], self.y[index], *(() if self.counts is None else (self.counts[index],))
+
+    def ready(self, x: sparse.csr_matrix | np.ndarray, *rest: Tensor) -> tuple[Any, ...]:
+        """Turn expression into tensors."""
+        few = sparse.issparse(x) and x.shape[1] >= 1000 and x.nnz < SPARSE * x.shape[0] * x.shape[1]
+        return tuple(map(_csr, (x, x.T.tocsr()))) if few and not self.dense else dense_tensor(x), *rest
+
+    def load(self, index: Sequence[int]) -> Batches:
+        """Return the cells of some positions, in memory."""
+        part = copy(self)
+        part.dataset, part.y = self.dataset.load(index), self.y[index]
+        part.counts = None if self.counts is None else self.counts[index]
+        return part
 
 
 def _csr(x: sparse.csr_matrix) -> Tensor:
     return torch.sparse_csr_tensor(x.indptr, x.indices, torch.as_tensor(x.data), x.shape, check_invariants=False)
+
+
+class Stored(IterableDataset):
+    """Batches of cells on disk, by scDataset: in the order of the file, or shuffled anew by every `seed`.
+
+    Of several processes each reads runs of its own, and all have as many batches.
+    """
+
+    def __init__(self, batches: Batches, batch_size: int, shuffled: bool) -> None:
+        self.batches, self.batch_size, self.shuffled, self.seed = batches, batch_size, shuffled, 0
+
+    def share_out(self) -> None:
+        """Settle which cells are this process's, how many of them a batch has, and how many batches there are."""
+        rank, processes = rank_of()
+        runs = -(-len(self.batches) // RUN)
+        if self.shuffled and runs < processes:
+            raise ValueError(
+                f"{len(self.batches)} cells on disk are {runs} blocks of {RUN}, fewer than the {processes} processes; "
+                f"start fewer, or take more cells."
+            )
+        # What is shuffled is shared out run by run, what is not in one piece each.
+        cell = np.arange(len(self.batches))
+        owner = cell // RUN % processes if self.shuffled else cell * processes // max(len(cell), 1)
+        self.own, shares = np.flatnonzero(owner == rank), np.bincount(owner, minlength=processes)
+        self.size = -(-self.batch_size // processes)
+        # In training all shares of a batch are equal, so that all cells count the same; what is over waits an epoch.
+        even = self.shuffled and processes > 1
+        self.steps = max(shares.min() // self.size, 1) if even else -(-shares.max() // self.size)
+
+    def __len__(self) -> int:
+        self.share_out()
+        return int(self.steps)
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        mixed = min(MIXED_CELLS, self.batches.dataset.x.holds(MIXED_BYTES))
+        reader = scDataset(
+            self.batches,
+            BlockShuffling(RUN, self.own) if self.shuffled else Streaming(self.own),
+            self.size,
+            fetch_factor=max(mixed // self.size, 1),
+            fetch_callback=lambda batches, index: batches.load(index),
+            batch_callback=lambda loaded, index: loaded.parts(index),
+            seed=self.seed,
+            rank=0,
+            world_size=1,
+        )
+        return iter(reader)
+
+
+class _StoredLoader(DataLoader):
+    """Draws the seed of every epoch from the generator whose state a checkpoint keeps: workers cannot.
+
+    Cells come from workers as sparse as they are, and are made tensors here: they are a tenth as large on the way.
+    """
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        stored, left = self.dataset, len(self.dataset)
+        if stored.shuffled:
+            stored.seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
+        for parts in islice(super().__iter__(), left):
+            left -= 1
+            yield stored.batches.ready(*parts)
+        for _ in range(left):  # others have a batch more to wait for
+            yield stored.batches[[]]
 
 
 class _Share(Sampler):
@@ -410,20 +505,29 @@ class _Share(Sampler):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        several = torch.distributed.is_initialized()
-        first, step = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+        rank, processes = rank_of()
         for batch in self.batches:
-            yield batch[first::step]
+            yield batch[rank::processes]
 
 
-def loader(dataset: Dataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
-    """Return a loader that cuts whole batches out of the matrix; shuffled if it has a generator.
+def rank_of() -> tuple[int, int]:
+    """Return the number of this process, and how many there are."""
+    several = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+
+
+def loader(batches: Batches, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
+    """Return a loader that cuts whole batches out of the matrix, or reads them; shuffled if it has a generator.
 
     Several processes draw the same order, and each takes its share of every batch.
     """
-    order = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
-    batches = BatchSampler(order, batch_size, drop_last=False)
-    return DataLoader(dataset, sampler=_Share(batches), batch_size=None, generator=generator)
+    cells = batches.dataset
+    if cells.stored:
+        stored = Stored(batches, batch_size, generator is not None)
+        return _StoredLoader(stored, batch_size=None, num_workers=cells.num_workers, generator=generator)
+    order = SequentialSampler(batches) if generator is None else RandomSampler(batches, generator=generator)
+    share = _Share(BatchSampler(order, batch_size, drop_last=False))
+    return DataLoader(batches, sampler=share, batch_size=None, generator=generator)
 
 
 def check_trainer(arguments: dict[str, Any]) -> None:

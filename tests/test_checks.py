@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from anndata import AnnData
+from anndata import AnnData, read_h5ad
 from anndata.tests.helpers import assert_adata_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,6 +46,7 @@ from scbmlp.interactions import (
 from scbmlp.knockoffs import knockoffs
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, tune
 from scbmlp.modules import agreement, gene_modules, permutation_null, truncation_curve
+from scbmlp.stores import StoredMatrix
 from scbmlp.targets import dose_coordinates, laplacian_frequencies, noise_ceiling, perturbation_response
 
 PACKAGE = str(Path(scbmlp.__file__).parent)
@@ -78,7 +79,7 @@ def small_cells():
 
 
 @pytest.fixture(scope="session")
-def fitted():
+def fitted(tmp_path_factory):
     """Cells, data sets, models and modules, none of them to be changed."""
     adata = small_cells()
     sets, graded = get_classification_datasets(adata, "type"), get_regression_datasets(adata, "target")
@@ -95,6 +96,13 @@ def fitted():
     world["layered"] = ScBMLPClassifier(Config(G, 4, 3, n_epochs=1, device="cpu"))
     world["layered"].fit(layered, **QUIET)
     world["modules"] = gene_modules(world["classifier"], "T0", 3)
+
+    def disk(cells):
+        path = tmp_path_factory.mktemp("disk") / "cells.h5ad"
+        cells.write_h5ad(path)
+        return path
+
+    world["disk"] = disk
     return SimpleNamespace(**world)
 
 
@@ -189,6 +197,32 @@ BAD = {
     "no layer in scores": (lambda a, w: w.modules.scores(a, layer="raw"), KeyError, "layer='raw' is not"),
     "no layer in responses": (lambda a, w: respond(a, layer="raw"), KeyError, "layer='raw' is not"),
     "no layer in frequencies": (lambda a, w: laplacian_frequencies(a, 2, layer="raw"), KeyError, "layer='raw' is not"),
+    # --------------------------------------------------------------------------------------------------- on disk
+    "no file": (lambda a, w: get_classification_datasets("nowhere.h5ad", "type"), FileNotFoundError, r"nowhere\.h5ad does not exist; pass the path"),
+    "no file at prediction": (lambda a, w: w.classifier.predict(Path("nowhere.zarr")), FileNotFoundError, r"nowhere\.zarr does not exist"),
+    "no file of expression": (lambda a, w: get_classification_datasets(__file__, "type"), OSError, r"test_checks\.py cannot be read .*pass an \.h5ad file"),
+    "no column in a file": (lambda a, w: get_classification_datasets(w.disk(a), "typ"), KeyError, r"class_key='typ' is not a column of adata\.obs; .*did you mean type"),
+    "no target in a file": (lambda a, w: get_regression_datasets(w.disk(a), "X_freq"), KeyError, r"target_key='X_freq' is not in adata\.obsm; there are: target"),
+    "no layer in a file": (lambda a, w: get_classification_datasets(w.disk(a), "type", layer="raw"), KeyError, "layer='raw' is not in the file .*its layers are: log"),
+    "no X in a file": (lambda a, w: get_classification_datasets(w.disk(AnnData(obs=a.obs, var=a.var, layers=a.layers)), "type"), KeyError, "the file has no X .*its layers are: log"),
+    "by genes in a file": (lambda a, w: get_classification_datasets(w.disk(x_of(a, a.X.tocsc())), "type"), ValueError, r"sparse by genes \(CSC\), .*adata\.X\.tocsr\(\)"),
+    "NaN in a file": (lambda a, w: get_classification_datasets(w.disk(spoiled(a, np.nan)), "type"), ValueError, "a block of X of .*infinite values in 1 of 120 cells; drop"),
+    "NaN in a file at prediction": (lambda a, w: w.classifier.predict(w.disk(spoiled(a, np.nan))), ValueError, "infinite values in 1 of 120"),
+    "scaled in a file": (lambda a, w: get_classification_datasets(w.disk(scaled(a)), "type"), ValueError, r"negative values \(minimum -1\), .*normalize_total"),
+    "scaled in a file to normalise": (lambda a, w: get_classification_datasets(w.disk(scaled(a)), "type", normalize_total=True), ValueError, "negative values"),
+    "scaled to normalise": (lambda a, w: get_classification_datasets(scaled(a), "type", log1p=True), ValueError, "negative values"),
+    "a gene is lacking in a file": (lambda a, w: w.classifier.predict(w.disk(a[:, 1:].copy())), KeyError, "lacks 1 of the 20 genes needed, such as G0"),
+    "genes twice in a file": (lambda a, w: get_classification_datasets(w.disk(twice(a, "var_names")), "type"), ValueError, r"not unique; call adata\.var_names_make_unique"),
+    "file of no counts": (lambda a, w: get_classification_datasets(w.disk(x_of(a, a.X * 0)), "type", normalize_total=True), ValueError, "no counts in any of 120 cells"),
+    "total of nothing": (lambda a, w: get_classification_datasets(a, "type", normalize_total=0), ValueError, "normalize_total=0: False, True for the median"),
+    "total of text": (lambda a, w: StoredMatrix(w.disk(a), normalize_total="median"), ValueError, "normalize_total='median': False, True"),
+    "logarithm of a base": (lambda a, w: get_regression_datasets(a, "target", log1p=2), ValueError, "log1p=2: True or False is needed; the"),
+    "half a worker": (lambda a, w: get_classification_datasets(a, "type", num_workers=0.5), ValueError, "num_workers=0.5: a whole number of at least 0"),
+    "backed in frequencies": (lambda a, w: laplacian_frequencies(read_h5ad(w.disk(a), backed="r"), 2), ValueError, r"backed by a file, and all of its cells are needed.*adata\.to_memory\(\)"),
+    "backed to deal out": (lambda a, w: without_pairs(get_classification_datasets(w.disk(a), "type")[0]), ValueError, r"needs all cells in memory.*dataset\.load\("),
+    "backed knock-offs": (lambda a, w: knockoffs(get_classification_datasets(w.disk(a), "type")[0]), ValueError, r"knockoffs needs all cells in memory"),
+    "backed attributions": (lambda a, w: attributions(w.classifier, "T0", w.disk(a), np.zeros(G)), ValueError, "a table of cells x genes needs all cells in memory"),
+    "modules into a path": (lambda a, w: w.modules.to_adata(w.disk(a)), ValueError, "adata is of type PosixPath; modules are written to AnnData"),
     # ---------------------------------------------------------------------------------------------------- names
     "genes twice at training": (lambda a, w: get_classification_datasets(twice(a, "var_names"), "type"), ValueError, r"not unique; call adata\.var_names_make_unique\(\)"),
     "genes twice at prediction": (lambda a, w: w.classifier.predict(AnnData(np.ones((2, 21)), var=pd.DataFrame(index=[*a.var_names, "G3"]))), ValueError, "needed more than once, such as G3; keep one"),
@@ -345,7 +379,7 @@ BAD = {
     "precision of 64 bits": (lambda a, w: fit(w, precision=64), ValueError, "precision=64: "),
     "two devices": (lambda a, w: fit(w, devices=2), ValueError, "devices=2: several processes need strategy='ddp'"),
     "all devices": (lambda a, w: fit(w, devices="auto"), ValueError, "devices='auto': several processes need strategy='ddp'"),
-    "two machines": (lambda a, w: fit(w, num_nodes=2), ValueError, "num_nodes=2: a fit is on one device"),
+    "two machines": (lambda a, w: fit(w, num_nodes=2), ValueError, "num_nodes=2: several processes need strategy='ddp'"),
     "epochs of the trainer": (lambda a, w: fit(w, max_epochs=3), ValueError, r"max_epochs=3: leave it out, .*Config\(n_epochs=\.\.\.\)"),
     "accelerator of the trainer": (lambda a, w: fit(w, accelerator="gpu"), ValueError, r"accelerator='gpu': .*Config\(device=\.\.\.\)"),
     "no argument": (lambda a, w: fit(w, calbacks=[]), ValueError, r"calbacks=\[\] is no argument of fit or of lightning.Trainer; did you mean callbacks"),

@@ -2,7 +2,6 @@
 
 import warnings
 
-import anndata
 import numpy as np
 import pandas as pd
 import pytest
@@ -167,14 +166,6 @@ def test_split_key_holds_out_the_cells_it_names(cells, targets, regression):
     adata.obs["part"] = np.where(part == "val", "train", part)
     with pytest.raises(ValueError, match="split_key='part' has 229 cells of 'train', 0 of 'val' and 114 of 'test'"):
         make(split_key="part")
-
-
-def test_backed_cells_are_refused_with_advice(cells, tmp_path):
-    cells.write_h5ad(tmp_path / "cells.h5ad")
-    backed = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")
-    with pytest.raises(ValueError, match=r"backed by a file.*adata\.to_memory\(\)"):
-        get_classification_datasets(backed, "clusters")
-    backed.file.close()
 
 
 def test_raw_counts_warn_at_the_caller_and_log_normalised_cells_do_not(cells):

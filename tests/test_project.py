@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
-    "checks", "simulate", "sources", "datasets", "targets", "effects", "baselines", "training", "storage",
+    "checks", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training", "storage",
     "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
+    "stores": ["StoredMatrix"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "targets": ["laplacian_frequencies", "perturbation_response", "noise_ceiling"],
     "baselines": ["linear_baseline", "LinearModel"],

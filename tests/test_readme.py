@@ -22,12 +22,13 @@ SMALLER = {
 
 
 @pytest.fixture(scope="module")
-def ran():
+def ran(tmp_path_factory):
     program = "".join(BLOCKS)
     for size, smaller in SMALLER.items():
         assert size in program
         program = program.replace(size, smaller)
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("written"))
         patch.setattr(scvelo.datasets, "pancreas", lambda: simulate.pancreas(n_cells=800, n_genes=500))
         names = {}
         exec(compile(program, "README.md", "exec"), names)
@@ -39,6 +40,10 @@ def test_quick_start_trains_a_model(ran):
     assert model.w_l.shape == (128, 300) and model.w_p.shape == (8, 128)
     assert model.score(ran["test"]) > 0.5  # the largest type is a quarter of the cells
     assert model.gene_names.equals(ran["adata"].var_names)
+
+
+def test_a_file_is_learnt_as_cells_in_memory(ran):
+    assert ran["on_disk"][0].stored and abs(ran["large"].score(ran["test"]) - ran["model"].score(ran["test"])) < 0.1
 
 
 def test_quick_start_decomposes_a_symmetric_matrix(ran):

@@ -1,0 +1,122 @@
+"""Cells a second of training from disk beside memory, in one run: python benchmarks/stored.py [cells] [form].
+
+Simulated counts, 5% of them not zero, are written block by block as an ``.h5ad`` file sparse by cells, in the chunks
+that anndata makes and compressed by ``form``: none, lzf or gzip. Training from disk scales and takes logarithms on the
+fly. In memory are 50,000 of the cells at most. Each runs in a process of its own, on one thread, a tenth of the cells
+held out for validation; what counts is the ratio of cells a second, and the peak memory.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import h5py
+import lightning
+import numpy as np
+import pandas as pd
+import torch
+from anndata import AnnData
+from anndata.io import sparse_dataset, write_elem
+from scipy import sparse
+
+from scbmlp.datasets import get_classification_datasets
+from scbmlp.models import Config, ScBMLPClassifier
+from scbmlp.stores import annotations
+
+GENES, SHARE, CLASSES, BATCH, HID, BLOCK, HELD = 5000, 0.05, 20, 1024, 128, 10_000, 50_000
+
+
+def write(path, n_cells, form):
+    """Write cells of some classes, block by block."""
+    rng, per_cell = np.random.default_rng(0), int(SHARE * GENES)
+    label = np.arange(n_cells) % CLASSES
+    part = rng.choice(["train", "val", "test"], n_cells, p=[0.9, 0.09, 0.01])
+    options = {} if form == "none" else {"dataset_kwargs": {"compression": form}}
+    with h5py.File(path, "w") as file:
+        names = pd.Index([f"cell {i}" for i in range(n_cells)])
+        classes = pd.Categorical([f"class {i}" for i in label])
+        known = AnnData(
+            obs=pd.DataFrame({"class": classes, "part": part}, names),
+            var=pd.DataFrame(index=[f"gene {i}" for i in range(GENES)]),
+        )
+        write_elem(file, "/", known)
+        for start in range(0, n_cells, BLOCK):
+            own = label[start : start + BLOCK]
+            # Each class has genes that are on more often.
+            first = (own[:, None] * 40 + rng.integers(0, 200, (len(own), per_cell // 10))) % GENES
+            rest = rng.integers(0, GENES, (len(own), per_cell - first.shape[1]))
+            columns, counts = np.hstack([first, rest]).ravel(), 1 + rng.poisson(1.5, len(own) * per_cell)
+            rows = np.repeat(np.arange(len(own)), per_cell)
+            block = sparse.csr_matrix((counts.astype(np.float32), (rows, columns)), (len(own), GENES))
+            block.sum_duplicates()
+            if start == 0:
+                file.pop("X", None)
+                write_elem(file, "X", block, **options)
+            else:
+                sparse_dataset(file["X"]).append(block)
+        file["X"].attrs["shape"] = (n_cells, GENES)
+
+
+class Watch(lightning.Callback):
+    """Note when the second epoch starts and ends: in the first, much is loaded for the first time."""
+
+    def on_train_epoch_start(self, trainer, module):  # noqa: D102
+        self.start = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer, module):  # noqa: D102
+        self.seconds = time.perf_counter() - self.start
+
+
+def train(path, workers):
+    """Fit two epochs, in memory if workers are None; return cells a second, seconds, score, all seconds and peak MB."""
+    torch.set_num_threads(1)
+    source = path
+    if workers is None:
+        with h5py.File(path) as file:
+            known = annotations(path)[:HELD]
+            source = AnnData(sparse_dataset(file["X"])[: known.n_obs], obs=known.obs, var=known.var)
+    start, watch = time.perf_counter(), Watch()
+    options = {"normalize_total": 1e4, "log1p": True, "split_key": "part"}
+    train, val, _ = get_classification_datasets(source, "class", num_workers=workers or 0, **options)
+    model = ScBMLPClassifier(Config(GENES, HID, CLASSES, n_epochs=2, batch_size=BATCH, lr=1e-3, device="cpu"))
+    model.fit(train, val, baseline=False, enable_progress_bar=False, callbacks=[watch])
+    score, seconds = model.score(val), time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return len(train) / watch.seconds, watch.seconds, score, seconds, peak
+
+
+def measured(path, workers):
+    """Run in a process of its own, whose memory is its own."""
+    command = [sys.executable, __file__, "one", str(path), str(workers)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def main():
+    """Write the file, and print both rates and their ratio."""
+    n_cells, form = int(sys.argv[1]) if len(sys.argv) > 1 else 100_000, sys.argv[2] if len(sys.argv) > 2 else "lzf"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cells.h5ad")
+        start = time.perf_counter()
+        write(path, n_cells, form)
+        print(f"{n_cells} cells x {GENES} genes, {form}: {path.stat().st_size / 1e6:.0f} MB, "
+              f"written in {time.perf_counter() - start:.0f} s", flush=True)  # fmt: skip
+        rates = {}
+        # Machines are noisy: what is compared takes turns.
+        for name, workers in [("memory", None), ("disk", 0), ("disk, one worker", 1)] * 2:
+            found = measured(path, workers)
+            rates[name] = max(rates.get(name, 0), found[0])
+            print(f"{name}: {found[0]:.0f} cells/s, {found[1]:.1f} s an epoch; accuracy {found[2]:.3f}; "
+                  f"{found[3]:.0f} s in all; peak {found[4]:.0f} MB", flush=True)  # fmt: skip
+        for name in ("disk", "disk, one worker"):
+            print(f"time of {name} / memory: {rates['memory'] / rates[name]:.2f}")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["one"]:
+        print(json.dumps(train(sys.argv[2], None if sys.argv[3] == "None" else int(sys.argv[3]))))
+    else:
+        main()
