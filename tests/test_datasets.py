@@ -57,7 +57,9 @@ def test_every_cell_is_in_one_of_three_sets_of_70_15_15_percent(targets, kind):
         np.testing.assert_array_equal(dense(part.x), dense(targets[part.indices].X))
         expected = targets.obs["clusters"].cat.codes if kind == "classification" else targets.obsm["array"]
         np.testing.assert_array_equal(part.y, np.asarray(expected)[part.indices])
-        assert repr(part) == f"ExpressionDataset: {len(part)} cells x 300 genes, {len(part.output_names)} outputs"
+        assert (
+            repr(part) == f"ExpressionDataset: {len(part)} cells x 300 genes, {len(part.output_names)} outputs, sparse"
+        )
 
 
 @settings(max_examples=60, deadline=None)
