@@ -33,6 +33,7 @@ MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
 LARGEST_LOG = 30  # e^30 counts of a gene in a cell there are not
 FILES = ("report.html", "report.ipynb", "cells.h5ad")
+HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def report(
     # Beside the folder to be, so that a rename is all that is left to do.
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
-        path = partial / "input.h5ad"
+        path = partial / "in_memory.h5ad"
         if isinstance(cells, AnnData):
             cells.write_h5ad(path)
         name = "AnnData in memory" if isinstance(cells, AnnData) else Path(cells).name
@@ -363,7 +364,7 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
 
     class Here(KernelSpecManager):
         """The Python that runs this, whatever kernels the user has."""
@@ -406,9 +407,13 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             # paths of this interpreter, which may have been told by hand where the package is.
             paths = os.pathsep.join(filter(None, sys.path))
             client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths})
-        except CellExecutionError as error:
-            step = bar.desc.removesuffix(": ")
-            raise RuntimeError(f"the report stopped at {step!r}: {error.ename}: {error.evalue}") from None
+        except (CellExecutionError, DeadKernelError) as error:
+            step, died = bar.desc.removesuffix(": "), isinstance(error, DeadKernelError)
+            reason = "its process ended, perhaps for want of memory" if died else f"{error.ename}: {error.evalue}"
+            raise RuntimeError(f"the report stopped at {step!r}: {reason}") from None
+        except AssertionError:
+            # nbclient takes Ctrl-C for itself: it ends the kernel, and then asserts that there is one to end.
+            raise KeyboardInterrupt from None
     for cell in notebook.cells:  # times of day are of no interest
         cell.metadata.pop("execution", None)
     nbformat.write(notebook, folder / "report.ipynb")
@@ -422,7 +427,7 @@ def _page(notebook: Any) -> str:
     from traitlets.config import Config
 
     layout = resources.files("scbmlp").joinpath("templates", "page.html.j2").read_text("utf-8")
-    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["remove-cell", "book-only"]}})
+    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": HIDDEN}})
     exporter = HTMLExporter(
         config=config,
         template_name="classic",
@@ -443,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns
     -------
-    The exit status: 0, or 2 where the data do not fit.
+    The exit status: 0, 2 where the data do not fit, or 130 after Ctrl-C.
     """
     parser = argparse.ArgumentParser(prog="scbmlp", description="Read gene programs off models of your cells.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -467,5 +472,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
         print(f"scbmlp report: {error.args[0] if error.args else error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("scbmlp report: interrupted, and nothing was written", file=sys.stderr)
+        return 130
     print(page)
     return 0
