@@ -388,7 +388,7 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
 
         def begun(cell: Any, cell_index: int) -> None:
             if steps[cell_index]:
-                bar.set_description(steps[cell_index])
+                bar.set_description_str(steps[cell_index])
 
         def done(cell: Any, cell_index: int, execute_reply: Any) -> None:
             bar.update(share[cell_index])
@@ -408,7 +408,7 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             paths = os.pathsep.join(filter(None, sys.path))
             client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths})
         except (CellExecutionError, DeadKernelError) as error:
-            step, died = bar.desc.removesuffix(": "), isinstance(error, DeadKernelError)
+            step, died = getattr(bar, "desc", "start"), isinstance(error, DeadKernelError)
             reason = "its process ended, perhaps for want of memory" if died else f"{error.ename}: {error.evalue}"
             raise RuntimeError(f"the report stopped at {step!r}: {reason}") from None
         except AssertionError:
