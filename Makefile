@@ -41,7 +41,7 @@ figure: $(INSTALLED) ## take the figure of the README out of the book built last
 lock: ## resolve every version anew, and write constraints.txt and environment.yml
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -e ".[book,test]"
+	$(BIN)/python -m pip install -e ".[book,report,test]"
 	$(BIN)/python .ci/maintain.py lock
 
 clean: ## remove the virtual environment and the site
@@ -50,5 +50,5 @@ clean: ## remove the virtual environment and the site
 $(INSTALLED): constraints.txt pyproject.toml
 	@echo "Making .venv with $(PYTHON), $$($(PYTHON) --version); 3.11 is proven, on 3.13 the unit tests were run, 3.12 is allowed. Another: make PYTHON=..."
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,report,test]"
 	touch $@

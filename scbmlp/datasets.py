@@ -30,6 +30,7 @@ from scbmlp.checks import (
     warn_of_counts,
     whole_number,
 )
+from scbmlp.display import as_html, listed
 from scbmlp.stores import (
     StoredMatrix,
     annotations,
@@ -126,7 +127,21 @@ class ExpressionDataset(Dataset):
         return part
 
     def __repr__(self) -> str:
-        return f"ExpressionDataset: {len(self)} cells x {len(self.gene_names)} genes, {len(self.output_names)} outputs"
+        size = f"{len(self)} cells x {len(self.gene_names)} genes"
+        return f"ExpressionDataset: {size}, {len(self.output_names)} outputs, {self._format}"
+
+    def _repr_html_(self) -> str:
+        kind = "classes" if self.y.ndim == 1 else "targets"
+        rows = {
+            "Cells x genes": f"{len(self):,} x {len(self.gene_names):,}",
+            "Outputs": f"{len(self.output_names):,} {kind}: {listed(self.output_names)}",
+            "Expression": f"{self._format}, from {'X' if self.layer is None else f'layer {self.layer!r}'}",
+        }
+        return as_html(rows, "ExpressionDataset")
+
+    @property
+    def _format(self) -> str:
+        return "on disk" if self.stored else "sparse" if sparse.issparse(self.x) else "dense"
 
 
 def _targets(y: Any, n_outputs: int) -> np.ndarray:

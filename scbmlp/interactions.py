@@ -35,6 +35,7 @@ from scbmlp.datasets import (
     some,
     take,
 )
+from scbmlp.display import as_html
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.stores import BLOCK_CELLS
 
@@ -102,6 +103,8 @@ class InteractionMatrix(LinearOperator):
         Names of the rows and columns (gene).
     thin
         Gives the thin QR decomposition of `basis`; matrices of one model share it.
+    output
+        What the matrix is of, for the eye alone.
     """
 
     def __init__(
@@ -110,10 +113,22 @@ class InteractionMatrix(LinearOperator):
         core: np.ndarray,
         gene_names: pd.Index,
         thin: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None,
+        output: Any = None,
     ) -> None:
         super().__init__(np.dtype(np.float64), (len(basis), len(basis)))
-        self.basis, self.core, self.gene_names = basis, core, gene_names
+        self.basis, self.core, self.gene_names, self.output = basis, core, gene_names, output
         self._thin = thin or cache(lambda: np.linalg.qr(basis))
+
+    def _known(self) -> dict[str, str]:
+        rows = {} if self.output is None else {"Output": str(self.output)}
+        size, rank = self.shape[0], min(self.basis.shape)
+        return rows | {"Genes": f"{size:,} x {size:,}, held as factors", "Rank": f"at most {rank:,}"}
+
+    def __repr__(self) -> str:
+        return "InteractionMatrix: " + "; ".join(f"{name.lower()} {value}" for name, value in self._known().items())
+
+    def _repr_html_(self) -> str:
+        return as_html(self._known(), "InteractionMatrix")
 
     def _matmat(self, x: np.ndarray) -> np.ndarray:
         return self.basis @ (self.core @ (self.basis.T @ x))
@@ -288,7 +303,7 @@ class InteractionMatrix(LinearOperator):
             Unit of every gene (gene), a Series matched by name.
         """
         scale = gene_vector(scale, self.gene_names, "scale")
-        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names)
+        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names, output=self.output)
 
     def eigh(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the `k` strongest eigenvalues and their eigenvectors, by falling absolute value.
@@ -381,7 +396,8 @@ def interaction_matrices(
     """
     left, right, p = _float64(model.w_l, model.w_r, model.w_p)
     basis, genes = np.hstack([left.T, right.T]), model.gene_names
-    weights = [direction(model, output) for output in (model.output_names if outputs is None else outputs)]
+    outputs = list(model.output_names if outputs is None else outputs)
+    weights = [direction(model, output) for output in outputs]
     if homogeneous:
         # Around the cell 0, y = constant + slope' x + x' Q x: the biases are the hidden branches there.
         at_zero = np.concatenate(_at(model, np.zeros(len(genes))))
@@ -393,7 +409,7 @@ def interaction_matrices(
         basis = np.hstack([basis, unit, np.vstack([slope.T, np.zeros(len(slope))])])
     thin = cache(lambda: np.linalg.qr(basis))
     matrices = []
-    for mix in weights:
+    for output, mix in zip(outputs, weights, strict=True):
         half = np.diag(mix @ p) / 2
         core = np.kron([[0, 1], [1, 0]], half)
         if homogeneous:
@@ -401,7 +417,7 @@ def interaction_matrices(
             beside[0, 0] = mix @ constant
             beside[0, 1:] = beside[1:, 0] = mix / 2
             core = block_diag(core, beside)
-        matrices.append(InteractionMatrix(basis, core, genes, thin))
+        matrices.append(InteractionMatrix(basis, core, genes, thin, output))
     return matrices
 
 

@@ -34,7 +34,8 @@ from scbmlp.datasets import (
     standard_deviation,
     take,
 )
-from scbmlp.storage import read_model, write_model
+from scbmlp.display import as_html, listed, watched
+from scbmlp.storage import read_file, write_file
 from scbmlp.training import (
     Batches,
     Training,
@@ -353,6 +354,32 @@ class _BilinearMLP(nn.Module):
         """Arguments of the constructor beside the configuration."""
         return {}
 
+    def _known(self) -> dict[str, str]:
+        """Return what a reader wants to know of the model, by name."""
+        cfg, history, score = self.cfg, self.history, f"val_{self.metric}"
+        form = "with a linear part" if cfg.linear else "plain"
+        rows = {"Form": f"{form}{', biases' if cfg.bias else ''}"}
+        rows["Size"] = f"{cfg.d_input:,} genes, {cfg.d_hidden:,} hidden units, {cfg.d_output:,} outputs"
+        named = not isinstance(self.output_names, pd.RangeIndex)
+        rows["Outputs"] = listed(self.output_names) if named else "without names"
+        if self.statistics is None and history.empty:
+            return rows | {"Training": "not fitted"}
+        if self.best_epoch is not None:
+            rows["Best epoch"] = f"{self.best_epoch} of {cfg.n_epochs}"
+        if score in history and self.best_epoch in history.index:
+            rows[f"Validation {self.metric}"] = f"{history.loc[self.best_epoch, score]:.3f}"
+            if self._baseline and score in self._baseline:
+                rows[f"Validation {self.metric}"] += f", linear baseline {self._baseline[score]:.3f}"
+        return rows
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: " + "; ".join(
+            f"{name[0].lower()}{name[1:]} {value}" for name, value in self._known().items()
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(self._known(), type(self).__name__)
+
     # ----------------------------------------------------------------------------------------------- prediction
 
     def outputs(
@@ -443,7 +470,7 @@ class _BilinearMLP(nn.Module):
             "best_epoch": self.best_epoch,
             "trials": None if self.trials is None else self.trials.to_dict("list"),
         }
-        write_model(Path(path), known, tensors)
+        write_file(Path(path), known, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -467,9 +494,7 @@ class _BilinearMLP(nn.Module):
             The file holds another class of model, or no model of scbmlp, is damaged, or was written by a later
             version.
         """
-        name, (known, tensors) = Path(path).name, read_model(Path(path))
-        if known["class"] != cls.__name__:
-            raise ValueError(f"{name} holds {known['class']}, not {cls.__name__}; load it by {known['class']}.load.")
+        name, (known, tensors) = Path(path).name, read_file(Path(path), cls.__name__)
         try:
             model = cls(Config(**known["config"]), **known["options"])
             parts = {key: tensors.pop(f"statistics.{key}", None) for key in Statistics._fields}
@@ -739,6 +764,7 @@ def _fit(
         "logger": False,
         "enable_checkpointing": "default_root_dir" in trainer_kwargs,
         "enable_model_summary": False,
+        "enable_progress_bar": watched(),
         "num_sanity_val_steps": 0,
         "use_distributed_sampler": False,  # the loaders share out by themselves
         **accelerator(cfg.device),
@@ -1084,7 +1110,7 @@ def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
 @contextlib.contextmanager
 def _progress(what: str, n_epochs: int, shown: bool) -> Iterator[dict[str, Any]]:
     """Give the trainer's options for one bar over all fits inside, in place of a bar for each."""
-    with tqdm(total=n_epochs, desc=what, unit="epoch", disable=None if shown else True) as bar:
+    with tqdm(total=n_epochs, desc=what, unit="epoch", delay=2, disable=not (shown and watched())) as bar:
         yield {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}
 
 

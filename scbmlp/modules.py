@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import numpy as np
 import pandas as pd
+import torch
 from anndata import AnnData
 from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
 
 from scbmlp.checks import plain_names, whole_number
 from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, match_genes, product
+from scbmlp.display import as_html, listed
 from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
 from scbmlp.models import Config, Statistics, fit_permuted, statistics
+from scbmlp.storage import read_file, write_file
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class GeneModules:
         Layer of AnnData that the model was trained on, and scores are read from; None for ``X``.
     trust
         What speaks for each module, as :func:`scbmlp.evidence.trust` has found it; None before.
+    metric
+        Units that the eigenvectors were taken in, as in :func:`gene_modules`.
     """
 
     eigenvalues: pd.Series
@@ -53,6 +59,27 @@ class GeneModules:
     output: Any
     layer: str | None = None
     trust: pd.DataFrame | None = None
+    metric: str | None = None
+
+    def _known(self) -> dict[str, str]:
+        rows = {"Output": str(self.output), "Modules": f"{len(self.eigenvalues):,} of {len(self.loadings):,} genes"}
+        rows |= {} if self.metric is None else {"Metric": self.metric}
+        return rows if self.trust is None else rows | {"Trusted": f"{int(self.trust['trusted'].sum()):,}"}
+
+    def __repr__(self) -> str:
+        rows = self._known() | {"Eigenvalues": listed(f"{value:.3g}" for value in self.eigenvalues)}
+        return "GeneModules: " + "; ".join(f"{name.lower()} {value}" for name, value in rows.items())
+
+    def _repr_html_(self) -> str:
+        shown = self.eigenvalues.index[:10]
+        poles = {
+            f"genes, {pole}": [", ".join(map(str, self.top_genes(name, 6, pole=pole).index)) for name in shown]
+            for pole in "+-"
+        }
+        table = pd.DataFrame({"eigenvalue": self.eigenvalues[shown], **poles}, shown)
+        if self.trust is not None:
+            table["trusted"] = np.where(self.trust["trusted"].reindex(shown, fill_value=False), "yes", "no")
+        return as_html(self._known(), "GeneModules", table)
 
     def scores(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return the module scores v'(x - origin) of cells (cell x comp).
@@ -235,6 +262,73 @@ class GeneModules:
         if self.trust is not None:
             adata.uns[key]["trust"] = self.trust.copy()
 
+    def save(self, path: str | Path) -> None:
+        """Write the modules to one file, so that they score other cells where there is no model.
+
+        The file is of the format of a model's: numbers and text alone, with a checksum, whole or not there at all.
+
+        Parameters
+        ----------
+        path
+            File to write.
+
+        Raises
+        ------
+        ValueError
+            A name is neither text nor a number, which a file could not hold.
+        """
+        genes, trust, mix = self.weights.index, self.trust, isinstance(self.output, Mapping)
+        known = {
+            "class": type(self).__name__,
+            "genes": None if isinstance(genes, pd.RangeIndex) else plain_names(genes, "genes").tolist(),
+            "modules": self.eigenvalues.index.tolist(),
+            # Pairs, for a key of JSON would become text.
+            "output": [list(pair) for pair in self.output.items()] if mix else self.output,
+            "layer": self.layer,
+            "metric": self.metric,
+            "trust": None if trust is None else {name: column.tolist() for name, column in trust.items()},
+        }
+        parts = ("eigenvalues", "loadings", "weights", "origin", "unit")
+        tensors = {name: torch.tensor(getattr(self, name).to_numpy(np.float64)) for name in parts}
+        write_file(Path(path), known, tensors)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read modules that :meth:`save` wrote.
+
+        Parameters
+        ----------
+        path
+            File to read; no code is run from it.
+
+        Raises
+        ------
+        FileNotFoundError
+            There is no such file.
+        ValueError
+            The file holds a model, or nothing of scbmlp, is damaged, or was written by a later version.
+        """
+        known, tensors = read_file(Path(path), cls.__name__, "modules")
+        try:
+            part = {name: tensor.numpy() for name, tensor in tensors.items()}
+            names, genes = pd.Index(known["modules"]), known["genes"]
+            genes = pd.RangeIndex(len(part["unit"])) if genes is None else plain_names(genes, "genes")
+            output = known["output"]
+            return cls(
+                pd.Series(part["eigenvalues"], names),
+                pd.DataFrame(part["loadings"], genes, names),
+                pd.DataFrame(part["weights"], genes, names),
+                pd.Series(part["origin"], genes),
+                pd.Series(part["unit"], genes),
+                dict(map(tuple, output)) if isinstance(output, list) else output,
+                known["layer"],
+                None if known["trust"] is None else pd.DataFrame(known["trust"], names),
+                known["metric"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            name = Path(path).name
+            raise ValueError(f"{name} is damaged ({error}); save the modules again, or take another copy.") from error
+
 
 def gene_modules(
     model: Model,
@@ -284,9 +378,9 @@ def gene_modules(
     if metric == "covariance":
         values, in_basis = _uncorrelated(matrix, known.covariance, n_modules)
         weights, with_genes = matrix.basis @ in_basis, known.covariance @ in_basis
-        return _signed(model, output, known, unit, values, weights, with_genes)
+        return _signed(model, output, known, unit, values, weights, with_genes, metric)
     values, vectors = matrix.scaled(unit).eigh(n_modules)
-    return _signed(model, output, known, unit, values, _over(vectors, unit), vectors * unit[:, None])
+    return _signed(model, output, known, unit, values, _over(vectors, unit), vectors * unit[:, None], metric)
 
 
 def _over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
@@ -302,6 +396,7 @@ def _signed(
     values: np.ndarray,
     weights: np.ndarray,
     with_genes: np.ndarray,
+    metric: str,
 ) -> GeneModules:
     """Return modules whose scores are high in the cells that the output is about, those of a high target.
 
@@ -319,6 +414,7 @@ def _signed(
         pd.Series(unit, genes),
         model.output_names[output] if named else output,
         model.layer,
+        metric=metric,
     )
 
 
@@ -498,7 +594,8 @@ def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Out
     covariance = unit[:, None] * np.hstack([modules.loadings for modules in found])
     matrix = InteractionMatrix(basis, core, found[0].weights.index)
     values, in_basis = _uncorrelated(matrix, covariance, n_modules)
-    return _signed(models[0], output, models[0].statistics, unit, values, basis @ in_basis, covariance @ in_basis)
+    known, weights = models[0].statistics, basis @ in_basis
+    return _signed(models[0], output, known, unit, values, weights, covariance @ in_basis, "covariance")
 
 
 def correlate(a: Any, b: Any) -> np.ndarray:

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from anndata import AnnData
 from matplotlib.axes import Axes
 from pandas.io.formats.style import Styler
+
+from scbmlp.checks import obs_labels
 
 # Paul Tol's "muted" scheme :cite:p:`tol2021`: its nine hues stay apart under every common colour blindness.
 MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#DDCC77", "#882255", "#AA4499", "#999933")
@@ -33,6 +36,34 @@ def palette(categories: Iterable[str]) -> dict[str, str]:
     names = list(categories)
     colors = MUTED if len(names) <= len(MUTED) else sns.color_palette("husl", len(names)).as_hex()
     return dict(zip(names, colors, strict=False))
+
+
+def category_colors(adata: AnnData, key: str) -> dict[str, str]:
+    """Return the colours that AnnData has for a column, as scanpy keeps them, or those of :func:`palette`.
+
+    Parameters
+    ----------
+    adata
+        Cells.
+    key
+        Column of ``obs`` with a label for every cell.
+
+    Returns
+    -------
+    Label, as text, to colour; labels that no cell has are left out.
+
+    Raises
+    ------
+    KeyError
+        There is no such column.
+    ValueError
+        A cell has no label.
+    """
+    labels = obs_labels(adata, key, "key").astype("category")
+    names, there = list(map(str, labels.cat.categories)), set(labels.astype(str))
+    own = adata.uns.get(f"{key}_colors", ())
+    colors = dict(zip(names, map(str, own), strict=True)) if len(own) == len(names) else palette(names)
+    return {name: color for name, color in colors.items() if name in there}
 
 
 def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
@@ -358,7 +389,8 @@ def trust(table: pd.DataFrame) -> Styler:
     grey = np.where(table["trusted"], "", f"color: {NEUTRAL}")
     shown = table.drop(columns=["trusted", "low"], errors="ignore").rename(columns={"terms_random": "by chance"})
     shown = shown.rename(columns=lambda name: name.replace("_", " "))
-    style = shown.style.set_uuid("trust").format(precision=2).apply(lambda _: grey, axis=0)
+    style = shown.style.set_uuid("trust").format(precision=2).format_index(escape="html")
+    style = style.apply(lambda _: grey, axis=0)
     # Eleven columns in the width of a page.
     style = style.set_table_attributes('style="font-size: 0.72em"')
     style = style.set_table_styles([{"selector": "th, td", "props": "padding: 0.15em 0.4em"}])

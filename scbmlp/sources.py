@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import html
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from scipy import sparse
 
 from scbmlp import simulate
 from scbmlp.checks import as_numbers, data_file, numeric_matrix
+from scbmlp.display import as_html
 
 KINDS = ("local", "download", "simulated")
 # What pertpy.data downloads, without its second copy of each file.
@@ -452,12 +452,7 @@ class DataCard:
             "expression, labels and gene programs were drawn from a model with a known truth. What the page says of "
             "them holds for that model alone.</div>"
         )
-        cells = "".join(
-            f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(key))}</th>'
-            f'<td style="text-align:left;overflow-wrap:anywhere">{html.escape(str(value))}</td></tr>'
-            for key, value in self.rows.items()
-        )
-        return (banner if self.simulated else "") + f"<table><tbody>{cells}</tbody></table>"
+        return (banner if self.simulated else "") + as_html(self.rows)
 
 
 def _spread(values: np.ndarray) -> str:
@@ -474,7 +469,7 @@ def data_card(adata: AnnData) -> DataCard:
     Parameters
     ----------
     adata
-        Cells from this module or from ``simulate``.
+        Cells from this module, from ``simulate`` or from a report.
 
     Raises
     ------
@@ -486,7 +481,7 @@ def data_card(adata: AnnData) -> DataCard:
     source = adata.uns["scbmlp_source"]
     simulated = source["kind"] == "simulated"
     stored = _stored(adata.X)
-    origin = {"local": "real cells, local file", "download": "real cells, public download"}
+    origin = {"local": "real cells, local file", "download": "real cells, public download", "given": "cells as given,"}
     rows = {
         "Data set": source["name"],
         "Source": f"simulation, seed {source['seed']}" if simulated else f"{origin[source['kind']]} {source['file']}",

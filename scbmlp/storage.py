@@ -1,4 +1,4 @@
-"""Files of models: numbers and text with a checksum, whole or not there at all."""
+"""Files of models and modules: numbers and text with a checksum, whole or not there at all."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FORMAT = 2  # files of the first were torch's
 STATISTICS = ("mean", "sd", "covariance", "target")  # in the order in which the first format had them
 
 
-def write_model(path: Path, known: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write what is known of a model, and its tensors, to one file.
+def write_file(path: Path, known: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Write what is known of an object, and its tensors, to one file.
 
     The format is safetensors, which holds numbers and text alone. The file is written under another name and renamed:
     one that was there is whole until then.
@@ -33,7 +33,7 @@ def write_model(path: Path, known: dict[str, Any], tensors: dict[str, Tensor]) -
     path
         File to write.
     known
-        Anything that JSON holds; format and versions of packages are added.
+        Anything that JSON holds, the object's ``class`` among it; format and versions of packages are added.
     tensors
         Tensors by name.
     """
@@ -59,23 +59,34 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a file says of a model, and its tensors; whatever is wrong with the file is told here.
+def read_file(path: Path, kind: str, what: str = "model") -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return what a file says of an object, and its tensors; whatever is wrong with the file is told here.
 
     Parameters
     ----------
     path
         File to read; those of earlier versions are read too, and no code is run from any.
+    kind
+        Name of the class that it is to hold.
+    what
+        What to call it in a message.
 
     Raises
     ------
     FileNotFoundError
         There is no such file.
     ValueError
-        The file holds no model of scbmlp, is damaged, or was written by a later version.
+        The file holds nothing of scbmlp or another class, is damaged, or was written by a later version.
     """
-    foreign = ValueError(f"{path.name} holds no scbmlp model; give a file that save has written.")
-    damaged = ValueError(f"{path.name} is damaged: save the model again, or take another copy.")
+    foreign = ValueError(f"{path.name} holds no scbmlp {what}; give a file that save has written.")
+    damaged = ValueError(f"{path.name} is damaged: save the {what} again, or take another copy.")
+    known, tensors = _read(path, foreign, damaged)
+    if known["class"] != kind:
+        raise ValueError(f"{path.name} holds {known['class']}, not {kind}; load it by {known['class']}.load.")
+    return known, tensors
+
+
+def _read(path: Path, foreign: Exception, damaged: Exception) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with path.open("rb") as file:
         start = file.read(9)
     if start[:2] == b"PK":
@@ -93,6 +104,7 @@ def read_model(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         known = json.loads(stored["scbmlp"])
         newer = known["format"] > FORMAT
+        known["class"]
     except (ValueError, KeyError, TypeError) as error:
         raise damaged from error
     if newer:

@@ -46,6 +46,8 @@ from scbmlp.interactions import (
 from scbmlp.knockoffs import knockoffs
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, tune
 from scbmlp.modules import agreement, gene_modules, permutation_null, truncation_curve
+from scbmlp.plotting import category_colors
+from scbmlp.report import prepare
 from scbmlp.stores import StoredMatrix
 from scbmlp.targets import dose_coordinates, laplacian_frequencies, noise_ceiling, perturbation_response
 
@@ -292,6 +294,13 @@ BAD = {
     "cells out of range": (lambda a, w: mean_effects(np.ones((N, 1)), a, "drug", "DMSO", cells=[3, N]), ValueError, "1 positions outside 0 to 119, such as 120"),
     "cells negative": (lambda a, w: laplacian_frequencies(a, 2, cells=[-1, 3, 4, 5, 6]), ValueError, "1 positions outside 0 to 119, such as -1"),
     "cells of fractions": (lambda a, w: respond(a, cells=[0.5, 1.0]), ValueError, "values of type float"),
+    "report on nothing": (lambda a, w: prepare(a), ValueError, "class_key=None, target_key=None, perturbation_key=None: 0 are named; name one"),
+    "report on a column that is not there": (lambda a, w: prepare(a, class_key="typ"), KeyError, "class_key='typ' is not a column .*did you mean type"),
+    "report on counts": (lambda a, w: prepare(x_of(a, np.round(9 * a.X)), class_key="type"), ValueError, "adata.X holds only whole numbers, like raw counts; .*name a layer that has them: 'log'"),
+    "report without a control": (lambda a, w: prepare(a, perturbation_key="drug"), ValueError, "perturbation_key='drug' and control=None go together; name both"),
+    "report on another control": (lambda a, w: prepare(a, perturbation_key="drug", control="dmso"), KeyError, "control='dmso' is no label .*did you mean DMSO"),
+    "report on half a gene": (lambda a, w: prepare(a, class_key="type", n_genes=0.5), ValueError, "n_genes=0.5: a whole number of at least 2"),
+    "colours of no column": (lambda a, w: category_colors(a, "typ"), KeyError, "key='typ' is not a column .*did you mean type"),
     "slash in a key": (lambda a, w: laplacian_frequencies(a, 2, "X/f"), ValueError, "key_added='X/f': text without a slash"),
     "slash in the key of responses": (lambda a, w: respond(a, key_added="X/p"), ValueError, "key_added='X/p': text without"),
     "no key": (lambda a, w: dose_coordinates(a, "drug", "dose", "DMSO", None), ValueError, "key_added=None: text without"),

@@ -56,7 +56,9 @@ def test_every_cell_is_in_one_of_three_sets_of_70_15_15_percent(targets, kind):
         np.testing.assert_array_equal(dense(part.x), dense(targets[part.indices].X))
         expected = targets.obs["clusters"].cat.codes if kind == "classification" else targets.obsm["array"]
         np.testing.assert_array_equal(part.y, np.asarray(expected)[part.indices])
-        assert repr(part) == f"ExpressionDataset: {len(part)} cells x 300 genes, {len(part.output_names)} outputs"
+        assert (
+            repr(part) == f"ExpressionDataset: {len(part)} cells x 300 genes, {len(part.output_names)} outputs, sparse"
+        )
 
 
 @settings(max_examples=60, deadline=None)
@@ -253,3 +255,13 @@ def test_every_split_is_of_all_cells_each_once_with_every_class_in_proportion(si
         assert (np.abs(np.bincount(part.y, minlength=len(sizes)) - share * np.array(sizes)) < 3).all()
     again = get_classification_datasets(adata, "type", train_split, 0.15, seed)
     assert all((a.indices == b.indices).all() for a, b in zip(parts, again, strict=True))
+
+
+def test_data_sets_print_themselves_as_a_table():
+    names = pd.Index(["<b>", "b"])
+    part = ExpressionDataset(np.ones((4, 3)), np.array([0, 1, 0, 1]), pd.RangeIndex(3), names, layer="<logs>")
+    html = part._repr_html_()
+    assert repr(part).endswith("4 cells x 3 genes, 2 outputs, dense") and "2 classes: &lt;b&gt;, b" in html
+    assert "dense, from layer &#x27;&lt;logs&gt;&#x27;" in html and "<b>" not in html
+    many = ExpressionDataset(np.ones((4, 3)), np.ones((4, 9)), pd.RangeIndex(3), pd.RangeIndex(9))
+    assert "9 targets: 0, 1, 2, 3, 4 and 4 more" in many._repr_html_() and "from X" in many._repr_html_()

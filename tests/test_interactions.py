@@ -14,6 +14,7 @@ from sklearn.metrics import accuracy_score, r2_score
 from scbmlp import baselines, simulate
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.interactions import (
+    InteractionMatrix,
     audit,
     decompose,
     direction,
@@ -573,3 +574,13 @@ def test_similarity_that_cannot_be_told_is_refused(planted):
     with torch.no_grad():
         b.project.weight.zero_()
     assert np.isnan(similarity(a, b, 0, dataset=train))
+
+
+def test_matrix_prints_itself_in_a_line_and_as_a_table():
+    model = random_model(12, 2, 3, seed=3, kind=ScBMLPClassifier)
+    model.output_names = pd.Index(["<b>", "b", "c"])
+    matrix = interaction_matrix(model, "<b>")
+    assert repr(matrix) == "InteractionMatrix: output <b>; genes 12 x 12, held as factors; rank at most 4"
+    assert "&lt;b&gt;" in matrix._repr_html_() and "<b>" not in matrix._repr_html_()
+    assert repr(matrix.scaled(np.ones(12))) == repr(matrix)
+    assert "output" not in repr(InteractionMatrix(np.eye(3), np.eye(3), pd.RangeIndex(3)))

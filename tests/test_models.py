@@ -33,6 +33,7 @@ from sklearn.metrics import (
     roc_auc_score,
 )
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 
 from scbmlp import models
 from scbmlp.baselines import linear_baseline
@@ -898,3 +899,41 @@ def test_resampled_replicas_of_the_linear_form_start_at_their_own_baseline(grade
 def test_replicas_that_cannot_be_had_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         fit_replicas(**({"ModelClass": ScBMLPClassifier, "cfg": Config(**TOY), "train": toy()} | arguments))
+
+
+def test_models_print_themselves_in_a_line_and_as_a_table():
+    size = "size 6 genes, 5 hidden units, 3 outputs"
+    assert repr(ScBMLPClassifier(Config(**TOY))) == (
+        f"ScBMLPClassifier: form plain; {size}; outputs without names; training not fitted"
+    )
+    cfg, data = Config(**TOY | {"linear": True, "bias": True}), toy()
+    data.output_names = pd.Index(["<a>", "b", "c"])
+    model = ScBMLPClassifier(cfg)
+    model.fit(data, data, **QUIET)
+    score, linear = (model.history.loc[epoch, "val_accuracy"] for epoch in (model.best_epoch, 0))
+    assert repr(model) == (
+        f"ScBMLPClassifier: form with a linear part, biases; {size}; outputs <a>, b, c; "
+        f"best epoch {model.best_epoch} of 3; validation accuracy {score:.3f}, linear baseline {linear:.3f}"
+    )
+    html = model._repr_html_()
+    assert "&lt;a&gt;" in html and "<a>" not in html and f"{score:.3f}, linear baseline {linear:.3f}" in html
+    assert {"fit", "save", "outputs"} <= set(dir(model))
+
+
+def test_a_model_fitted_without_validation_cells_has_no_score_to_print():
+    model = fitted_to_toy()
+    assert "validation" not in repr(model) and "not fitted" not in repr(model)
+
+
+def test_progress_shows_where_somebody_watches_and_after_two_seconds(monkeypatch, capsys):
+    shown = []
+    monkeypatch.setattr("scbmlp.models.tqdm", lambda **options: shown.append(options) or tqdm(**options))
+    for watching, terminal, session in ((False, False, None), (True, True, None), (True, False, "a notebook")):
+        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+        if session:
+            monkeypatch.setenv("JPY_SESSION_NAME", session)
+        fit_replicas(ScBMLPClassifier, Config(**TOY), toy(), None, 2)
+        assert shown[-1]["disable"] is not watching and shown[-1]["delay"] == 2
+    fit_replicas(ScBMLPClassifier, Config(**TOY), toy(), None, 2, progress=False)
+    assert shown[-1]["disable"] and capsys.readouterr() == ("", "")

@@ -1,5 +1,5 @@
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,8 +13,17 @@ from scipy import sparse
 from scbmlp.datasets import ExpressionDataset, get_regression_datasets
 from scbmlp.interactions import decompose, interaction_matrix
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, fit_replicas
-from scbmlp.modules import agreement, consensus, gene_modules, principal_angles, stability, truncation_curve
+from scbmlp.modules import (
+    GeneModules,
+    agreement,
+    consensus,
+    gene_modules,
+    principal_angles,
+    stability,
+    truncation_curve,
+)
 from tests.test_interactions import random_model
+from tests.test_storage import rewritten
 
 
 @pytest.fixture
@@ -424,3 +433,94 @@ def test_factors_are_of_the_two_leading_modules_unless_others_are_named(replicas
     pd.testing.assert_series_equal(modules.factor_along(planted, values), modules.factor_along(planted, values, 0, 1))
     assert (modules.factor_along(planted, values).iloc[2:] == 0).all()
     assert not modules.factor_along(planted, values).equals(modules.factor_along(planted, values, 2, 3))
+
+
+def damaged(path, rng, trial):
+    """Cut a file short, or flip one of its bits."""
+    whole = path.read_bytes()
+    spoiled = bytearray(whole)
+    if trial % 4 == 0:
+        spoiled = spoiled[: rng.integers(len(whole))]
+    else:
+        spoiled[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
+    path.write_bytes(spoiled)
+    return whole
+
+
+@pytest.mark.parametrize("output", ["out1", {"out0": 1.0, "out2": -0.5}], ids=["an output", "a mix"])
+@pytest.mark.parametrize("metric", ["sd", "identity", "covariance"])
+def test_saved_modules_score_new_cells_without_the_model(fitted, tmp_path, metric, output):
+    model, dataset = fitted
+    modules = gene_modules(model, output, 3, metric, dataset=dataset)
+    trust = pd.DataFrame({"r": [0.1, np.nan, 1 / 3], "terms": [1, 0, 7], "trusted": [True, False, True]})
+    modules = replace(modules, layer="logs", trust=trust.set_axis(modules.eigenvalues.index))
+    modules.save(tmp_path / "modules")
+    loaded = GeneModules.load(str(tmp_path / "modules"))
+    for field in fields(GeneModules):
+        saved, back = getattr(modules, field.name), getattr(loaded, field.name)
+        if isinstance(saved, pd.DataFrame):
+            pd.testing.assert_frame_equal(back, saved, rtol=0, atol=0)
+        elif isinstance(saved, pd.Series):
+            pd.testing.assert_series_equal(back, saved, rtol=0, atol=0)
+        else:
+            assert back == saved
+    new = AnnData(np.zeros((9, 12)), var=pd.DataFrame(index=modules.weights.index[::-1]))
+    new.layers["logs"] = np.random.default_rng(5).uniform(0, 3, (9, 12))
+    pd.testing.assert_frame_equal(loaded.scores(new), modules.scores(new), rtol=0, atol=0)
+    pd.testing.assert_frame_equal(loaded.contributions(new), modules.contributions(new), rtol=0, atol=0)
+    assert loaded.top_genes("module_2").equals(modules.top_genes("module_2"))
+
+
+def test_saved_modules_of_unnamed_genes_take_unnamed_genes(tmp_path):
+    model = ScBMLPClassifier(Config(6, 2, 3, device="cpu"))
+    dataset = ExpressionDataset(np.eye(6), np.arange(6) % 3, pd.RangeIndex(6), pd.RangeIndex(3))
+    modules = gene_modules(model, 1, 2, dataset=dataset)
+    modules.save(tmp_path / "modules")
+    loaded = GeneModules.load(tmp_path / "modules")
+    assert isinstance(loaded.weights.index, pd.RangeIndex) and loaded.output == 1 and loaded.trust is None
+    np.testing.assert_array_equal(loaded.scores(np.eye(6)), modules.scores(np.eye(6)))
+
+
+def test_files_that_hold_no_whole_modules_are_refused(fitted, tmp_path):
+    model, dataset = fitted
+    path, rng = tmp_path / "modules", np.random.default_rng(0)
+    modules = gene_modules(model, "out1", 3, dataset=dataset)
+    modules.save(path)
+    for trial in range(200):
+        whole = damaged(path, rng, trial)
+        with pytest.raises(ValueError, match=r"modules (is damaged: save the modules|holds no scbmlp modules)"):
+            GeneModules.load(path)
+        path.write_bytes(whole)
+    with pytest.raises(
+        ValueError, match=r"modules holds GeneModules, not ScBMLPClassifier; load it by GeneModules\.load"
+    ):
+        ScBMLPClassifier.load(path)
+    model.save(path)
+    with pytest.raises(ValueError, match="modules holds ScBMLPClassifier, not GeneModules"):
+        GeneModules.load(path)
+    with pytest.raises(FileNotFoundError):
+        GeneModules.load(tmp_path / "none")
+
+
+def test_saved_modules_whose_parts_do_not_fit_are_damaged(fitted, tmp_path):
+    model, dataset = fitted
+    path = tmp_path / "modules"
+    for changes in ({"modules": ["module_1"]}, {"genes": ["a"]}, {"trust": 7}, {"genes": ["a"] * 12}):
+        gene_modules(model, "out1", 3, dataset=dataset).save(path)
+        rewritten(path, **changes)
+        with pytest.raises(ValueError, match=r"modules is damaged \("):
+            GeneModules.load(path)
+
+
+def test_modules_print_themselves_in_a_line_and_as_a_table(fitted):
+    model, dataset = fitted
+    model.gene_names = pd.Index([f"<i>{i}" for i in range(12)])
+    dataset.gene_names = model.gene_names
+    modules = gene_modules(model, "out1", 3, "covariance", dataset=dataset)
+    values = ", ".join(f"{value:.3g}" for value in modules.eigenvalues)
+    assert repr(modules) == f"GeneModules: output out1; modules 3 of 12 genes; metric covariance; eigenvalues {values}"
+    html = modules._repr_html_()
+    assert "<i>" not in html and f"&lt;i&gt;{modules.top_genes(0, 1).index[0][3:]}" in html and "trusted" not in html
+    trust = pd.DataFrame({"trusted": [True, False, False]}, modules.eigenvalues.index)
+    assert "trusted 1;" in repr(replace(modules, trust=trust))
+    assert replace(modules, trust=trust)._repr_html_().count("<td>no</td>") == 2

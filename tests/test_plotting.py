@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from anndata import AnnData
 from matplotlib.colors import is_color_like, to_hex, to_rgb
 from matplotlib.figure import Figure
 
@@ -110,7 +111,7 @@ def test_figure_is_drawn_on_the_given_axes_alone(name, ax):
 
 def test_every_public_function_of_figures_is_tested():
     public = {name for name, value in vars(plotting).items() if getattr(value, "__module__", "") == plotting.__name__}
-    assert public - {"palette", "trust"} == set(DRAW)  # a styled table, tested by itself
+    assert public - {"palette", "category_colors", "trust"} == set(DRAW)  # no figures, tested by themselves
 
 
 @pytest.mark.parametrize("n", [1, 8, 9, 10, 25])
@@ -297,3 +298,20 @@ def test_modules_that_are_not_trusted_are_grey():
     grey = re.findall(r"#T_trust_row(\d)_col\d", html.split("<table")[0])
     assert set(grey) == {"1"} and len(grey) == 3, html
     assert "gain curved" in html and "-0.100" in html and "low" not in html.split("<table")[1]
+
+
+def test_colours_of_a_column_are_those_that_the_cells_have():
+    obs = pd.DataFrame({"kind": pd.Categorical(list("abca"), categories=list("abcd"))}, list("1234"))
+    adata = AnnData(np.ones((4, 2)), obs)
+    assert plotting.category_colors(adata, "kind") == dict(zip("abc", plotting.MUTED, strict=False))
+    adata.uns["kind_colors"] = np.array(["#000000", "#111111", "#222222", "#333333"])
+    assert plotting.category_colors(adata, "kind") == {"a": "#000000", "b": "#111111", "c": "#222222"}
+    adata.uns["kind_colors"] = ["#000000"]  # of other categories
+    assert plotting.category_colors(adata, "kind")["b"] == plotting.MUTED[1]
+    with pytest.raises(KeyError, match="key='kin' is not a column"):
+        plotting.category_colors(adata, "kin")
+
+
+def test_names_in_a_trust_table_are_text():
+    table = pd.DataFrame({"eigenvalue": [1.0], "trusted": [True]}, ["<b>"])
+    assert "&lt;b&gt;" in plotting.trust(table).to_html() and "<b>" not in plotting.trust(table).to_html()

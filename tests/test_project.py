@@ -12,8 +12,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
-    "checks", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training", "storage",
-    "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
+    "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training",
+    "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
+    "report",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
@@ -37,6 +38,8 @@ PUBLIC = {
     "modules": ["gene_modules", "GeneModules", "consensus", "stability", "permutation_null", "truncation_curve"],
     "evidence": ["trust", "ablation", "without_pairs", "random_directions"],
     "enrichment": ["enrich", "gsea", "read_gene_sets"],
+    "plotting": ["palette", "category_colors", "trust"],
+    "report": ["report", "prepare"],
     "sklearn": ["BilinearClassifier", "BilinearRegressor"],
 }
 

@@ -1,0 +1,54 @@
+"""How objects show themselves on a page: a heading, what is known of them, and a small table."""
+
+from __future__ import annotations
+
+import html
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pandas as pd
+
+
+def watched() -> bool:
+    """Say whether somebody sees a progress bar move: in a terminal or a live notebook, and not when a page is built."""
+    return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # of a notebook that a Jupyter server has open
+
+
+def listed(names: Iterable[Any], n: int = 5) -> str:
+    """Return the first few names, and how many more there are.
+
+    Parameters
+    ----------
+    names
+        Names.
+    n
+        Most names to show.
+    """
+    names = list(map(str, names))
+    return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
+
+
+def as_html(rows: Mapping[str, Any], title: str = "", table: pd.DataFrame | None = None) -> str:
+    """Return what is known of an object as HTML, every text of it escaped.
+
+    Parameters
+    ----------
+    rows
+        Values by name.
+    title
+        Heading; none if empty.
+    table
+        Table to show below.
+    """
+    parts = [f"<strong>{html.escape(title)}</strong>"] if title else []
+    cells = "".join(
+        f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(key))}</th>'
+        f'<td style="text-align:left;overflow-wrap:anywhere">{html.escape(str(value))}</td></tr>'
+        for key, value in rows.items()
+    )
+    parts.append(f"<table><tbody>{cells}</tbody></table>")
+    if table is not None:
+        parts.append(table.to_html(border=0, justify="left", float_format="{:.3g}".format))
+    return "".join(parts)

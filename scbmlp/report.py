@@ -1,0 +1,479 @@
+"""A report on cells of your own: one page, one notebook and the cells with their modules, by one command."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import scanpy as sc
+from anndata import AnnData
+from scipy import sparse
+from tqdm import tqdm
+
+from scbmlp.checks import REMEDY, check_finite, control_labels, expression, whole_number
+from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
+from scbmlp.enrichment import read_gene_sets
+from scbmlp.sources import DataCard, data_card
+from scbmlp.targets import perturbation_response
+
+MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
+N_GENES = 2000
+LARGEST_LOG = 30  # e^30 counts of a gene in a cell there are not
+FILES = ("report.html", "report.ipynb", "cells.h5ad")
+HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells that a report can be made of, checked and split.
+
+    Parameters
+    ----------
+    adata
+        The cells with all their genes, log-normalised; modules are written to it.
+    train, val, test
+        The cells that the model sees, with its genes.
+    target
+        What the model learns, in words.
+    labels
+        Column of ``adata.obs`` to draw the cells by; None for targets of ``obsm``.
+    notes
+        What was decided about the data, in sentences.
+    card
+        Card of the data.
+    gene_sets
+        Gene sets by name; empty if none were given.
+    """
+
+    adata: AnnData
+    train: ExpressionDataset
+    val: ExpressionDataset
+    test: ExpressionDataset
+    target: str
+    labels: str | None
+    notes: list[str]
+    card: DataCard
+    gene_sets: dict[str, list[str]]
+
+
+def prepare(
+    cells: AnnData | str | Path | None,
+    *,
+    class_key: str | None = None,
+    target_key: str | None = None,
+    perturbation_key: str | None = None,
+    control: Any = None,
+    gene_sets: str | Path | Sequence[str | Path] | None = None,
+    layer: str | None = None,
+    n_genes: int | None = None,
+    seed: int = 0,
+) -> Cells:
+    """Check the cells of a report and split them, before anything is trained.
+
+    Where ``X`` is scaled and ``raw`` has log-normalised values, those are taken, of the genes of ``X``.
+
+    Parameters
+    ----------
+    cells
+        Path of an h5ad file, or AnnData, which is not changed; None for ``scanpy.datasets.pbmc68k_reduced()``.
+    class_key
+        Column of ``obs`` with classes to tell apart.
+    target_key
+        Key of ``obsm`` with numbers to predict.
+    perturbation_key, control
+        Column of ``obs`` with perturbations, and its label for cells without one; the response to predict is that of
+        :func:`scbmlp.targets.perturbation_response`, whose components the training cells give.
+    gene_sets
+        Path of a GMT file, or several.
+    layer
+        Layer to read instead of ``X``.
+    n_genes
+        Most variable genes to take; if None all, or 2,000 of more than 5,000.
+    seed
+        Seed of the split.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    KeyError
+        A column, a key of ``obsm``, a layer or the control is not there.
+    ValueError
+        Not exactly one target is named, the file cannot be read, expression is not log-normalised, a class is too
+        small, or the gene sets are of other genes.
+    """
+    named = [name for name in (class_key, target_key, perturbation_key) if name is not None]
+    if len(named) != 1:
+        raise ValueError(
+            f"class_key={class_key!r}, target_key={target_key!r}, perturbation_key={perturbation_key!r}: "
+            f"{len(named)} are named; name one, what the model is to learn."
+        )
+    if (control is None) != (perturbation_key is None):
+        raise ValueError(
+            f"perturbation_key={perturbation_key!r} and control={control!r} go together; name both or neither."
+        )
+    seed, notes = whole_number(seed, "seed", 0, 2**32 - 1), []
+    adata, source = _read(cells)
+    adata, x = _log_normalised(adata, layer, notes)
+    names = adata.var_names
+    kept = _most_variable(x, names, n_genes, notes)
+    sets = _gene_sets(gene_sets, names[kept])
+    where = {"X": x[:, kept]} if layer is None else {"layers": {layer: x[:, kept]}}
+    obsm = {target_key: adata.obsm[target_key]} if target_key in adata.obsm else {}
+    seen = AnnData(**where, obs=adata.obs, var=pd.DataFrame(index=names[kept]), obsm=obsm)
+    if class_key is not None:
+        split = get_classification_datasets(seen, class_key, random_state=seed, layer=layer)
+        target = f"the {len(split[0].output_names)} classes of `{class_key}`"
+    elif target_key is not None:
+        split = get_regression_datasets(seen, target_key, random_state=seed, layer=layer)
+        target = f"the {len(split[0].output_names)} targets of `{target_key}`"
+    else:
+        split = _responses(seen, perturbation_key, control, layer, seed)
+        target = f"{len(split[0].output_names)} components of the response to `{perturbation_key}`"
+    labels = class_key or perturbation_key
+    shown = AnnData(x[:, kept], obs=adata.obs[[labels]].astype("category") if labels else None, uns=source)
+    return Cells(adata, *split, target, labels, notes, data_card(shown), sets)
+
+
+def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
+    """Return the cells, and what a data card says of their source."""
+    known = {"name": "your cells", "kind": "given", "file": "AnnData in memory"}
+    if cells is None:
+        cells, known["file"] = sc.datasets.pbmc68k_reduced(), "pbmc68k_reduced, which comes with scanpy"
+    elif not isinstance(cells, AnnData):
+        path = Path(cells).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"cells={str(cells)!r}: there is no such file; give the path of an h5ad file.")
+        try:
+            cells = anndata.read_h5ad(path)
+        except Exception as error:  # h5py and anndata raise many kinds
+            raise ValueError(f"cells={path.name!r} is no h5ad file that can be read ({error}).") from error
+        with path.open("rb") as file:
+            known |= {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    before = cells.uns.get("scbmlp_source", {})
+    # Simulated cells stay simulated, whatever file they went through.
+    return cells, {"scbmlp_source": dict(before) if before.get("kind") == "simulated" else known}
+
+
+def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
+    """Return why values are not those of log-normalised expression, or nothing."""
+    values = x.data if sparse.issparse(x) else x
+    if not values.any():
+        return "is 0 everywhere"
+    if values.min() < 0:
+        return f"holds negative values (minimum {values.min():.3g}), as scaled expression does"
+    if np.array_equal(values, np.round(values)):
+        return "holds only whole numbers, like raw counts"
+    return f"holds values up to {values.max():.3g}, too large for logarithms" if values.max() > LARGEST_LOG else ""
+
+
+def _log_normalised(adata: AnnData, layer: str | None, notes: list[str]) -> tuple[AnnData, Any]:
+    """Return the cells with the expression to use: that asked for, or that of ``raw`` where ``X`` is scaled."""
+    x, where = expression(adata, layer)
+    check_finite(x, where)
+    fault = _fault(x)
+    if not fault:
+        return adata, x
+    raw = None if adata.raw is None else adata.raw.to_adata()
+    raw_fits = raw is not None and not _fault(expression(raw, None)[0])
+    if layer is None and raw_fits and "negative" in fault:
+        genes = adata.var_names
+        if genes.isin(raw.var_names).all() and raw.var_names.is_unique:
+            raw = raw[:, genes].copy()
+        notes.append(f"`X` {fault}. `raw` has log-normalised values of the same cells, and the report reads those.")
+        return raw, expression(raw, None)[0]
+    fitting = [name for name in adata.layers if name != layer and not _fault(expression(adata, name)[0])]
+    remedy = f"name a layer that has them: {', '.join(map(repr, fitting))}" if fitting else REMEDY
+    remedy = "adata.raw has them: adata.raw.to_adata()" if raw_fits else remedy
+    raise ValueError(f"{where} {fault}; log-normalised values are needed: {remedy}.")
+
+
+def _most_variable(x: Any, names: pd.Index, n_genes: int | None, notes: list[str]) -> np.ndarray:
+    """Return which genes the model sees, as a mask (gene)."""
+    most = whole_number(n_genes, "n_genes", 2) if n_genes is not None else N_GENES if len(names) > MOST_GENES else None
+    if most is None or most >= len(names):
+        return np.ones(len(names), bool)
+    table = sc.pp.highly_variable_genes(AnnData(x), n_top_genes=most, inplace=False)
+    notes.append(f"Of {len(names):,} genes the model sees the {most:,} most variable (`--n-genes`).")
+    return table["highly_variable"].to_numpy()
+
+
+def _gene_sets(paths: Any, names: pd.Index) -> dict[str, list[str]]:
+    paths = [] if paths is None else [paths] if isinstance(paths, str | Path) else list(paths)
+    sets, genes = {}, {str(name).upper() for name in names}
+    for path in paths:
+        found = read_gene_sets(path)
+        if twice := sets.keys() & found.keys():
+            raise ValueError(f"gene_sets has {min(twice)!r} in two files; leave one of them out.")
+        sets |= found
+    if paths and not any(5 <= len(genes & {gene.upper() for gene in members}) <= 500 for members in sets.values()):
+        raise ValueError(
+            f"none of {len(sets)} gene sets has 5 to 500 of the {len(genes)} genes, such as {', '.join(names[:3])}; "
+            f"give gene sets of the same organism and kind of name."
+        )
+    return sets
+
+
+def _responses(seen: AnnData, key: str, control: Any, layer: str | None, seed: int) -> tuple[ExpressionDataset, ...]:
+    """Split the cells, each perturbation in equal proportion, with responses on components of the training cells."""
+    labels, control = control_labels(seen, key, control)
+    seen.obs[key] = labels.to_numpy()
+    try:
+        parts = get_classification_datasets(seen, key, random_state=seed, layer=layer)
+    except ValueError as error:  # its words are about classes
+        raise ValueError(str(error).replace("class_key", "perturbation_key")) from None
+    part = np.empty(seen.n_obs, dtype=object)
+    for name, one in zip(("train", "val", "test"), parts, strict=True):
+        part[one.indices] = name
+    seen.obs["part"], n = part, min(5, labels.nunique() - 1)
+    try:
+        perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer, random_state=seed)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"perturbation_key={key!r} takes {error.name}, which is not installed: pip install 'scbmlp[book]'.",
+            name=error.name,
+        ) from error
+    return get_regression_datasets(seen, "response", layer=layer, split_key="part")
+
+
+def report(
+    cells: AnnData | str | Path,
+    out: str | Path = "report",
+    *,
+    class_key: str | None = None,
+    target_key: str | None = None,
+    perturbation_key: str | None = None,
+    control: Any = None,
+    gene_sets: str | Path | Sequence[str | Path] | None = None,
+    layer: str | None = None,
+    n_genes: int | None = None,
+    seed: int = 0,
+    force: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Make the book's chapter on your own cells with cells of your own.
+
+    The data are checked before anything is trained, and nothing is written until all is done.
+
+    Parameters
+    ----------
+    cells
+        Path of an h5ad file, or AnnData, which is not changed.
+    out
+        Folder to write: ``report.html``, a page that needs no network; ``report.ipynb``, the notebook that it is of;
+        ``cells.h5ad``, the cells with their modules, as :meth:`scbmlp.modules.GeneModules.to_adata` writes them.
+    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes
+        As in :func:`prepare`; one of the three keys is needed.
+    seed
+        Seed of the split and of all fits.
+    force
+        Whether a report that is in the folder may be replaced.
+    progress
+        Show the step and the time left, in a terminal.
+
+    Returns
+    -------
+    Path of the page.
+
+    Raises
+    ------
+    FileNotFoundError, KeyError, ValueError
+        As for :func:`prepare`, and if `out` has a report already.
+    ModuleNotFoundError
+        What runs notebooks is not installed: ``pip install "scbmlp[report]"``.
+    RuntimeError
+        A step of the notebook failed.
+    """
+    out = Path(out).expanduser()
+    there = [name for name in FILES if (out / name).exists()]
+    if there and not force:
+        raise ValueError(f"out={str(out)!r} has {', '.join(there)} already; name another folder, or force=True.")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out={str(out)!r} is a file; name a folder.")
+    try:
+        import nbconvert  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"a report takes {error.name}, which is not installed: pip install 'scbmlp[report]'.", name=error.name
+        ) from error
+    paths = [] if gene_sets is None else [gene_sets] if isinstance(gene_sets, str | Path) else list(gene_sets)
+    options = {
+        "class_key": class_key,
+        "target_key": target_key,
+        "perturbation_key": perturbation_key,
+        "control": control if control is None else str(control),
+        "gene_sets": [str(Path(path).expanduser().resolve()) for path in paths] or None,
+        "layer": layer,
+        "n_genes": n_genes,
+        "seed": seed,
+    }
+    prepare(cells, **options)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Beside the folder to be, so that a rename is all that is left to do.
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        path = partial / "in_memory.h5ad"
+        if isinstance(cells, AnnData):
+            cells.write_h5ad(path)
+        name = "AnnData in memory" if isinstance(cells, AnnData) else Path(cells).name
+        _run(partial, {
+            "path": str(path if isinstance(cells, AnnData) else Path(cells).expanduser().resolve()),
+            **options,
+            "folder": str(partial.resolve()),
+            "command": _command(name, options),
+        }, f"{name}: {class_key or target_key or perturbation_key}", progress)  # fmt: skip
+        out.mkdir(exist_ok=True)
+        for file in FILES:
+            (partial / file).replace(out / file)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return out / FILES[0]
+
+
+def _command(name: str, options: dict[str, Any]) -> str:
+    """Return the command that makes the same report, without folders, which are nobody's business."""
+    words = ["scbmlp", "report", name]
+    for key, value in options.items():
+        if value is not None:
+            values = [Path(part).name for part in value] if key == "gene_sets" else [str(value)]
+            words += [f"--{key.replace('_', '-')}", *values]
+    return shlex.join(words)
+
+
+def template() -> str:
+    """Return the notebook that a report is made of, the book's chapter on your own cells, as JSON."""
+    return resources.files("scbmlp").joinpath("templates", "your_cells.ipynb").read_text("utf-8")
+
+
+def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -> None:
+    """Execute the template with other parameters, and write notebook and page."""
+    import nbformat
+    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    class Here(KernelSpecManager):
+        """The Python that runs this, whatever kernels the user has."""
+
+        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
+            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
+            return KernelSpec(argv=argv, display_name="Python 3", language="python")
+
+    notebook = nbformat.reads(template(), as_version=4)
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+    notebook.metadata["title"] = title
+    # What a step takes of the time, measured on 3,000 cells x 2,000 genes, so that the time left is about right.
+    share = [cell.metadata.get("scbmlp", {}).get("share", 0.1) for cell in notebook.cells]
+    steps = [cell.metadata.get("scbmlp", {}).get("step") for cell in notebook.cells]
+    layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
+    with tqdm(total=sum(share), desc="start", bar_format=layout, disable=None if progress else True) as bar:
+
+        def begun(cell: Any, cell_index: int) -> None:
+            if steps[cell_index]:
+                bar.set_description_str(steps[cell_index])
+
+        def done(cell: Any, cell_index: int, execute_reply: Any) -> None:
+            bar.update(share[cell_index])
+
+        client = NotebookClient(
+            notebook,
+            AsyncKernelManager(kernel_spec_manager=Here()),
+            timeout=None,
+            resources={"metadata": {"path": str(folder)}},
+            on_cell_start=begun,
+            on_cell_executed=done,
+        )
+        client.owns_km = True  # so that the kernel ends with it
+        try:
+            # One thread: on a busy machine threads that wait for each other make small fits many times slower. And the
+            # paths of this interpreter, which may have been told by hand where the package is.
+            paths = os.pathsep.join(filter(None, sys.path))
+            client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths})
+        except (CellExecutionError, DeadKernelError) as error:
+            step, died = getattr(bar, "desc", "start"), isinstance(error, DeadKernelError)
+            reason = "its process ended, perhaps for want of memory" if died else f"{error.ename}: {error.evalue}"
+            raise RuntimeError(f"the report stopped at {step!r}: {reason}") from None
+        except AssertionError:
+            # nbclient takes Ctrl-C for itself: it ends the kernel, and then asserts that there is one to end.
+            raise KeyboardInterrupt from None
+    for cell in notebook.cells:  # times of day are of no interest
+        cell.metadata.pop("execution", None)
+    nbformat.write(notebook, folder / "report.ipynb")
+    (folder / "report.html").write_text(_page(notebook), "utf-8")
+
+
+def _page(notebook: Any) -> str:
+    """Return a notebook as a page that needs nothing else, its code folded."""
+    from jinja2 import DictLoader
+    from nbconvert import HTMLExporter
+    from traitlets.config import Config
+
+    layout = resources.files("scbmlp").joinpath("templates", "page.html.j2").read_text("utf-8")
+    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": HIDDEN}})
+    exporter = HTMLExporter(
+        config=config,
+        template_name="classic",
+        template_file="page.html.j2",
+        extra_loaders=[DictLoader({"page.html.j2": layout})],
+        exclude_anchor_links=True,
+    )
+    return exporter.from_notebook_node(notebook)[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line, ``scbmlp report cells.h5ad --class-key louvain --out report/``.
+
+    Parameters
+    ----------
+    arguments
+        Words of the command; those that the program was called with if None.
+
+    Returns
+    -------
+    The exit status: 0, 2 where the data do not fit, or 130 after Ctrl-C.
+    """
+    parser = argparse.ArgumentParser(prog="scbmlp", description="Read gene programs off models of your cells.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("report", help="make a page on cells of your own", description=report.__doc__[:65])
+    one.add_argument("cells", help="an h5ad file with log-normalised expression")
+    target = one.add_mutually_exclusive_group(required=True)
+    target.add_argument("--class-key", help="column of obs with classes to tell apart")
+    target.add_argument("--target-key", help="key of obsm with numbers to predict")
+    target.add_argument("--perturbation-key", help="column of obs with perturbations, whose response is predicted")
+    one.add_argument("--control", help="label of unperturbed cells, with --perturbation-key")
+    one.add_argument("--gene-sets", nargs="+", metavar="GMT", help="files of gene sets")
+    one.add_argument("--layer", help="layer with the expression; X if not given")
+    one.add_argument("--n-genes", type=int, help=f"most variable genes to take; {N_GENES} of more than {MOST_GENES}")
+    one.add_argument("--seed", type=int, default=0, help="seed of the split and of all fits")
+    one.add_argument("--out", default="report", help="folder to write (report)")
+    one.add_argument("--force", action="store_true", help="replace a report that is there")
+    given = vars(parser.parse_args(arguments))
+    del given["command"]
+    try:
+        page = report(given.pop("cells"), **given)
+    except (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
+        print(f"scbmlp report: {error.args[0] if error.args else error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scbmlp report: interrupted, and nothing was written", file=sys.stderr)
+        return 130
+    print(page)
+    return 0

@@ -1,0 +1,28 @@
+"""Is what objects show of themselves short, and is every text of it text?"""
+
+import pandas as pd
+import pytest
+
+from scbmlp.display import as_html, listed, watched
+
+
+def test_of_many_names_a_few_are_shown():
+    assert listed("abc") == "a, b, c" and listed(range(5)) == "0, 1, 2, 3, 4"
+    assert listed(range(2006)) == "0, 1, 2, 3, 4 and 2,001 more" and listed([]) == ""
+
+
+def test_every_text_is_escaped():
+    table = pd.DataFrame({"<column>": ["<cell>", 1 / 3]}, ["<row>", "b"])
+    html = as_html({"<name>": "<value>", "n": 3}, "<title>", table)
+    for text in ("column", "cell", "row", "name", "value", "title"):
+        assert f"&lt;{text}&gt;" in html and f"<{text}>" not in html
+    assert ">0.333<" in html and "<strong>" not in as_html({"n": 3})
+
+
+@pytest.mark.parametrize(("terminal", "session", "expected"), [(0, 0, False), (1, 0, True), (0, 1, True)])
+def test_a_page_that_is_built_is_not_watched(monkeypatch, terminal, session, expected):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: bool(terminal), raising=False)
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    if session:
+        monkeypatch.setenv("JPY_SESSION_NAME", "own.ipynb")
+    assert watched() is expected

@@ -1,0 +1,311 @@
+"""Does one command make a page of anybody's cells, and refuse those that do not fit before it trains anything?"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scanpy as sc
+from anndata import AnnData
+from anndata.tests.helpers import assert_adata_equal
+from scipy import sparse
+
+import scbmlp
+from scbmlp import report as reporting
+from scbmlp.report import FILES, main, prepare, report, template
+
+nbformat = pytest.importorskip("nbformat", reason="it comes with the report extra")
+pytest.importorskip("nbconvert", reason="it comes with the report extra")
+BeautifulSoup = pytest.importorskip("bs4").BeautifulSoup
+N, G = 240, 40
+
+
+def own_cells():
+    """Three classes, log-normalised; a drug; numbers in obsm; colours of scanpy's."""
+    rng, label = np.random.default_rng(0), np.arange(N) % 3
+    x = np.log1p(rng.poisson(np.exp(rng.normal(0.3, 0.9, (3, G)))[label]) / 1.7)
+    obs = pd.DataFrame({"type": pd.Categorical(np.array(["a/b", "<b>", "c"])[label])}, [f"cell {i}" for i in range(N)])
+    obs["drug"] = pd.Categorical(np.array(["vehicle", "one", "two"])[rng.integers(0, 3, N)])
+    adata = AnnData(sparse.csr_matrix(x, dtype=np.float32), obs, pd.DataFrame(index=[f"gene{i}" for i in range(G)]))
+    adata.obsm["numbers"] = np.column_stack([x[:, 0] * x[:, 1], x[:, 2]]).astype(np.float32)
+    adata.uns["type_colors"] = ["#111111", "#222222", "#333333"]
+    return adata
+
+
+def scaled(adata):
+    """What scanpy's tutorials leave behind: scaled values of some genes, log-normalised ones of all in raw."""
+    adata.raw = adata.copy()
+    adata = adata[:, : G - 5].copy()
+    adata.X = adata.X.toarray()
+    sc.pp.scale(adata)
+    return adata
+
+
+@pytest.fixture
+def never_trains(monkeypatch):
+    def run(*arguments):
+        raise AssertionError("the notebook was run")
+
+    monkeypatch.setattr(reporting, "_run", run)
+
+
+def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, capsys):
+    path, out, sets = tmp_path / "own.h5ad", tmp_path / "new" / "report", tmp_path / "sets.gmt"
+    scaled(own_cells()).write_h5ad(path)
+    sets.write_text("first\t\t" + "\t".join(f"GENE{i}" for i in range(12)) + "\n")
+    page = report(path, out, class_key="type", gene_sets=sets, progress=False)
+    assert page == out / "report.html" and sorted(os.listdir(out)) == sorted(FILES)
+    assert os.listdir(out.parent) == ["report"]  # nothing beside it
+
+    html = page.read_text("utf-8")
+    assert "<title>own.h5ad: type</title>" in html and "is scaled" not in html
+    assert re.search(r"holds negative values .* <code>raw</code> has log-normalised values", html)
+    assert "scbmlp report own.h5ad --class-key type --gene-sets sets.gmt --seed 0" in html
+    assert str(tmp_path) not in html
+    # Nothing comes from elsewhere, and no class can write into the page.
+    assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import|url\((?!data:)""", html)
+    assert "&lt;b&gt;" in html and ">b<" not in html and "<b></th>" not in html and "<b></td>" not in html
+    assert html.count("<img ") >= 2 and 'alt=""' not in html and "Warning" not in html
+
+    notebook = nbformat.read(out / "report.ipynb", as_version=4)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert outputs and not [output for output in outputs if output.output_type in ("stream", "error")]
+    assert not any("widget" in kind for output in outputs for kind in output.get("data", {}))
+
+    adata = anndata.read_h5ad(out / "cells.h5ad")
+    assert adata.shape == (N, G - 5) and adata.X.min() >= 0
+    assert {"modules_a_b", "modules_<b>", "modules_c"} <= set(adata.varm)
+    assert adata.uns["modules_c"]["trust"].shape[0] == 3 and adata.obsm["X_modules_c"].shape == (N, 3)
+
+    before = page.read_bytes()
+    assert main(["report", str(path), "--class-key", "type", "--out", str(out)]) == 2
+    assert "has report.html, report.ipynb, cells.h5ad already; name another folder" in capsys.readouterr().err
+    assert page.read_bytes() == before
+
+
+BAD = {
+    "no target": ({}, ValueError, "0 are named; name one"),
+    "two targets": ({"class_key": "type", "target_key": "numbers"}, ValueError, "2 are named; name one"),
+    "no such column": ({"class_key": "typ"}, KeyError, r"class_key='typ' is not a column.*did you mean type\?"),
+    "no such numbers": ({"target_key": "number"}, KeyError, "target_key='number' is not in adata.obsm"),
+    "no control": ({"perturbation_key": "drug"}, ValueError, "control=None go together"),
+    "another control": ({"perturbation_key": "drug", "control": "DMSO"}, KeyError, "control='DMSO' is no label"),
+    "no such layer": ({"class_key": "type", "layer": "log"}, KeyError, "layer='log' is not in adata.layers"),
+    "no such sets": (
+        {"class_key": "type", "gene_sets": "none.gmt"},
+        ValueError,
+        r"neither a GMT file that can be read",
+    ),
+    "half a gene": ({"class_key": "type", "n_genes": 0.5}, ValueError, "n_genes=0.5: a whole number of at least 2"),
+    "negative seed": ({"class_key": "type", "seed": -1}, ValueError, "seed=-1: a whole number of at least 0"),
+}
+CHANGED = {
+    "counts": (lambda a: setattr(a, "X", a.X.rint()), r"holds only whole numbers, like raw counts; .*normalize_total"),
+    "no logarithm": (lambda a: setattr(a, "X", 90.5 * a.X), r"holds values up to \d+, too large for logarithms"),
+    "scaled, no raw": (lambda a: setattr(a, "X", a.X.toarray() - 1), r"negative values .*; log-normalised values are"),
+    "a missing label": (
+        lambda a: a.obs.__setitem__("type", [None] + list("ab" * 119) + ["a"]),
+        "has no label for 1 of 240 cells",
+    ),
+    "a small class": (lambda a: a.obs.__setitem__("type", ["rare"] * 3 + ["b"] * (N - 3)), "class 'rare' has 3 cells"),
+    "nothing": (lambda a: setattr(a, "X", a.X * 0), "is 0 everywhere"),
+    "a NaN": (lambda a: a.X.data.__setitem__(0, np.nan), "holds NaN or infinite values in 1 of 240 cells"),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "match"), BAD.values(), ids=BAD)
+def test_bad_options_are_refused_before_training(options, error, match, tmp_path, never_trains):
+    with pytest.raises(error, match=match):
+        report(own_cells(), tmp_path / "report", **options)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(("change", "match"), CHANGED.values(), ids=CHANGED)
+def test_cells_that_do_not_fit_are_refused_before_training(change, match, tmp_path, never_trains):
+    adata = own_cells()
+    change(adata)
+    with pytest.raises(ValueError, match=match):
+        report(adata, tmp_path / "report", class_key="type")
+    assert not os.listdir(tmp_path)
+
+
+def test_remedy_names_where_log_normalised_values_are():
+    adata = own_cells()
+    adata.layers["logs"], adata.X = adata.X.copy(), adata.X.rint()
+    with pytest.raises(ValueError, match=r"name a layer that has them: 'logs'"):
+        prepare(adata, class_key="type")
+    np.testing.assert_array_equal(
+        prepare(adata, class_key="type", layer="logs").train.x.toarray(),
+        prepare(own_cells(), class_key="type").train.x.toarray(),
+    )
+    counts = own_cells()
+    counts.raw, counts.X = counts.copy(), counts.X.rint()
+    with pytest.raises(ValueError, match=r"adata\.raw has them: adata\.raw\.to_adata\(\)"):
+        prepare(counts, class_key="type")
+
+
+def test_gene_sets_of_other_genes_or_in_two_files_are_refused(tmp_path):
+    sets = tmp_path / "sets.gmt"
+    sets.write_text("strange\t\tENSG1\tENSG2\tENSG3\tENSG4\tENSG5\n")
+    with pytest.raises(ValueError, match="none of 1 gene sets has 5 to 500 of the 40 genes, such as gene0"):
+        prepare(own_cells(), class_key="type", gene_sets=sets)
+    with pytest.raises(ValueError, match="gene_sets has 'strange' in two files"):
+        prepare(own_cells(), class_key="type", gene_sets=[sets, sets])
+
+
+def test_scaled_cells_are_read_from_raw_and_left_as_they_are():
+    adata = scaled(own_cells())
+    before = adata.copy()
+    cells = prepare(adata, class_key="type")
+    assert_adata_equal(adata, before)
+    x = own_cells().X[cells.test.indices, : G - 5]
+    np.testing.assert_array_equal(cells.test.x.toarray(), x.toarray())
+    assert list(cells.test.gene_names) == list(adata.var_names) and "type" in cells.adata.obs
+    assert len(cells.notes) == 1 and "scaled expression" in cells.notes[0]
+    assert prepare(own_cells(), class_key="type").notes == []
+
+
+def test_most_variable_genes_are_taken_of_many_or_on_demand(monkeypatch):
+    cells = prepare(own_cells(), class_key="type", n_genes=10)
+    expected = sc.pp.highly_variable_genes(own_cells(), n_top_genes=10, inplace=False)["highly_variable"]
+    assert list(cells.train.gene_names) == list(own_cells().var_names[expected]) and cells.adata.n_vars == G
+    assert "Of 40 genes the model sees the 10 most variable" in cells.notes[0]
+    monkeypatch.setattr(reporting, "MOST_GENES", 30)
+    monkeypatch.setattr(reporting, "N_GENES", 20)
+    assert len(prepare(own_cells(), class_key="type").train.gene_names) == 20
+    assert len(prepare(own_cells(), class_key="type", n_genes=50).train.gene_names) == G
+
+
+def test_targets_are_numbers_of_obsm_or_responses_on_components_of_training_cells():
+    numbers = prepare(own_cells(), target_key="numbers", seed=3)
+    assert numbers.labels is None and numbers.train.y.shape == (168, 2)
+    other = own_cells()
+    cells = prepare(other, perturbation_key="drug", control="vehicle")
+    assert len(cells.train.output_names) == 2 and cells.labels == "drug" and "response" not in other.obsm
+    # Treated cells that the model does not learn from have no part in the components.
+    test = cells.test.indices[(other.obs["drug"] != "vehicle").to_numpy()[cells.test.indices]]
+    louder = np.ones(N)
+    louder[test] = 1.5
+    other.X = sparse.csr_matrix(other.X.multiply(louder[:, None]), dtype=np.float32)
+    again = prepare(other, perturbation_key="drug", control="vehicle")
+    np.testing.assert_array_equal(cells.train.y, again.train.y)
+    assert not np.allclose(cells.test.y, again.test.y)
+
+
+def test_nothing_is_left_of_a_report_that_fails(tmp_path, monkeypatch):
+    def half(folder, *arguments):
+        (folder / "report.html").write_text("half")
+        raise RuntimeError("the report stopped at 'tuning': MemoryError")
+
+    monkeypatch.setattr(reporting, "_run", half)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "report.html").write_text("the last one")
+    with pytest.raises(RuntimeError, match="stopped at 'tuning'"):
+        report(own_cells(), tmp_path / "report", class_key="type", force=True)
+    assert [path.name for path in tmp_path.rglob("*")] == ["report", "report.html"]
+    assert (tmp_path / "report" / "report.html").read_text() == "the last one"
+
+
+def test_a_cell_that_raises_names_its_step(tmp_path, monkeypatch):
+    notebook = nbformat.reads(template(), as_version=4)
+    failing = nbformat.v4.new_code_cell("1 / 0", metadata={"scbmlp": {"step": "dividing", "share": 1}})
+    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + [failing]
+    monkeypatch.setattr(reporting, "template", lambda: nbformat.writes(notebook))
+    with pytest.raises(RuntimeError, match="stopped at 'dividing': ZeroDivisionError: division by zero"):
+        report(own_cells(), tmp_path / "report", class_key="type", progress=False)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_kernel_that_ends_is_told_of(tmp_path, monkeypatch):
+    notebook = nbformat.reads(template(), as_version=4)
+    ending = nbformat.v4.new_code_cell("import os\nos._exit(1)", metadata={"scbmlp": {"step": "ending", "share": 1}})
+    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + [ending]
+    monkeypatch.setattr(reporting, "template", lambda: nbformat.writes(notebook))
+    with pytest.raises(RuntimeError, match="stopped at 'ending': its process ended, perhaps for want of memory"):
+        report(own_cells(), tmp_path / "report", class_key="type", progress=False)
+    assert not os.listdir(tmp_path)
+
+
+def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
+    own_cells().write_h5ad(tmp_path / "own.h5ad")
+    notebook = nbformat.reads(template(), as_version=4)
+    waiting = nbformat.v4.new_code_cell("import time\nopen('begun', 'w').close()\ntime.sleep(600)")
+    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + [waiting]
+    program = (
+        "import sys\nfrom scbmlp import report\n"
+        f"report.template = lambda: {nbformat.writes(notebook)!r}\n"
+        f"sys.exit(report.main(['report', {str(tmp_path / 'own.h5ad')!r}, '--class-key', 'type', "
+        f"'--out', {str(tmp_path / 'out' / 'report')!r}]))"
+    )
+    root = str(Path(scbmlp.__file__).parent.parent)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(600):
+        if list(tmp_path.glob("out/.report-*/begun")) or process.poll() is not None:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "interrupted, and nothing was written" in process.stderr.read()
+    assert not os.listdir(tmp_path / "out")
+
+
+def test_commands_say_what_is_wrong_in_a_line(tmp_path, capsys, never_trains):
+    assert main(["report", str(tmp_path / "none.h5ad"), "--class-key", "type"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    (tmp_path / "text.h5ad").write_text("no cells")
+    assert main(["report", str(tmp_path / "text.h5ad"), "--class-key", "type"]) == 2
+    assert capsys.readouterr().err.startswith("scbmlp report: cells='text.h5ad' is no h5ad file that can be read")
+    own_cells().write_h5ad(tmp_path / "own.h5ad")
+    assert main(["report", str(tmp_path / "own.h5ad"), "--class-key", "typ"]) == 2
+    assert "class_key='typ' is not a column" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["report", str(tmp_path / "own.h5ad")])
+
+
+def test_package_runs_as_a_module():
+    root = str(Path(scbmlp.__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "scbmlp", "report", "--help"],
+        env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "--class-key" in done.stdout
+
+
+def test_template_has_the_parameters_of_a_report(tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(reporting, "_run", lambda folder, parameters, *rest: given.update(parameters) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report(own_cells(), tmp_path / "report", class_key="type")
+    cells = [cell for cell in nbformat.reads(template(), as_version=4).cells if cell.cell_type == "code"]
+    (parameters,) = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    assert re.findall(r"^(\w+) =", parameters.source, flags=re.M) == list(given)
+
+
+def test_page_folds_code_and_leaves_out_what_is_of_the_book(tmp_path):
+    image = {"image/png": "AAAA", "text/plain": "<Figure>"}
+    cells = [
+        nbformat.v4.new_markdown_cell("only in the book", metadata={"tags": ["book-only"]}),
+        nbformat.v4.new_code_cell(
+            "draw()",
+            execution_count=1,
+            outputs=[
+                nbformat.v4.new_output("display_data", image),
+                nbformat.v4.new_output("stream", name="stderr", text="log"),
+            ],
+            metadata={"mystnb": {"figure": {"caption": "What is drawn."}, "image": {"alt": 'a "line"'}}},
+        ),
+    ]  # fmt: skip
+    html = reporting._page(nbformat.v4.new_notebook(cells=cells, metadata={"title": "<own>"}))
+    assert "only in the book" not in html and "log" not in re.sub(r"<style>.*?</style>", "", html, flags=re.S)
+    assert "<title>&lt;own&gt;</title>" in html and re.search(r'<details class="code">(?!.*open)', html)
+    (image,) = BeautifulSoup(html, "html.parser").find_all("img")
+    assert image["src"] == "data:image/png;base64,AAAA" and image["alt"] == 'a "line"'
+    assert re.search(r"<figcaption>\s*<p>What is drawn\.</p>\s*</figcaption>", html)
