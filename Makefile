@@ -12,7 +12,7 @@ override SCBMLP_DATA_DIR := $(shell $(PYTHON) -c 'import os, sys; print(os.path.
 export SCBMLP_DATA_DIR
 endif
 
-.PHONY: book test test-min outputs figure lock clean
+.PHONY: book test test-min outputs figure bench lock clean
 
 book: $(INSTALLED) ## build the site; every chapter is executed, and any error or warning stops the build
 	rm -rf _build
@@ -37,6 +37,10 @@ outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print
 
 figure: $(INSTALLED) ## take the figure of the README out of the book built last
 	$(BIN)/python .ci/maintain.py figure
+
+bench: $(INSTALLED) ## measure time and memory anew, half an hour of a quiet machine, for the page on scale
+	$(BIN)/python benchmarks/scale.py
+	$(BIN)/python -W ignore benchmarks/stored.py
 
 lock: ## resolve every version anew, and write constraints.txt and environment.yml
 	rm -rf .venv
