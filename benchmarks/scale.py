@@ -32,6 +32,7 @@ from scbmlp.modules import gene_modules
 
 RESULTS = Path(__file__).with_name("results") / "scale.json"
 ROUNDS, BATCH, HID, CLASSES = 5, 64, 128, 8
+USUAL = {"genes": 2000, "cells": 4000, "hid": 64, "outputs": 8}
 QUIET = {"enable_progress_bar": False, "baseline": False}
 
 
@@ -237,12 +238,11 @@ def part_quickstart():
 
 def part_growth():
     """Run everything by the number of genes, cells, hidden units and outputs, one at a time."""
-    usual = {"genes": 2000, "cells": 4000, "hid": 64, "outputs": 8}
     axes = {"genes": (500, 1000, 2000, 4000, 8000), "cells": (1000, 2000, 4000, 8000, 16_000),
             "hid": (16, 32, 64, 128, 256), "outputs": (2, 4, 8, 16, 32)}  # fmt: skip
     for axis, values in axes.items():
         for value in values:
-            size = usual | {axis: value}
+            size = USUAL | {axis: value}
             data = cells(size["cells"] + 500, size["genes"], n_classes=size["outputs"])
             train, val = halves(data, size["cells"])
             cfg = Config(size["genes"], size["hid"], size["outputs"], n_epochs=1, batch_size=BATCH)
