@@ -680,7 +680,7 @@ def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDat
     model.check(dataset, names=False)
     x, y = match_genes(dataset, model.gene_names), dataset.y.numpy()
     y = np.eye(model.cfg.d_output)[y] if y.ndim == 1 else y.astype(np.float64)
-    weight, center = model.branches.weight.detach().cpu().T, mean(x)
+    weight, center = model.branches.weight.detach().cpu().float().T, mean(x)
     # One of two factors of a covariance has to be centred.
     shift, y = torch.as_tensor(center) @ weight.double(), torch.as_tensor(y - y.mean(axis=0))
     found = [torch.zeros(len(center), factor.shape[-1], dtype=torch.float64) for factor in (shift, y)]
