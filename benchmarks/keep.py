@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +37,14 @@ def plain(value):
     if isinstance(value, float | np.floating):
         return float(f"{value:.4g}") if np.isfinite(value) else None
     return int(value) if isinstance(value, np.integer) else value
+
+
+def peak_memory() -> float:
+    """Return the peak memory of this process in GB; what a parent had before it started this one is not its own."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024**2
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
 def processor() -> str:

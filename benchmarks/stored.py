@@ -7,7 +7,6 @@ held out for validation; what counts is the ratio of cells a second, and the pea
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 from anndata import AnnData
 from anndata.io import sparse_dataset, write_elem
-from keep import keep
+from keep import keep, peak_memory
 from scale import RESULTS, clock
 from scipy import sparse
 
@@ -63,7 +62,7 @@ def write(path, n_cells, form):
 
 
 def train(path, workers):
-    """Fit two epochs, in memory if workers are None; return cells a second, seconds, score, all seconds and peak MB."""
+    """Fit two epochs, in memory if workers are None; return cells a second, seconds, score, all seconds and peak GB."""
     torch.set_num_threads(1)
     source = path
     if workers is None:
@@ -76,8 +75,7 @@ def train(path, workers):
     model = ScBMLPClassifier(Config(GENES, HID, CLASSES, n_epochs=2, batch_size=BATCH, lr=1e-3, device="cpu"))
     model.fit(train, val, baseline=False, enable_progress_bar=False, callbacks=[callback])
     score, seconds = model.score(val), time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return len(train) / times[-1], times[-1], score, seconds, peak
+    return len(train) / times[-1], times[-1], score, seconds, peak_memory()
 
 
 def measured(path, workers):
@@ -94,11 +92,11 @@ def main(n_cells, form):
         write(path, n_cells, form)
         size = path.stat().st_size / 1e9
         print(f"{n_cells} cells, {form}: {size:.2f} GB in {time.perf_counter() - begin:.0f} s", flush=True)
-        for name, workers in (("memory", None), ("disk", 0), ("disk, one worker", 1), ("memory", None)):
+        for name, workers in (("memory", None), ("disk", 0), ("memory", None)):
             rate, seconds, score, total, peak = measured(path, workers)
             n = min(HELD, n_cells) if workers is None else n_cells
             row = {"what": name, "cells": n, "genes": GENES, "rate": rate, "seconds": seconds, "accuracy": score}
-            rows.append(row | {"total": total, "peak": peak / 1024, "form": form, "file": size})
+            rows.append(row | {"total": total, "peak": peak, "form": form, "file": size})
             print(rows[-1], flush=True)
     best = pd.DataFrame(rows).sort_values("rate").drop_duplicates("what", keep="last")
     command = f"python benchmarks/stored.py {n_cells} {form}"
