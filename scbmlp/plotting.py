@@ -16,6 +16,7 @@ MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#DDCC77", "#882
 # What the figures of the book have in common, for plt.rcParams.update.
 STYLE = {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 POSITIVE, NEGATIVE, NEUTRAL = "#CC6677", "#332288", "#888888"
+DIVERGING = sns.diverging_palette(272, 10, s=80, l=45, as_cmap=True)  # about the hues of NEGATIVE and POSITIVE
 
 
 def palette(categories: Iterable[str]) -> dict[str, str]:
@@ -238,11 +239,10 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
         Where to draw.
     """
     limit = np.abs(table.to_numpy()).max()
-    colors = sns.diverging_palette(272, 10, s=80, l=45, as_cmap=True)
     bar = {"label": "interaction", "shrink": 0.7}
     sns.heatmap(
         table,
-        cmap=colors,
+        cmap=DIVERGING,
         vmin=-limit,
         vmax=limit,
         square=True,
