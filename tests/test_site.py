@@ -117,6 +117,12 @@ def test_nothing_was_missed(page):
     assert page.problems == []
 
 
+def test_citation_can_be_copied(browser):
+    page = opened(browser, (SITE / "index.html").as_uri())
+    assert page.locator("#how-to-cite .highlight button.copybtn").count() == 1
+    page.close()
+
+
 def test_search_finds_a_gene_in_its_chapter(browser):
     page = opened(browser, (SITE / "search.html").as_uri() + "?q=Neurog3")
     page.locator("#search-results a[href*='chapters/cell_type.html']").first.wait_for()
