@@ -355,7 +355,8 @@ def trust(table: pd.DataFrame) -> Styler:
     -------
     The table as a page shows it; the table itself is what to compute with.
     """
-    grey = np.where(table["trusted"], "", f"color: {NEUTRAL}")
+    # Darker than NEUTRAL: small text that must be read, on white and on what a dark theme puts behind a table.
+    grey = np.where(table["trusted"], "", "color: #555555")
     shown = table.drop(columns=["trusted", "low"], errors="ignore").rename(columns={"terms_random": "by chance"})
     shown = shown.rename(columns=lambda name: name.replace("_", " "))
     style = shown.style.set_uuid("trust").format(precision=2).apply(lambda _: grey, axis=0)
