@@ -12,7 +12,7 @@ override SCBMLP_DATA_DIR := $(shell $(PYTHON) -c 'import os, sys; print(os.path.
 export SCBMLP_DATA_DIR
 endif
 
-.PHONY: book test test-min outputs figure bench lock clean
+.PHONY: book test site-test test-min outputs figure logo bench lock clean
 
 book: $(INSTALLED) ## build the site; every chapter is executed, and any error or warning stops the build
 	rm -rf _build
@@ -25,12 +25,15 @@ test: $(INSTALLED) ## lint, unit tests, and every chapter on simulated cells aga
 	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest tests chapters \
 	  -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
 
+site-test: $(INSTALLED) ## the site that make book left, opened from disk in Debian's chromium
+	$(BIN)/python -m pytest tests/test_site.py
+
 test-min: ## unit tests with the lowest versions that pyproject.toml allows, where no book extra is needed
 	$(PYTHON) .ci/maintain.py lowest > .venv-min.txt
 	$(PYTHON) -m venv .venv-min
 	.venv-min/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-min.txt -e . hypothesis pytest
 	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest tests --ignore tests/test_chapters.py --ignore tests/test_project.py \
-	  --ignore tests/test_readme.py --deselect tests/test_targets.py::test_nothing_global_changes
+	  --ignore tests/test_readme.py --ignore tests/test_site.py --deselect tests/test_targets.py::test_nothing_global_changes
 
 outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print on simulated cells
 	SCBMLP_DATA_SOURCE=simulated $(BIN)/python .ci/maintain.py outputs
@@ -41,6 +44,9 @@ figure: $(INSTALLED) ## take the figure of the README out of the book built last
 bench: $(INSTALLED) ## measure time and memory anew, half an hour of a quiet machine, for the page on scale
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python -W ignore benchmarks/stored.py
+
+logo: $(INSTALLED) ## draw the logo
+	$(BIN)/python .ci/maintain.py logo
 
 lock: ## resolve every version anew, and write constraints.txt and environment.yml
 	rm -rf .venv

@@ -55,6 +55,25 @@ def figure() -> None:
     sys.exit("no built chapter has a cell tagged readme-figure; run make book first")
 
 
+def logo_svg() -> str:
+    """Return the logo, which is the favicon too: the interactions of one module, v v', in the book's colours."""
+    from scbmlp.plotting import MUTED, POSITIVE
+
+    v = [1, 0.6, -0.6, -1]
+    squares = [
+        f'  <rect x="{16 * j + 1}" y="{16 * i + 1}" width="14" height="14" rx="3" '
+        f'fill="{POSITIVE if a * b > 0 else MUTED[1]}" fill-opacity="{abs(a * b):.2f}"/>'
+        for i, a in enumerate(v)
+        for j, b in enumerate(v)
+    ]
+    head = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 64">'
+    return "\n".join([head, *squares, "</svg>\n"])
+
+
+def logo() -> None:
+    (ROOT / "_static" / "logo.svg").write_text(logo_svg())
+
+
 def lock() -> None:
     """Write the versions of this environment to constraints.txt and environment.yml."""
     pins = {}
@@ -94,5 +113,5 @@ def lowest() -> None:
 
 
 if __name__ == "__main__":
-    chores = {"outputs": outputs, "figure": figure, "lock": lock, "lowest": lowest}
+    chores = {"outputs": outputs, "figure": figure, "logo": logo, "lock": lock, "lowest": lowest}
     chores[sys.argv[1]]()

@@ -19,6 +19,7 @@ MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#DDCC77", "#882
 # What the figures of the book have in common, for plt.rcParams.update.
 STYLE = {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 POSITIVE, NEGATIVE, NEUTRAL = "#CC6677", "#332288", "#888888"
+DIVERGING = sns.diverging_palette(272, 10, s=80, l=45, as_cmap=True)  # about the hues of NEGATIVE and POSITIVE
 
 
 def palette(categories: Iterable[str]) -> dict[str, str]:
@@ -269,11 +270,10 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
         Where to draw.
     """
     limit = np.abs(table.to_numpy()).max()
-    colors = sns.diverging_palette(272, 10, s=80, l=45, as_cmap=True)
     bar = {"label": "interaction", "shrink": 0.7}
     sns.heatmap(
         table,
-        cmap=colors,
+        cmap=DIVERGING,
         vmin=-limit,
         vmax=limit,
         square=True,
@@ -386,7 +386,8 @@ def trust(table: pd.DataFrame) -> Styler:
     -------
     The table as a page shows it; the table itself is what to compute with.
     """
-    grey = np.where(table["trusted"], "", f"color: {NEUTRAL}")
+    # Darker than NEUTRAL: small text that must be read, on white and on what a dark theme puts behind a table.
+    grey = np.where(table["trusted"], "", "color: #555555")
     shown = table.drop(columns=["trusted", "low"], errors="ignore").rename(columns={"terms_random": "by chance"})
     shown = shown.rename(columns=lambda name: name.replace("_", " "))
     style = shown.style.set_uuid("trust").format(precision=2).format_index(escape="html")

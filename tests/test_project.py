@@ -3,13 +3,18 @@
 import ast
 import importlib
 import re
+import runpy
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import nbformat
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
+CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
     "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training",
@@ -94,3 +99,47 @@ def test_every_equation_of_the_method_is_named_by_a_test():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert len(labels) >= 8
     assert [label for label in labels if label not in tests] == []
+
+
+def wrong_addresses(text):
+    """Addresses of this project's repository, and any that git is to clone, that are not those of the configuration."""
+    url, hub = CONFIG["repository"]["url"], CONFIG["launch_buttons"]["binderhub_url"]
+    named = re.findall(r"""(?:https?://|git@)[^\s)"'>`]*scbmlp[^\s)"'>`]*|(?<=git clone )(?!{)\S+""", text)
+    path = url.removeprefix("https://").partition("/")[2]
+    return [at for at in named if not (url and (at.startswith(url) or (at.startswith(hub) and f"/{path}/" in at)))]
+
+
+def test_configuration_alone_says_where_the_repository_is():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    url = CONFIG["repository"]["url"]
+    assert citation.get("repository-code", url) == url
+    assert {*project.get("urls", {}).values()} <= {url}
+    for path in [ROOT / "CITATION.cff", ROOT / "pyproject.toml", *ROOT.glob("*.md"), *ROOT.glob("chapters/*.ipynb")]:
+        assert wrong_addresses(path.read_text()) == [], path.name
+
+
+@pytest.mark.parametrize("text", ["https://github.com/a/scbmlp", "git clone https://b.org/c", "git@d.org:e/scbmlp.git"])
+def test_other_addresses_are_wrong(text):
+    assert wrong_addresses(text) and not wrong_addresses("https://github.com/a/b and git clone {url}")
+
+
+def test_landing_page_runs_and_shows_numbers_that_chapters_glue(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "index.md").read_text()
+    names = {}
+    # The second raises if the beginning of an assertion is not found once in its chapter.
+    for _, cell in re.findall(r"^(```+){code-cell}.*?\n---\n.*?\n---\n(.*?)^\1$", page, flags=re.S | re.M):
+        exec(compile(cell, "index.md", "exec"), names)
+    plt.close("all")
+    shown = re.findall(r"chapters/(\w+)\.ipynb::(\w+):s`", "\n".join([page, *names["rows"]]))
+    assert len(names["CLAIMS"]) >= 8 and len(shown) >= 8
+    for chapter, key in shown:
+        cells = nbformat.read(ROOT / "chapters" / f"{chapter}.ipynb", as_version=4).cells
+        glued = re.findall(r'glue\(\s*"([\w ]+)"', "\n".join(cell.source for cell in cells))
+        assert key in " ".join(glued).split(), (chapter, key)
+
+
+def test_logo_is_what_the_code_draws():
+    drawn = (ROOT / "_static" / "logo.svg").read_text()
+    assert runpy.run_path(str(ROOT / ".ci" / "maintain.py"))["logo_svg"]() == drawn

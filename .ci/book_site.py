@@ -1,0 +1,24 @@
+"""A Sphinx extension of this book: what its pages would have, and should not."""
+
+
+def setup(app):
+    app.connect("config-inited", set_buttons)
+    app.connect("html-page-context", leave_thebe_out, priority=900)
+    return {"parallel_read_safe": True}
+
+
+def set_buttons(app, config):
+    """Lead to a public repository if `_config.yml` names one, else nowhere."""
+    public = bool(config.html_theme_options.get("repository_url"))
+    config.html_theme_options |= {"use_repository_button": public, "use_issues_button": public}
+    if not public:
+        config.html_theme_options.pop("launch_buttons", None)
+
+
+def leave_thebe_out(app, pagename, templatename, context, doctree):
+    """Take out scripts that Jupyter Book adds twice to every page, which is an error, for a button that is off."""
+    context["script_files"] = [script for script in context["script_files"] if "thebe" not in tag(script)]
+
+
+def tag(script):
+    return f"{getattr(script, 'filename', script)} {getattr(script, 'attributes', {}).get('body')}".lower()

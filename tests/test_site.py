@@ -1,0 +1,156 @@
+"""The built site as its readers meet it: from disk and without a network, on a desk, on a phone and in the dark."""
+
+import shutil
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import pytest
+
+from tests.test_project import CONFIG, ROOT, wrong_addresses
+
+sync_api = pytest.importorskip("playwright.sync_api")
+bs4 = pytest.importorskip("bs4")
+axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+
+SITE = ROOT / "_build" / "html"
+PAGES = sorted(path for path in SITE.rglob("*.html") if "_static" not in path.parts)
+CHROMIUM = shutil.which("chromium")  # Debian's; no other browser is downloaded
+pytestmark = [
+    pytest.mark.skipif(not PAGES, reason="there is no built site; run make book first"),
+    pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed; on Debian: apt-get install chromium"),
+]
+DESK, PHONE = {"width": 1300, "height": 900}, {"width": 390, "height": 844}
+# Rules of axe-core whose findings are the theme's and cannot be mended by style.
+ACCEPTED = {}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+def opened(browser, url):
+    """Open a page, and note in `problems` what a reader without a network would miss."""
+    page = browser.new_page(viewport=DESK, color_scheme="light")
+    page.problems = []
+    page.on("console", lambda message: message.type in {"error", "warning"} and page.problems.append(message.text))
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("requestfailed", lambda request: page.problems.append(f"failed: {request.url}"))
+    page.on("request", lambda request: at_home(request.url) or page.problems.append(f"outside: {request.url}"))
+    page.goto(url)
+    page.evaluate("window.MathJax?.startup?.promise")
+    return page
+
+
+def at_home(url):
+    return urlsplit(url).scheme in {"file", "data", "blob"}
+
+
+@pytest.fixture(scope="module", params=PAGES, ids=lambda path: path.relative_to(SITE).with_suffix("").as_posix())
+def page(browser, request):
+    page = opened(browser, request.param.as_uri())
+    yield page
+    page.close()
+
+
+def test_equations_are_rendered(page):
+    missing = "all => all.filter(math => !math.querySelector('mjx-container')).map(math => math.textContent)"
+    assert page.locator(".math").evaluate_all(missing) == []
+    assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+
+
+def test_images_are_loaded_and_described(page):
+    bad = "all => all.filter(image => !image.naturalWidth || {}).map(image => image.outerHTML)"
+    assert page.locator("img").evaluate_all(bad.format("false")) == []
+    assert page.locator("article img").evaluate_all(bad.format("!image.alt.trim()")) == []
+
+
+def test_folds_and_tabs_open(page):
+    click = "all => all.forEach(each => each.click())"
+    page.locator("article details:not([open]) > summary").evaluate_all(click)
+    assert page.locator("article details:not([open])").count() == 0
+    page.locator("article .toggle-hidden > .admonition-title").evaluate_all(click)
+    assert page.locator("article .toggle-hidden").count() == 0
+    for tab in page.locator("article .sd-tab-label").all():
+        tab.click()
+        assert tab.locator("+ .sd-tab-content").is_visible()
+
+
+def test_phone_does_not_scroll_sideways(page):
+    page.set_viewport_size(PHONE)
+    width = page.evaluate("document.documentElement.scrollWidth")
+    wide = "all => all.filter(e => e.getBoundingClientRect().right > 391).slice(0, 5).map(e => e.outerHTML)"
+    assert width <= PHONE["width"], page.locator("article *").evaluate_all(wide)
+    page.set_viewport_size(DESK)
+
+
+def serious(page):
+    """Findings of axe-core that keep somebody out, a line each."""
+    # Without preload: reading style sheets from disk would be an error of its own.
+    found = axe.Axe().run(page, options={"preload": False}).response["violations"]
+    return [
+        f"{rule['id']}: {node['html'][:120]} {node['any'][0]['message'] if node['any'] else ''}"
+        for rule in found
+        if rule["impact"] in {"serious", "critical"} and rule["id"] not in ACCEPTED
+        for node in rule["nodes"]
+    ]
+
+
+def test_nobody_is_kept_out(page):
+    assert serious(page) == []
+
+
+def test_dark_theme_survives_a_reload_and_is_legible(page):
+    theme = "document.documentElement.dataset.theme"
+    for _ in range(3):  # automatic, light, dark
+        if page.evaluate(theme) != "dark":
+            page.locator(".theme-switch-button:visible").first.click()
+    page.reload()
+    page.evaluate("window.MathJax?.startup?.promise")
+    assert page.evaluate(theme) == "dark"
+    assert serious(page) == []
+
+
+def test_nothing_was_missed(page):
+    assert page.problems == []
+
+
+def test_citation_can_be_copied(browser):
+    page = opened(browser, (SITE / "index.html").as_uri())
+    assert page.locator("#how-to-cite .highlight button.copybtn").count() == 1
+    page.close()
+
+
+def test_search_finds_a_gene_in_its_chapter(browser):
+    page = opened(browser, (SITE / "search.html").as_uri() + "?q=Neurog3")
+    page.locator("#search-results a[href*='chapters/cell_type.html']").first.wait_for()
+    assert page.problems == []
+    page.close()
+
+
+def soup(path):
+    return bs4.BeautifulSoup(path.read_text(), "html.parser")
+
+
+def test_every_internal_link_and_anchor_resolves():
+    pages = {path: soup(path) for path in PAGES}
+    anchors = {path: {tag["id"] for tag in html.find_all(id=True)} for path, html in pages.items()}
+    broken = []
+    for path, html in pages.items():
+        for tag in html.find_all(["a", "img", "link", "script", "source"]):
+            link = tag.get("href") or tag.get("src")
+            if not link or urlsplit(link).scheme:
+                continue
+            target, anchor = urldefrag(link)
+            file = (path.parent / unquote(urlsplit(target).path)).resolve() if target else path
+            if not file.is_file() or (anchor and unquote(anchor) not in anchors.get(file, {unquote(anchor)})):
+                broken.append(f"{path.relative_to(SITE)}: {link}")
+    assert broken == []
+
+
+def test_buttons_lead_to_the_repository_of_the_configuration():
+    links = [tag["href"] for path in PAGES for tag in soup(path).select(".bd-header-article a[href^=http]")]
+    assert bool(links) == bool(CONFIG["repository"]["url"])
+    assert wrong_addresses("\n".join(path.read_text() for path in PAGES)) == []
