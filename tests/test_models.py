@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -656,6 +657,31 @@ def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
     history = resumed.fit(toy(), toy(), default_root_dir=tmp_path, ckpt_path=checkpoint, **QUIET)
     assert history.index.tolist() == [0, 1, 2, 3, 4] and resumed.best_epoch == whole.best_epoch
     pd.testing.assert_frame_equal(history, whole.history)
+    assert_same_weights(resumed, whole)
+
+
+class _FullDisk(lightning.Callback):
+    """From the second epoch on no file can be longer than a few bytes."""
+
+    def on_train_epoch_start(self, trainer, module):
+        if trainer.current_epoch == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    cfg = Config(**(TOY | {"n_epochs": 4, "batch_size": 8, "dropout_rate": 0.3}))
+    whole, stopped, resumed = (ScBMLPClassifier(cfg) for _ in range(3))
+    whole.fit(toy(), toy(), **QUIET)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="too large"):
+            stopped.fit(toy(), toy(), default_root_dir=tmp_path, callbacks=[_FullDisk()], **QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    epochs, callback = [], lightning.Callback()
+    callback.on_train_epoch_start = lambda trainer, module: epochs.append(trainer.current_epoch)
+    resumed.fit(toy(), toy(), default_root_dir=tmp_path, ckpt_path="last", callbacks=[callback], **QUIET)
+    assert epochs == [1, 2, 3]
     assert_same_weights(resumed, whole)
 
 
