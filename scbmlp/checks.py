@@ -164,8 +164,7 @@ def check_log_normalised(x: sparse.csr_matrix | np.ndarray, where: str, adata: A
     check_finite(x, where)
     remedy = "adata.raw may have them: adata.raw.to_adata()" if adata.raw is not None else REMEDY
     check_not_negative(x, where, remedy)
-    values = x.data if sparse.issparse(x) else x
-    if values.size and values.max() > 1 and np.array_equal(values, np.round(values)):
+    if looks_like_counts(x):
         warn_of_counts(where)
 
 
@@ -188,6 +187,12 @@ def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: st
             f"{where} holds negative values (minimum {values.min():.3g}), as scaled expression does; log-normalised "
             f"expression must not be scaled or centred: {remedy}."
         )
+
+
+def looks_like_counts(x: sparse.csr_matrix | np.ndarray) -> bool:
+    """Say whether expression (cell x gene) holds whole numbers alone, above 1 too."""
+    values = x.data if sparse.issparse(x) else x
+    return bool(values.size and values.max() > 1 and np.array_equal(values, np.round(values)))
 
 
 def warn_of_counts(where: str) -> None:

@@ -22,6 +22,7 @@ from scbmlp.checks import (
     check_log_normalised,
     check_not_negative,
     expression,
+    looks_like_counts,
     numeric_matrix,
     obs_column,
     obs_labels,
@@ -350,7 +351,7 @@ def match_genes(
         else:
             adata, x = open_cells(x, layer)
             names = adata.var_names
-            if _counts(x[:1000]):
+            if looks_like_counts(x[:1000]):
                 warn_of_counts(f"the first block of {x.where}")
         return _of_stored(x, names, gene_names)
     if isinstance(x, ExpressionDataset) and x.stored:
@@ -388,11 +389,6 @@ def _of_stored(x: StoredMatrix, names: pd.Index, gene_names: pd.Index) -> Stored
     if x.shape[1] != len(gene_names):
         raise ValueError(f"{x.where} has shape {x.shape}; (cell, gene) with {len(gene_names)} genes is needed.")
     return x
-
-
-def _counts(x: sparse.csr_matrix | np.ndarray) -> bool:
-    values = x.data if sparse.issparse(x) else x
-    return bool(values.size and values.max() > 1 and np.array_equal(values, np.round(values)))
 
 
 def _find(names: pd.Index, wanted: pd.Index) -> np.ndarray:

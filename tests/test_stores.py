@@ -329,6 +329,7 @@ def test_replicas_and_permutations_are_fitted_from_a_file(log_file):
         train, val, _ = get_classification_datasets(source, "type")
         models = fit_replicas(ScBMLPClassifier, cfg, train, val, 2, "bootstrap", progress=False)
         found.append([*models, *fit_permuted(ScBMLPClassifier, cfg, train, val, 1, progress=False)[0]])
+    assert [len(models) for models in found] == [4, 4]
     for memory, disk in zip(*found, strict=True):
         same_weights(disk, memory, rtol=1e-3, atol=1e-4)
 
