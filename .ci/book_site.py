@@ -1,9 +1,12 @@
 """A Sphinx extension of this book: what its pages would have, and should not."""
 
+from sphinx.util.inspect import signature, stringify_signature
+
 
 def setup(app):
     app.connect("config-inited", set_buttons)
     app.connect("html-page-context", leave_thebe_out, priority=900)
+    app.connect("autodoc-process-signature", show_own_arguments)
     return {"parallel_read_safe": True}
 
 
@@ -22,3 +25,10 @@ def leave_thebe_out(app, pagename, templatename, context, doctree):
 
 def tag(script):
     return f"{getattr(script, 'filename', script)} {getattr(script, 'attributes', {}).get('body')}".lower()
+
+
+def show_own_arguments(app, what, name, obj, options, arguments, returned):
+    """Show what a class takes where a base of another library takes anything."""
+    if what == "class" and arguments == "(*args, **kwargs)":
+        own = signature(obj.__init__, bound_method=True)
+        return stringify_signature(own, show_return_annotation=False, unqualified_typehints=True), returned
