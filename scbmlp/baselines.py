@@ -68,6 +68,12 @@ class LinearModel:
             AnnData or a dataset lacks some of the genes.
         ValueError
             The number of features is another.
+
+        Examples
+        --------
+        >>> linear = baselines.linear_baseline(train, validation)
+        >>> linear.outputs(adata).shape
+        (1000, 2)
         """
         names = pd.RangeIndex(self.weight.shape[1]) if self.gene_names is None else self.gene_names
         return product(match_genes(x, names, layer or self.layer), self.weight.T) + self.constant
@@ -79,6 +85,12 @@ class LinearModel:
         ----------
         dataset
             Cells with their targets.
+
+        Examples
+        --------
+        >>> linear = baselines.linear_baseline(*graded[:2])
+        >>> round(float(linear.score(graded[2])), 2)
+        0.9
         """
         outputs, target = self.outputs(dataset), dataset.y.numpy()
         return accuracy_score(target, outputs.argmax(axis=1)) if target.ndim == 1 else r2_score(target, outputs)
@@ -102,6 +114,12 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     ------
     ValueError
         There is one class, or a target is constant.
+
+    Examples
+    --------
+    >>> linear = baselines.linear_baseline(train, validation)
+    >>> f"linear {linear.score(test):.2f}, bilinear {model.score(test):.2f}"
+    'linear 0.47, bilinear 1.00'
     """
     for name, dataset in {"train": train, "val": val}.items():
         check_dataset(dataset, name)

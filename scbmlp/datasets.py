@@ -74,6 +74,15 @@ class ExpressionDataset(Dataset):
     ValueError
         A matrix is not one of finite numbers, sizes differ, a name is missing or comes twice, or a class code has no
         class.
+
+    Examples
+    --------
+    >>> x, y = np.eye(3), np.array([0, 1, 1])
+    >>> datasets.ExpressionDataset(x, y, ["Ins1", "Gcg", "Sst"], ["Alpha", "Beta"])
+    ExpressionDataset: 3 cells x 3 genes, 2 outputs, dense
+    >>> x, y = train[:5]
+    >>> tuple(x.shape), y.tolist()
+    ((5, 40), [1, 1, 0, 1, 0])
     """
 
     def __init__(
@@ -122,6 +131,13 @@ class ExpressionDataset(Dataset):
         ----------
         cells
             Positions of the cells to take, a slice or a mask; all if None.
+
+        Examples
+        --------
+        >>> adata.write_h5ad("cells.h5ad")
+        >>> train, _, _ = datasets.get_classification_datasets("cells.h5ad", "label")
+        >>> train.stored, train.load(range(100))
+        (True, ExpressionDataset: 100 cells x 40 genes, 2 outputs, dense)
         """
         cells, part = slice(None) if cells is None else cells, copy(self)
         part.x, part.y, part.indices = self.x[cells], self.y[cells], self.indices[cells]
@@ -493,6 +509,14 @@ def get_classification_datasets(
         empty, or the expression is not finite and non-negative.
     FileNotFoundError, OSError
         There is no file at that path, or it cannot be read.
+
+    Examples
+    --------
+    >>> train, validation, test = datasets.get_classification_datasets(adata, "label")
+    >>> train
+    ExpressionDataset: 700 cells x 40 genes, 2 outputs, dense
+    >>> list(train.output_names)
+    ['off', 'on']
     """
     adata, stored = _cells(adata, layer)
     labels = obs_labels(adata, class_key, "class_key").astype("category").cat.remove_unused_categories()
@@ -542,27 +566,10 @@ def get_regression_datasets(
 
     Parameters
     ----------
-    adata
-        Cells with log-normalised expression; in memory, or a backed AnnData or the path of an ``.h5ad`` file or zarr
-        store, dense or sparse by cells, whose expression stays on disk.
     target_key
         Key of ``adata.obsm`` with the targets (cell x out), an array or a DataFrame whose columns name the outputs.
-    train_split, val_split
-        Fractions of the cells for training and validation; the rest is the test set.
-    random_state
-        Seed of the split.
-    layer
-        Layer of `adata` to read instead of ``adata.X``.
-    split_key
-        Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
-        with another label or none are in no set. Then the fractions and the seed do not count.
-    normalize_total, log1p
-        Scale every cell to that many counts, True for the median of the cells' totals, and take log(1 + x), as scanpy
-        does; `adata` stays as it is. Totals are over all genes there are, those of the file too that a backed view
-        leaves out.
-    num_workers
-        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. They start anew
-        in every epoch, and more than one of them changes the order of the cells.
+    adata, train_split, val_split, random_state, layer, split_key, normalize_total, log1p, num_workers
+        As in :func:`get_classification_datasets`.
 
     Returns
     -------
@@ -577,6 +584,12 @@ def get_regression_datasets(
         set empty, or the expression is not finite and non-negative.
     FileNotFoundError, OSError
         There is no file at that path, or it cannot be read.
+
+    Examples
+    --------
+    >>> train, validation, test = datasets.get_regression_datasets(adata, "programs")
+    >>> list(train.output_names)
+    ['program_01', 'program_02', 'program_03', 'program_04']
     """
     adata, stored = _cells(adata, layer)
     if not isinstance(target_key, str) or target_key not in adata.obsm:

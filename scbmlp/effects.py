@@ -48,6 +48,16 @@ def response_directions(
     ------
     KeyError
         A table or column is not there.
+
+    Examples
+    --------
+    >>> targets.dose_coordinates(screen, "perturbation", "dose_value", "control")
+    >>> screen.obsm["X_genes"] = screen[:, ["DHRS2", "AURKA"]].to_df()
+    >>> effects.response_directions(screen, "X_genes").round(1)
+                      DHRS2  AURKA
+    AR-42               2.6   -0.7
+    AR-42+Hesperadin    2.4   -2.0
+    Hesperadin         -0.1   -1.0
     """
     for key in (embedding, doses):
         if key not in adata.obsm:
@@ -58,7 +68,7 @@ def response_directions(
     found = {}
     for name, group in pd.Series(rows).groupby(np.asarray(labels)[rows]):
         fitted = LinearRegression().fit(table.to_numpy()[group], y[group])
-        found[name] = pd.DataFrame(fitted.coef_.T, table.columns)
+        found[name] = pd.DataFrame(fitted.coef_.T, table.columns, getattr(adata.obsm[embedding], "columns", None))
     return found["all"] if strata is None else pd.concat(found, names=[strata, None])
 
 
@@ -90,6 +100,16 @@ def against_control(
         A column is not in ``obs``, or `control` is not one of the labels.
     ValueError
         A label is missing, a stratum has no control cells, or `scores` are not those of the cells.
+
+    Examples
+    --------
+    >>> score = screen.to_df()["DHRS2"]
+    >>> z = effects.against_control(
+    ...     score, screen, "perturbation", "control", strata="cell_line"
+    ... )
+    >>> z[screen.obs["perturbation"] == "AR-42"].mean().round(1)
+    DHRS2    0.5
+    dtype: float32
     """
     control_cells, stratum = _controls(adata, perturbation_key, control, strata)
     scores = by_cell(scores, adata, "scores")
@@ -135,6 +155,17 @@ def mean_effects(
     ------
     KeyError, ValueError
         As for :func:`against_control`, and if a column of `by` is not there.
+
+    Examples
+    --------
+    >>> score = screen.to_df()["DHRS2"]
+    >>> effects.mean_effects(score, screen, "perturbation", "control").round(1)
+                            effect  error    z  n_cells
+    perturbation     score
+    AR-42            DHRS2     0.5    0.2  3.2       65
+    AR-42+Hesperadin DHRS2     0.6    0.1  4.2       70
+    Hesperadin       DHRS2    -0.1    0.1 -0.9       67
+    control          DHRS2     0.0    0.0  0.0      960
     """
     effects = against_control(scores, adata, perturbation_key, control, strata=strata)
     control_cells, stratum = _controls(adata, perturbation_key, control, strata)
@@ -203,6 +234,12 @@ def additivity(
         The column is not in ``obs``, or `control` is not one of the labels.
     ValueError
         No double has both singles, one of the labels has fewer than two cells, or `values` are not those of the cells.
+
+    Examples
+    --------
+    >>> effects.additivity(screen.to_df(), screen, "perturbation", "control").round(1)
+                      n_cells    r  r_halves  ceiling  slope
+    AR-42+Hesperadin       65  0.9       0.8      0.8    0.8
     """
     labels, control = control_labels(adata, perturbation_key, control)
     labels = labels.to_numpy()

@@ -29,6 +29,11 @@ def read_gene_sets(gene_sets: GeneSets) -> dict[str, list[str]]:
     ------
     ValueError
         There is no such file and the library cannot be had, a set comes twice, or one is no list of genes.
+
+    Examples
+    --------
+    >>> enrichment.read_gene_sets({"insulin secretion ": ["Ins1", " Ins2"]})
+    {'insulin secretion': ['Ins1', 'Ins2']}
     """
     if isinstance(gene_sets, Mapping):
         named = list(gene_sets.items())
@@ -102,6 +107,14 @@ def enrich(
     ------
     ValueError
         No gene set has `min_size` to `max_size` genes in the background, or there are no modules.
+
+    Examples
+    --------
+    >>> table = enrichment.enrich(on, programs, n_top=10)
+    >>> table[["module", "pole", "term", "overlap", "size"]].head(2)
+         module pole        term  overlap  size
+    0  module_1    +  program_03       10    10
+    1  module_1    -  program_04       10    10
     """
     named, n_top = _by_name(modules), whole_number(n_top, "n_top")
     if isinstance(background, str):
@@ -163,6 +176,14 @@ def gsea(
     ------
     ValueError
         As for :func:`enrich`.
+
+    Examples
+    --------
+    >>> table = enrichment.gsea(on, programs, n_permutations=100)
+    >>> table[["module", "term", "nes"]].head(2).round(1)
+         module        term  nes
+    0  module_1  program_03  2.4
+    1  module_1  program_04 -2.3
     """
     named, n_permutations = _by_name(modules), whole_number(n_permutations, "n_permutations")
     random_state = whole_number(random_state, "random_state", 0)

@@ -44,6 +44,13 @@ def ablation(model: Model, modules: GeneModules, dataset: ExpressionDataset) -> 
         `dataset` does not fit the model.
     KeyError
         The modules are of a mix of outputs, or of none of the model's.
+
+    Examples
+    --------
+    >>> evidence.ablation(model, on, test).head(2).round(2)
+              score  changed   off    on
+    module_1   0.05     0.05  0.00  0.09
+    module_2   0.04     0.04  0.08  0.00
     """
     model.check(dataset)
     if isinstance(modules.output, Mapping) or modules.output not in model.output_names:
@@ -93,6 +100,14 @@ def without_pairs(dataset: ExpressionDataset, *, n_groups: int = 10, random_stat
     ------
     ValueError
         There are fewer cells than groups, or they are stored.
+
+    Examples
+    --------
+    >>> null = evidence.without_pairs(train)
+    >>> bool(np.allclose(null.x.mean(axis=0), train.x.mean(axis=0)))
+    True
+    >>> [float(on.scores(part)["module_1"].var().round(1)) for part in (train, null)]
+    [5.3, 1.0]
     """
     check_dataset(dataset)
     check_in_memory(dataset, "without_pairs")
@@ -135,6 +150,12 @@ def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, rando
     ------
     KeyError
         `dataset` lacks genes of the modules.
+
+    Examples
+    --------
+    >>> blind = evidence.random_directions(on, train)
+    >>> int(enrichment.enrich(blind, programs, n_top=10)["overlap"].max())
+    9
     """
     x = match_genes(dataset, modules.loadings.index)
     x = x[some(x.shape[0], LARGE)]
@@ -195,6 +216,16 @@ def trust(
         As for ``stability``.
     KeyError
         `null` or `audit` lacks the output.
+
+    Examples
+    --------
+    >>> found = evidence.trust(on, replicas, validation)
+    >>> found.trust[["stability", "trusted"]].round(1)
+              stability  trusted
+    module_1        1.0     True
+    module_2        1.0     True
+    module_3        0.6    False
+    module_4        0.6    False
     """
     if isinstance(modules, Mapping):
         done, found = {}, {"enriched": enriched, "enriched_random": enriched_random}

@@ -60,6 +60,13 @@ def direction(model: Model, output: Output) -> np.ndarray:
         An output is unknown, or a number may mean two of them.
     ValueError
         A weight is no finite number.
+
+    Examples
+    --------
+    >>> interactions.direction(model, "on")
+    array([-0.5,  0.5])
+    >>> interactions.direction(model, {"on": 1, "off": -1})
+    array([-1.,  1.])
     """
     mix = output if isinstance(output, Mapping) else {output: 1.0}
     names = list(model.output_names)
@@ -148,6 +155,12 @@ class InteractionMatrix(LinearOperator):
         ------
         ValueError
             The matrix is larger.
+
+        Examples
+        --------
+        >>> dense = q.to_dense()
+        >>> dense.shape, bool(np.allclose(dense, dense.T))
+        ((40, 40), True)
         """
         size = 8e-9 * self.shape[0] ** 2
         if size > max_gb:
@@ -164,20 +177,44 @@ class InteractionMatrix(LinearOperator):
         ----------
         x
             Cells, cell x gene: AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix.
+
+        Examples
+        --------
+        >>> x = adata.X[:2] - model.origin
+        >>> bool(np.allclose(q.quadratic_form(x), np.diag(x @ q.to_dense() @ x.T)))
+        True
         """
         projected = product(match_genes(x, self.gene_names), self.basis)
         return np.einsum("ci,ij,cj->c", projected, self.core, projected, optimize=True)
 
     def diagonal(self) -> np.ndarray:
-        """Return what each gene does with itself (gene)."""
+        """Return what each gene does with itself (gene).
+
+        Examples
+        --------
+        >>> bool(np.allclose(q.diagonal(), np.diag(q.to_dense())))
+        True
+        """
         return np.einsum("gi,gi->g", self.basis @ self.core, self.basis)
 
     def trace(self) -> float:
-        """Return the sum of the eigenvalues."""
+        """Return the sum of the eigenvalues.
+
+        Examples
+        --------
+        >>> bool(np.isclose(q.trace(), q.eigh()[0].sum()))
+        True
+        """
         return float(np.sum(self.core * (self.basis.T @ self.basis)))
 
     def norm(self) -> float:
-        """Return the Frobenius norm, the root of the sum of all squared interactions."""
+        """Return the Frobenius norm, the root of the sum of all squared interactions.
+
+        Examples
+        --------
+        >>> bool(np.isclose(q.norm(), np.linalg.norm(q.to_dense())))
+        True
+        """
         product = self.core @ (self.basis.T @ self.basis)
         return float(np.sqrt(max(0.0, np.sum(product * product.T))))
 
@@ -193,6 +230,13 @@ class InteractionMatrix(LinearOperator):
         ------
         KeyError
             A gene is not the model's.
+
+        Examples
+        --------
+        >>> q.between(programs["program_03"][:2], programs["program_04"][:3]).round(2)
+                 Sim0006  Sim0008  Sim0013
+        Sim0007    -0.06    -0.06    -0.05
+        Sim0009    -0.04    -0.04    -0.04
         """
         rows, columns = self._positions(genes_a), self._positions(genes_b)
         return pd.DataFrame(self.basis[rows] @ self.core @ self.basis[columns].T, index=genes_a, columns=genes_b)
@@ -235,6 +279,14 @@ class InteractionMatrix(LinearOperator):
         ------
         KeyError
             `dataset` lacks genes of the matrix.
+
+        Examples
+        --------
+        >>> q.top_pairs(n=3, dataset=train).round(3)
+            gene_a   gene_b  interaction  strength
+        0  Sim0017  Sim0032       -0.069     0.017
+        1  Sim0008  Sim0033       -0.063     0.017
+        2  Sim0007  Sim0008       -0.065     0.017
         """
         most = self.shape[0] * (self.shape[0] - 1) // 2
         n, block = min(whole_number(n, "n"), most), whole_number(block, "block")
@@ -301,6 +353,12 @@ class InteractionMatrix(LinearOperator):
         ----------
         scale
             Unit of every gene (gene), a Series matched by name.
+
+        Examples
+        --------
+        >>> values, _ = q.scaled(model.statistics.sd).eigh(4)
+        >>> bool(np.allclose(values, on.eigenvalues))
+        True
         """
         scale = gene_vector(scale, self.gene_names, "scale")
         return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names, output=self.output)
@@ -324,6 +382,12 @@ class InteractionMatrix(LinearOperator):
         ------
         ValueError
             `k` is not between 1 and min(gene, 2 hid).
+
+        Examples
+        --------
+        >>> values, vectors = q.eigh(2)
+        >>> values.round(2), vectors.shape
+        (array([ 0.6 , -0.36]), (40, 2))
         """
         u, t = self._thin()
         if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= t.shape[0]):
@@ -371,6 +435,11 @@ def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = Fals
     ------
     KeyError
         An output is unknown.
+
+    Examples
+    --------
+    >>> interactions.interaction_matrix(model, "on")
+    InteractionMatrix: output on; genes 40 x 40, held as factors; rank at most 16
     """
     return interaction_matrices(model, [output], homogeneous=homogeneous)[0]
 
@@ -393,6 +462,11 @@ def interaction_matrices(
     ------
     KeyError
         An output is unknown.
+
+    Examples
+    --------
+    >>> [matrix.shape for matrix in interactions.interaction_matrices(model)]
+    [(40, 40), (40, 40)]
     """
     left, right, p = _float64(model.w_l, model.w_r, model.w_p)
     basis, genes = np.hstack([left.T, right.T]), model.gene_names
@@ -477,6 +551,14 @@ def decompose(model: Model, x: Any, reference: np.ndarray, *, batch_size: int = 
     ------
     ValueError
         `reference` does not have the model's genes.
+
+    Examples
+    --------
+    >>> parts = interactions.decompose(model, test, reference=model.origin)
+    >>> bool(np.allclose(sum(parts), model.outputs(test), atol=1e-4))
+    True
+    >>> [round(float(part[:, 1].var()), 2) for part in parts]
+    [0.0, 0.01, 0.54]
     """
     x = match_genes(x, model.gene_names, model.layer)
     reference = gene_vector(reference, model.gene_names, "reference")
@@ -509,6 +591,14 @@ def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Serie
         An output is unknown.
     ValueError
         `reference` does not have the model's genes.
+
+    Examples
+    --------
+    >>> slopes = interactions.linear_axis(model, "on", reference=model.origin)
+    >>> slopes.nlargest(2).round(2)
+    Sim0016    0.13
+    Sim0007    0.08
+    dtype: float64
     """
     return pd.Series(direction(model, output) @ _expand(model, reference)[1], model.gene_names)
 
@@ -548,6 +638,12 @@ def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) ->
         An output is unknown, or genes of the model are missing.
     ValueError
         `reference` does not have the model's genes.
+
+    Examples
+    --------
+    >>> table = interactions.attributions(model, "on", adata, reference=model.origin)
+    >>> set(table.abs().mean().nlargest(20).index) == set(truth["genes"])
+    True
     """
     d, index = _around(model, x, reference)
     matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference)
@@ -575,6 +671,17 @@ def pair_effects(
         As for :func:`attributions`, and if a gene of a pair is not the model's.
     ValueError
         As for :func:`attributions`, and if a pair is one gene twice.
+
+    Examples
+    --------
+    >>> pairs = [("Sim0017", "Sim0032")]
+    >>> table = interactions.pair_effects(model, "on", adata, pairs, model.origin)
+    >>> table.groupby(labels, observed=True).mean().round(3)
+    gene_a Sim0017
+    gene_b Sim0032
+    label
+    off     -0.008
+    on       0.009
     """
     pairs = list(pairs[["gene_a", "gene_b"]].itertuples(index=False)) if isinstance(pairs, pd.DataFrame) else pairs
     pairs = pd.MultiIndex.from_tuples([tuple(pair) for pair in pairs], names=["gene_a", "gene_b"])
@@ -619,6 +726,14 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
         As for :func:`attributions`.
     ValueError
         As for :func:`attributions`, and if `groups` are not one a cell.
+
+    Examples
+    --------
+    >>> table = interactions.group_means(model, "on", adata, labels, model.origin)
+    >>> table[["n_cells", "coexpression", "mean"]].round(1)
+         n_cells  coexpression  mean
+    off      500          -0.4  -0.5
+    on       500           0.7   0.7
     """
     adata, x = x, match_genes(x, model.gene_names, model.layer)
     if np.ndim(groups) != 1 or len(groups) != x.shape[0]:
@@ -682,6 +797,11 @@ def similarity(
         The genes of the models differ, `part` is unknown, or `dataset` is needed.
     KeyError
         An output is unknown, or `dataset` lacks genes.
+
+    Examples
+    --------
+    >>> round(interactions.similarity(*replicas[:2], "on", dataset=train), 2)
+    0.97
     """
     if part not in ("all", "linear", "quadratic", "interaction"):
         raise ValueError(f"part={part!r} is unknown; choose 'all', 'linear', 'quadratic' or 'interaction'.")
@@ -804,6 +924,15 @@ def audit(
         `dataset` or `reference` does not fit the model, or one of `train` and `validation` is given alone.
     KeyError
         `reference` is not a class.
+
+    Examples
+    --------
+    >>> table = interactions.audit(model, test, train=train, validation=validation)
+    >>> table[["linear", "quadratic", "score", "score_additive", "gain"]].round(2)
+            linear  quadratic  score  score_additive  gain
+    output
+    off       0.04       0.97    1.0            0.48  0.52
+    on        0.04       0.97    1.0            0.52  0.48
     """
     model.check(dataset)
     if (train is None) != (validation is None):

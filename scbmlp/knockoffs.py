@@ -61,6 +61,12 @@ def knockoffs(
     ValueError
         `kind` is unknown, there are fewer than three cells in `train`, genes of the data sets differ, or are knock-offs
         already, cells are stored, or more memory is needed than `max_gb`.
+
+    Examples
+    --------
+    >>> twice, _ = knockoffs.knockoffs(train, validation)
+    >>> len(twice.gene_names), twice.gene_names[40]
+    (80, 'Sim0001 (knock-off)')
     """
     if kind not in ARRAYS:
         raise ValueError(f"kind={kind!r} is unknown; choose 'gaussian' or 'permuted'.")
@@ -243,6 +249,14 @@ def pair_discoveries(
     found depends on the draw, so look at several.
 
     ``benchmarks/pairs.py`` measures rate and power on planted pairs, with and without clumps.
+
+    Examples
+    --------
+    >>> table = knockoffs.pair_discoveries(
+    ...     ScBMLPClassifier, cfg, train, validation, "on", n_replicas=2
+    ... )
+    >>> {*table.loc[0, ["gene_a", "gene_b"]]} <= {*truth["genes"]}
+    True
     """
     n, n_replicas = whole_number(n, "n"), whole_number(n_replicas, "n_replicas", 2)
     if not (isinstance(clump, Real) and 0 < clump <= 1):

@@ -94,6 +94,12 @@ class Config:
     ------
     ValueError
         A size or rate is out of its range.
+
+    Examples
+    --------
+    >>> cfg = Config(d_input=2000, d_hidden=128, d_output=8, linear=True)
+    >>> cfg.n_epochs, cfg.batch_size, cfg.dropout_rate
+    (40, 64, 0.2)
     """
 
     d_input: int
@@ -190,7 +196,14 @@ class _BilinearMLP(nn.Module):
     # ------------------------------------------------------------------------------------------------ the model
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p."""
+        """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p.
+
+        Examples
+        --------
+        >>> x, _ = test[:5]
+        >>> tuple(model(x).shape)
+        (5, 2)
+        """
         if self.cfg.linear:
             x = x - self.center
         left, right = self.branches(x).chunk(2, dim=-1)
@@ -214,7 +227,7 @@ class _BilinearMLP(nn.Module):
 
     @property
     def origin(self) -> np.ndarray:
-        """Where the model is a quadratic form around (gene): the training mean if ``cfg.linear``, else 0."""
+        """What the model is a quadratic form around (gene), the training mean if ``cfg.linear``, else 0."""
         return (self.center * self.cfg.linear).cpu().numpy().astype(np.float64)
 
     # ------------------------------------------------------------------------------------------------- training
@@ -259,6 +272,18 @@ class _BilinearMLP(nn.Module):
         ValueError
             The data do not have ``cfg.d_input`` genes and ``cfg.d_output`` outputs, `val` has others than `train`, a
             baseline cannot be fitted (one class, a constant target), or ``cfg.patience`` lacks validation cells.
+
+        Examples
+        --------
+        >>> model = ScBMLPClassifier(Config(40, 8, 2, linear=True, n_epochs=3))
+        >>> history = model.fit(train, validation, enable_progress_bar=False)
+        >>> history[["val_loss", "val_accuracy"]].round(2)
+               val_loss  val_accuracy
+        epoch
+        0          0.69          0.59
+        1          0.67          0.65
+        2          0.66          0.69
+        3          0.66          0.70
         """
         _fit([self], train, val, baseline, ckpt_path, trainer_kwargs)
         return self.history
@@ -327,6 +352,14 @@ class _BilinearMLP(nn.Module):
         ValueError
             The number of genes or outputs is not the model's, the outputs are others, or targets are continuous for a
             classifier, classes for a regressor.
+
+        Examples
+        --------
+        >>> model.check(test)
+        >>> model.check(graded[2])
+        Traceback (most recent call last):
+            ...
+        ValueError: the data have continuous targets, ...
         """
         check_dataset(dataset)
         kind = "class codes" if dataset.y.ndim == 1 else "continuous targets"
@@ -408,6 +441,11 @@ class _BilinearMLP(nn.Module):
             The number of genes is not the model's, a gene comes twice, or values are not finite or negative.
         KeyError
             Genes of the model are missing, or the layer is.
+
+        Examples
+        --------
+        >>> model.outputs(adata).shape
+        (1000, 2)
         """
         x, batch_size = match_genes(x, self.gene_names, layer or self.layer), whole_number(batch_size, "batch_size")
         was_training = self.training
@@ -430,6 +468,11 @@ class _BilinearMLP(nn.Module):
         ------
         ValueError
             The dataset does not fit the model, as in :meth:`check`.
+
+        Examples
+        --------
+        >>> round(model.score(test), 2), round(regressor.score(graded[2]), 2)
+        (1.0, 0.9)
         """
         self.check(dataset)
         return self._measure(self.outputs(dataset), dataset.y.numpy())
@@ -452,6 +495,13 @@ class _BilinearMLP(nn.Module):
         ------
         ValueError
             A name is neither text nor a number, which a file could not hold.
+
+        Examples
+        --------
+        >>> model.save("model.safetensors")
+        >>> again = ScBMLPClassifier.load("model.safetensors")
+        >>> bool((again.predict(adata) == model.predict(adata)).all())
+        True
         """
         tensors = dict(self.state_dict())
         if self.statistics is not None:
@@ -493,6 +543,12 @@ class _BilinearMLP(nn.Module):
         ValueError
             The file holds another class of model, or no model of scbmlp, is damaged, or was written by a later
             version.
+
+        Examples
+        --------
+        >>> model.save("model.safetensors")
+        >>> list(ScBMLPClassifier.load("model.safetensors").output_names)
+        ['off', 'on']
         """
         name, (known, tensors) = Path(path).name, read_file(Path(path), cls.__name__)
         try:
@@ -534,13 +590,26 @@ class ScBMLPClassifier(_BilinearMLP):
         What modules need of the training cells.
     trials
         What :func:`tune` tried, a row a setting; None if the model was not tuned.
+
+    Examples
+    --------
+    >>> model = ScBMLPClassifier(Config(d_input=40, d_hidden=8, d_output=2))
+    >>> [tuple(weights.shape) for weights in (model.w_l, model.w_r, model.w_p)]
+    [(8, 40), (8, 40), (2, 8)]
     """
 
     metric = "accuracy"
     _targets = "class codes"
 
     def loss(self, outputs: Tensor, target: Tensor, count: Tensor | None = None) -> Tensor:
-        """Return the cross-entropy of logits (cell x out) and class codes (cell), each cell counted so often (cell)."""
+        """Return the cross-entropy of logits (cell x out) and class codes (cell), each cell counted so often (cell).
+
+        Examples
+        --------
+        >>> x, y = test[:50]
+        >>> round(model.loss(model(x), y).item(), 2)
+        0.31
+        """
         if count is None:
             return nn.functional.cross_entropy(outputs, target)
         return (nn.functional.cross_entropy(outputs, target, reduction="none") * count).mean()
@@ -562,6 +631,11 @@ class ScBMLPClassifier(_BilinearMLP):
         ----------
         x, layer
             Cells, as in :meth:`outputs`.
+
+        Examples
+        --------
+        >>> list(model.predict(adata[:4])), list(labels[:4])
+        (['on', 'off', 'on', 'off'], ['on', 'off', 'on', 'off'])
         """
         return self.output_names.to_numpy()[self.outputs(x, layer=layer).argmax(axis=1)]
 
@@ -572,6 +646,12 @@ class ScBMLPClassifier(_BilinearMLP):
         ----------
         x, layer
             Cells, as in :meth:`outputs`.
+
+        Examples
+        --------
+        >>> model.predict_proba(adata[:2]).round(2)
+        array([[0.15, 0.85],
+               [0.57, 0.43]], dtype=float32)
         """
         return torch.as_tensor(self.outputs(x, layer=layer)).softmax(dim=1).numpy()
 
@@ -597,6 +677,12 @@ class ScBMLPRegressor(_BilinearMLP):
     ------
     ValueError
         `loss_fn` is not one of the three.
+
+    Examples
+    --------
+    >>> regressor = ScBMLPRegressor(regressor.cfg, loss_fn="huber")
+    >>> list(regressor.fit(*graded[:2], enable_progress_bar=False))
+    ['train_loss', 'train_r2', 'val_loss', 'val_r2']
     """
 
     metric = "r2"
@@ -613,7 +699,14 @@ class ScBMLPRegressor(_BilinearMLP):
         return {"loss_fn": self.loss_fn}
 
     def loss(self, outputs: Tensor, target: Tensor, count: Tensor | None = None) -> Tensor:
-        """Return the loss of outputs and targets, both cell x out, each cell counted so often (cell)."""
+        """Return the loss of outputs and targets, both cell x out, each cell counted so often (cell).
+
+        Examples
+        --------
+        >>> x, y = graded[2][:50]
+        >>> round(regressor.loss(regressor(x), y).item(), 2)
+        0.02
+        """
         if count is None:
             return self._losses[self.loss_fn](outputs, target)
         return (self._losses[self.loss_fn](outputs, target, reduction="none") * count[:, None]).mean()
@@ -636,6 +729,11 @@ class ScBMLPRegressor(_BilinearMLP):
         ----------
         x, layer
             Cells, as in :meth:`outputs`.
+
+        Examples
+        --------
+        >>> regressor.predict(adata[:2]).round().astype(int).tolist()
+        [[1, 1, 0, 1], [0, 1, 1, 1]]
         """
         return self.outputs(x, layer=layer)
 
@@ -651,6 +749,16 @@ class ScBMLPRegressor(_BilinearMLP):
         ------
         ValueError
             The dataset does not fit the model, as in :meth:`check`.
+
+        Examples
+        --------
+        >>> regressor.evaluate(graded[2]).round(2)
+                      r2   mae
+        output
+        program_01  0.90  0.13
+        program_02  0.90  0.13
+        program_03  0.90  0.12
+        program_04  0.91  0.12
         """
         self.check(dataset)
         outputs, target = self.outputs(dataset), dataset.y.numpy()
@@ -676,6 +784,12 @@ def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDat
         `dataset` does not fit the model, as in ``model.check``.
     KeyError
         `dataset` lacks genes of the model.
+
+    Examples
+    --------
+    >>> known = models.statistics(model, test)
+    >>> known.mean.shape, known.covariance.shape, known.target.shape
+    ((40,), (40, 16), (40, 2))
     """
     model.check(dataset, names=False)
     x, y = match_genes(dataset, model.gene_names), dataset.y.numpy()
@@ -861,6 +975,21 @@ def tune(
     ValueError
         A size is out of its range, the linear baseline cannot be fitted, or `groups` are not one a validation cell, or
         fewer than two.
+
+    Examples
+    --------
+    >>> tuned = models.tune(
+    ...     ScBMLPClassifier, train, validation, d_hidden=8, n_epochs=10
+    ... )
+    >>> tuned.trials[["form", "val_accuracy", "chosen"]].round(2)
+                  form  val_accuracy  chosen
+    0  linear baseline          0.57   False
+    1           linear          0.76   False
+    2           linear          0.83   False
+    3           linear          0.86    True
+    4            plain          0.61   False
+    5            plain          0.58   False
+    6            plain          0.59   False
     """
     for name, dataset in {"train": train, "val": val}.items():
         check_dataset(dataset, name)
@@ -967,6 +1096,12 @@ def fit_replicas(
     ------
     ValueError
         There are fewer than two replicas, `resample` is unknown, or the data do not fit `cfg`.
+
+    Examples
+    --------
+    >>> replicas = models.fit_replicas(ScBMLPClassifier, cfg, train, validation, 3)
+    >>> [round(replica.score(test), 2) for replica in replicas]
+    [1.0, 0.98, 0.98]
     """
     n_replicas = whole_number(n_replicas, "n_replicas", 2)
     if resample not in (None, "bootstrap", "half"):
@@ -1031,6 +1166,12 @@ def fit_permuted(
     ------
     ValueError
         `strata` are not one a cell, a label is missing, or a stratum has a single cell in one of the two sets.
+
+    Examples
+    --------
+    >>> fits, _ = models.fit_permuted(ScBMLPClassifier, cfg, train, validation, 2)
+    >>> [round(fit.score(test), 2) for fit in fits]
+    [1.0, 0.53, 0.41]
     """
     n_permutations = whole_number(n_permutations, "n_permutations")
     rng, orders = np.random.default_rng(cfg.seed), []

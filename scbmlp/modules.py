@@ -98,6 +98,15 @@ class GeneModules:
             Genes of the modules are missing, or the layer is.
         ValueError
             A gene comes twice, or values are not finite.
+
+        Examples
+        --------
+        >>> scores = on.scores(adata)[["module_1", "module_2"]]
+        >>> scores.groupby(labels, observed=True).var().round(1)
+               module_1  module_2
+        label
+        off         0.5       9.6
+        on         10.2       0.6
         """
         index, x = cell_names(x), match_genes(x, self.weights.index, layer or self.layer)
         weights = self.weights.to_numpy()
@@ -113,6 +122,15 @@ class GeneModules:
         ----------
         x, layer
             Cells, as in :meth:`scores`.
+
+        Examples
+        --------
+        >>> added = on.contributions(adata)["module_1"]
+        >>> added.groupby(labels, observed=True).mean().round(2)
+        label
+        off    0.04
+        on     0.76
+        Name: module_1, dtype: float64
         """
         return self.scores(x, layer=layer) ** 2 * self.eigenvalues
 
@@ -134,6 +152,16 @@ class GeneModules:
             There is no such module.
         ValueError
             `pole` is unknown.
+
+        Examples
+        --------
+        >>> on.top_genes(n=3).round(2)
+        Sim0017    0.27
+        Sim0037    0.25
+        Sim0020    0.24
+        Name: module_1, dtype: float64
+        >>> set(on.top_genes(n=10, pole="-").index) == set(programs["program_04"])
+        True
         """
         loading = self.loadings[self._name(module)]
         keys = {"+": loading, "-": -loading, "both": loading.abs()}
@@ -160,6 +188,14 @@ class GeneModules:
             Both eigenvalues have the same sign.
         KeyError
             There is no such module.
+
+        Examples
+        --------
+        >>> genes = on.loadings @ on.factors()
+        >>> set(genes["plus"].nlargest(10).index) == set(programs["program_03"])
+        True
+        >>> set(genes["minus"].nsmallest(10).index) == set(programs["program_04"])
+        True
         """
         pair = self.eigenvalues[[self._name(first), self._name(second)]].sort_values(ascending=False)
         if pair.prod() >= 0:
@@ -203,6 +239,12 @@ class GeneModules:
             There is no such module.
         ValueError
             `values` are not one a cell, or constant.
+
+        Examples
+        --------
+        >>> factor = on.factor_along(adata, adata.obsm["programs"]["program_03"])
+        >>> round(factor.attrs["correlation"], 2)
+        0.93
         """
         names, values = [self._name(first), self._name(second)], np.asarray(values, dtype=np.float64).ravel()
         if self.eigenvalues[names].prod() < 0:
@@ -247,6 +289,12 @@ class GeneModules:
         ------
         KeyError, ValueError
             As for :meth:`scores`; nothing is written then.
+
+        Examples
+        --------
+        >>> on.to_adata(adata)
+        >>> adata.varm["modules_on"].shape, adata.obsm["X_modules_on"].shape
+        ((40, 4), (1000, 4))
         """
         if not isinstance(adata, AnnData):
             raise ValueError(
@@ -276,6 +324,13 @@ class GeneModules:
         ------
         ValueError
             A name is neither text nor a number, which a file could not hold.
+
+        Examples
+        --------
+        >>> on.save("on.safetensors")
+        >>> again = modules.GeneModules.load("on.safetensors")
+        >>> bool(np.allclose(again.scores(adata), on.scores(adata)))
+        True
         """
         genes, trust, mix = self.weights.index, self.trust, isinstance(self.output, Mapping)
         known = {
@@ -307,6 +362,12 @@ class GeneModules:
             There is no such file.
         ValueError
             The file holds a model, or nothing of scbmlp, is damaged, or was written by a later version.
+
+        Examples
+        --------
+        >>> on.save("on.safetensors")
+        >>> modules.GeneModules.load("on.safetensors").output
+        'on'
         """
         known, tensors = read_file(Path(path), cls.__name__, "modules")
         try:
@@ -364,6 +425,14 @@ def gene_modules(
     ValueError
         `metric` is unknown, there are fewer than `n_modules` modules, `dataset` does not fit the model, or the model
         has no statistics.
+
+    Examples
+    --------
+    >>> on = modules.gene_modules(model, "on", n_modules=4)
+    >>> on.eigenvalues.round(3).tolist()
+    [0.075, -0.045, -0.009, 0.007]
+    >>> set(on.top_genes(n=10).index) == set(programs["program_03"])
+    True
     """
     if metric not in ("sd", "identity", "covariance"):
         raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
@@ -450,6 +519,14 @@ def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
     ------
     ValueError
         There are fewer than two fits, or their genes differ.
+
+    Examples
+    --------
+    >>> fits = [modules.gene_modules(one, "on", 2).loadings for one in replicas]
+    >>> modules.agreement(fits).round(2)
+    module_1    0.92
+    module_2    0.91
+    Name: agreement, dtype: float64
     """
     if len(fits) < 2:
         raise ValueError(
@@ -484,6 +561,11 @@ def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> G
         There are fewer than two models, or their genes, outputs or training cells differ.
     KeyError
         The output is unknown.
+
+    Examples
+    --------
+    >>> modules.consensus(replicas, "on", n_modules=2).eigenvalues.round(3).tolist()
+    [0.295, -0.22]
     """
     return _mean_modules(models, _of_each(models, output, n_modules), output, n_modules)
 
@@ -524,6 +606,13 @@ def stability(
         As for :func:`consensus`, and if `modules` come without `dataset`.
     KeyError
         The output is unknown.
+
+    Examples
+    --------
+    >>> modules.stability(replicas, "on", n_modules=2).round(1)
+              eigenvalue  stability  low  high
+    module_1         0.3        1.0  1.0   1.0
+    module_2        -0.2        1.0  1.0   1.0
     """
     if (modules is None) != (dataset is None):
         raise ValueError("stability takes modules= and dataset= together: cells to correlate their scores over.")
@@ -633,6 +722,12 @@ def principal_angles(a: GeneModules, b: GeneModules, dataset: ExpressionDataset)
     ------
     KeyError
         `dataset` lacks genes of the modules.
+
+    Examples
+    --------
+    >>> a, b = (modules.gene_modules(one, "on", 2) for one in replicas[:2])
+    >>> modules.principal_angles(a, b, train).round(1)
+    array([5.9, 8.1])
     """
     scores = (np.asarray(one.scores(dataset), dtype=np.float64) for one in (a, b))
     return np.degrees(subspace_angles(*(part - part.mean(axis=0) for part in scores)))[::-1]
@@ -705,6 +800,16 @@ def permutation_null(
         As for :func:`scbmlp.models.fit_permuted`, and if there are no validation cells or the target is constant.
     KeyError
         The output is unknown.
+
+    Examples
+    --------
+    >>> table = modules.permutation_null(
+    ...     ScBMLPClassifier, cfg, train, validation, "on", 9
+    ... )
+    >>> table.head(2).round(2)
+              eigenvalue     r  null    p
+    module_1        0.40  0.84  0.14  0.1
+    module_2       -0.24  0.78  0.14  0.1
     """
     check_dataset(val, "val")
     outputs = output if isinstance(output, list) else [output]
@@ -756,6 +861,16 @@ def truncation_curve(
         `dataset` does not fit the model.
     KeyError
         Modules of an output are missing.
+
+    Examples
+    --------
+    >>> each = {out: modules.gene_modules(model, out, None) for out in ("off", "on")}
+    >>> modules.truncation_curve(model, each, test, ks=[0, 1, 2]).round(2)
+       score   off    on
+    k
+    0   0.46  0.64  0.28
+    1   0.75  0.51  1.00
+    2   1.00  1.00  1.00
     """
     model.check(dataset)
     missing = [str(name) for name in model.output_names if name not in modules]

@@ -33,6 +33,11 @@ def palette(categories: Iterable[str]) -> dict[str, str]:
     Returns
     -------
     Name to hexadecimal colour; ``adata.uns["<key>_colors"] = list(colors.values())`` makes scanpy use them too.
+
+    Examples
+    --------
+    >>> plotting.palette(["Alpha", "Beta"])
+    {'Alpha': '#332288', 'Beta': '#88CCEE'}
     """
     names = list(categories)
     colors = MUTED if len(names) <= len(MUTED) else sns.color_palette("husl", len(names)).as_hex()
@@ -59,6 +64,11 @@ def category_colors(adata: AnnData, key: str) -> dict[str, str]:
         There is no such column.
     ValueError
         A cell has no label.
+
+    Examples
+    --------
+    >>> plotting.category_colors(adata, "label")
+    {'off': '#332288', 'on': '#88CCEE'}
     """
     labels = obs_labels(adata, key, "key").astype("category")
     names, there = list(map(str, labels.cat.categories)), set(labels.astype(str))
@@ -78,6 +88,11 @@ def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
         ``"loss"``, or the model's metric.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> plotting.learning_curve(model.history, "accuracy", ax=ax)
+    <Axes: xlabel='epoch', ylabel='accuracy'>
     """
     for stage, color, label in (("train", NEUTRAL, "training"), ("val", POSITIVE, "validation")):
         if f"{stage}_{metric}" in history:
@@ -99,6 +114,12 @@ def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
         Cells by true class (rows) and predicted class (columns).
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> table = pd.crosstab(test.output_names[test.y], model.predict(test))
+    >>> plotting.confusion(table, ax=ax)
+    <Axes: xlabel='predicted', ylabel='true'>
     """
     share = table.div(table.sum(axis=1), axis=0)
     sns.heatmap(share, annot=table, fmt="d", cmap="Greys", vmin=0, vmax=1, square=True, cbar=False, ax=ax)
@@ -118,6 +139,11 @@ def spectrum(eigenvalues: pd.Series, *, ax: Axes) -> Axes:
         Eigenvalues, strongest first (comp).
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> plotting.spectrum(on.eigenvalues, ax=ax)
+    <Axes: xlabel='module', ylabel='eigenvalue'>
     """
     rank = np.arange(1, len(eigenvalues) + 1)
     ax.bar(rank, eigenvalues, color=np.where(eigenvalues > 0, POSITIVE, NEGATIVE))
@@ -137,6 +163,11 @@ def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
         Genes of each pole.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> plotting.loadings(on.loadings["module_1"], ax=ax)
+    <Axes: xlabel='loading'>
     """
     ordered = values.sort_values()
     shown = pd.concat([ordered[:n], ordered[n:][-n:]])
@@ -161,6 +192,13 @@ def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, s
         Class to colour, from top to bottom.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> colors = plotting.category_colors(adata, "label")
+    >>> score = on.scores(adata)["module_1"]
+    >>> plotting.score_histogram(score, labels, colors, ax=ax)
+    <Axes: xlabel='module score'>
     """
     edges = np.linspace(scores.min(), scores.max(), 61)
     for row, (name, color) in enumerate(colors.items()):
@@ -183,6 +221,11 @@ def enrichment(table: pd.DataFrame, n: int = 8, *, ax: Axes) -> Axes:
         Number of gene sets.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> plotting.enrichment(enrichment.enrich(on, programs, n_top=10), ax=ax)
+    <Axes: xlabel='-log10 q'>
     """
     shown = table.nsmallest(n, "p").iloc[::-1]
     # The accession at the end of a GO term is for the table.
@@ -206,6 +249,12 @@ def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
         What :func:`scbmlp.interactions.audit` returned.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> table = interactions.audit(model, test, train=train, validation=validation)
+    >>> plotting.shares(table, ax=ax)
+    <Axes: xlabel='share of the variance over cells'>
     """
     y = np.arange(len(table))
     ends = table[["linear", "quadratic", "interaction"]].astype(float)
@@ -233,6 +282,14 @@ def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], 
         Label to colour.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> points = on.scores(adata)[["module_1", "module_2"]].to_numpy()
+    >>> colors = plotting.category_colors(adata, "label")
+    >>> ax = plotting.embedding(points, labels, colors, ax=ax)
+    >>> ax.get_legend_handles_labels()[1]
+    ['off', 'on']
     """
     for name, color in colors.items():
         ax.scatter(*points[np.asarray(labels == name)].T, s=3, color=color, rasterized=True)
@@ -249,6 +306,12 @@ def by_output(tables: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
         Name to a table (fit x out), such as scores on every split, or a column of the audit.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> fits = pd.DataFrame([regressor.evaluate(part)["r2"] for part in graded])
+    >>> plotting.by_output({"bilinear": fits}, ax=ax)
+    <Axes: xlabel='output'>
     """
     styles = zip((POSITIVE, NEGATIVE, "black", NEUTRAL, *MUTED[1:4]), "os^Dvx+", strict=True)
     for (name, table), (color, marker) in zip(tables.items(), styles, strict=False):
@@ -268,6 +331,13 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
         What ``InteractionMatrix.between`` returned.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> table = q.between(programs["program_03"], programs["program_04"])
+    >>> ax = plotting.interactions(table, ax=ax)
+    >>> [label.get_text() for label in ax.get_xticklabels()[:2]]
+    ['Sim0006', 'Sim0008']
     """
     limit = np.abs(table.to_numpy()).max()
     bar = {"label": "interaction", "shrink": 0.7}
@@ -294,6 +364,12 @@ def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
         What to compare, such as the score of every output (rows) with every model (columns); missing ones are left out.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> ax = plotting.dots(regressor.evaluate(graded[2]), ax=ax)
+    >>> ax.get_legend_handles_labels()[1]
+    ['r2', 'mae']
     """
     y = np.arange(len(table))
     ax.hlines(y, table.min(axis=1), table.max(axis=1), color="#dddddd", zorder=0)
@@ -315,6 +391,13 @@ def dose_response(table: pd.DataFrame, *, ax: Axes) -> Axes:
         ``effect`` and ``error`` by compound and dose (rows), as from :func:`scbmlp.effects.mean_effects`.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> score, by = screen.to_df()["DHRS2"], ["perturbation", "dose_value"]
+    >>> table = effects.mean_effects(score, screen, "perturbation", "control", by=by)
+    >>> plotting.dose_response(table.droplevel("score").drop("control"), ax=ax)
+    <Axes: xlabel='dose', ylabel='effect'>
     """
     compounds = table.index.get_level_values(0).unique()
     for name, color in palette(compounds).items():
@@ -342,6 +425,12 @@ def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *
         Format of the numbers.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> ax = plotting.heatmap(adata.to_df().iloc[:, :4].corr(), ax=ax)
+    >>> [text.get_text() for text in ax.texts[:4]]
+    ['1.0', '0.0', '0.0', '0.0']
     """
     limit = np.nanmax(np.abs(table.to_numpy())) if limit is None else limit
     text = {"annot": True, "fmt": f"z{fmt}"}  # z: no "-0.0"
@@ -362,6 +451,12 @@ def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Ax
         Half the width of the band.
     ax
         Where to draw.
+
+    Examples
+    --------
+    >>> ax = plotting.strip({"HDAC": [3.0, 4.0], "silent": [0.5]}, band=2, ax=ax)
+    >>> [label.get_text() for label in ax.get_yticklabels()]
+    ['HDAC', 'silent']
     """
     rng = np.random.default_rng(0)
     for row, values in enumerate(groups.values()):
@@ -385,6 +480,11 @@ def trust(table: pd.DataFrame) -> Styler:
     Returns
     -------
     The table as a page shows it; the table itself is what to compute with.
+
+    Examples
+    --------
+    >>> plotting.trust(evidence.trust(on, replicas, validation).trust)
+    <pandas.io.formats.style.Styler object at 0x...>
     """
     # Darker than NEUTRAL: small text that must be read, on white and on what a dark theme puts behind a table.
     grey = np.where(table["trusted"], "", "color: #555555")

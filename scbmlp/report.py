@@ -114,6 +114,12 @@ def prepare(
     ValueError
         Not exactly one target is named, the file cannot be read, expression is not log-normalised, a class is too
         small, or the gene sets are of other genes.
+
+    Examples
+    --------
+    >>> cells = report.prepare(adata, class_key="label")
+    >>> cells.target, len(cells.train)
+    ('the 2 classes of `label`', 700)
     """
     named = [name for name in (class_key, target_key, perturbation_key) if name is not None]
     if len(named) != 1:
@@ -296,6 +302,10 @@ def report(
         What runs notebooks is not installed: ``pip install "scbmlp[report]"``.
     RuntimeError
         A step of the notebook failed.
+
+    Examples
+    --------
+    >>> report.report(adata, class_key="label")  # runs a notebook # doctest: +SKIP
     """
     out = Path(out).expanduser()
     there = [name for name in FILES if (out / name).exists()]
@@ -449,6 +459,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     The exit status: 0, 2 where the data do not fit, or 130 after Ctrl-C.
+
+    Examples
+    --------
+    >>> report.main(["report", "nowhere.h5ad", "--class-key", "label"])
+    2
     """
     parser = argparse.ArgumentParser(prog="scbmlp", description="Read gene programs off models of your cells.")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -111,6 +111,12 @@ def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnDa
     ------
     ValueError
         `n_cells` is too small for every cluster, or `n_genes` for every marker.
+
+    Examples
+    --------
+    >>> cells = simulate.pancreas(n_cells=300, n_genes=200)
+    >>> list(cells.uns["truth"]["interactions"])
+    ['background_1 x background_2', 'endocrine x background_3']
     """
     _check_at_least("n_cells", n_cells, 80, "are needed for a handful of cells in every cluster")
     rng = np.random.default_rng(seed)
@@ -199,6 +205,14 @@ def planted_interactions(
     ValueError
         A number is too small: cells for the four states of a pair, programs for the rule, genes for the programs,
         noise, or depth. Or `rule` is unknown.
+
+    Examples
+    --------
+    >>> cells = simulate.planted_interactions(0, 400, 600, rule="conjunction")
+    >>> cells.uns["truth"]["pair"].tolist()
+    ['program_10', 'program_14']
+    >>> cells.obs["label"].value_counts().to_dict()
+    {'off': 300, 'on': 100}
     """
     rules = {"exclusive-or": 2, "conjunction": 2, "readout": 2, "additive": 4, "link": 4, "mixed": 4}
     if rule not in rules:
@@ -309,6 +323,16 @@ def sciplex3(
     ------
     ValueError
         `n_cells` is too small for vehicle on every plate, `n_genes` for every marker, or a compound is unknown.
+
+    Examples
+    --------
+    >>> cells = simulate.sciplex3(n_cells=1000, n_genes=200)
+    >>> known = pd.DataFrame(cells.uns["truth"]["compounds"])
+    >>> known.loc[known["mechanism"] == "HSP90", ["plain", "ec50"]]
+               plain   ec50
+    26    Luminespib   30.0
+    27  Alvespimycin  200.0
+    28  Tanespimycin  400.0
     """
     _check_at_least("n_cells", n_cells, 600, "are needed for vehicle cells on every plate")
     rng = np.random.default_rng(seed)

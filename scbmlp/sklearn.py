@@ -59,10 +59,24 @@ class BilinearClassifier(ClassifierMixin, _Bilinear):
         Share of the cells that choose the penalty of the linear baseline and the epoch.
     random_state
         Seed of that choice, and of the fit.
+
+    Examples
+    --------
+    >>> from sklearn.model_selection import cross_val_score
+    >>> estimator = BilinearClassifier(d_hidden=8, n_epochs=20)
+    >>> cross_val_score(estimator, adata.X, labels, cv=2).round(2).tolist()
+    [0.88, 0.84]
     """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit to cells (cell x gene), dense or sparse, and their classes (cell)."""
+        """Fit to cells (cell x gene), dense or sparse, and their classes (cell).
+
+        Examples
+        --------
+        >>> fitted = BilinearClassifier(8, n_epochs=2).fit(adata.X, labels)
+        >>> list(fitted.classes_), fitted.model_.cfg.n_epochs
+        (['off', 'on'], 2)
+        """
         x, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float32)
         check_classification_targets(y)
         self.classes_, codes = np.unique(y, return_inverse=True)
@@ -71,25 +85,59 @@ class BilinearClassifier(ClassifierMixin, _Bilinear):
         return self._fit(ScBMLPClassifier, x, codes, pd.RangeIndex(len(self.classes_)))
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the most probable class of cells (cell)."""
+        """Return the most probable class of cells (cell).
+
+        Examples
+        --------
+        >>> fitted = BilinearClassifier(8, n_epochs=2).fit(adata.X, labels)
+        >>> set(fitted.predict(adata.X)) == {"off", "on"}
+        True
+        """
         outputs = self._outputs(X)
         return self.classes_[outputs.argmax(axis=1)]
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the probability of every class (cell x out)."""
+        """Return the probability of every class (cell x out).
+
+        Examples
+        --------
+        >>> fitted = BilinearClassifier(8, n_epochs=2).fit(adata.X, labels)
+        >>> fitted.predict_proba(adata.X[:3]).sum(axis=1).round(2).tolist()
+        [1.0, 1.0, 1.0]
+        """
         return softmax(self._outputs(X).astype(np.float64), axis=1)
 
 
 class BilinearRegressor(RegressorMixin, _Bilinear):
-    """:class:`scbmlp.models.ScBMLPRegressor` as an estimator of scikit-learn, as :class:`BilinearClassifier`."""
+    """:class:`scbmlp.models.ScBMLPRegressor` as an estimator of scikit-learn, as :class:`BilinearClassifier`.
+
+    Examples
+    --------
+    >>> fitted = BilinearRegressor(8, n_epochs=2).fit(adata.X, truth["state"])
+    >>> round(fitted.score(adata.X, truth["state"]), 2)
+    0.91
+    """
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit to cells (cell x gene), dense or sparse, and their targets (cell, or cell x out)."""
+        """Fit to cells (cell x gene), dense or sparse, and their targets (cell, or cell x out).
+
+        Examples
+        --------
+        >>> BilinearRegressor(8, n_epochs=2).fit(adata.X, truth["state"]).n_iter_
+        3
+        """
         x, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float32, multi_output=True, y_numeric=True)
         self._flat, y = y.ndim == 1, y.reshape(len(y), -1).astype(np.float32)
         return self._fit(ScBMLPRegressor, x, y, pd.RangeIndex(y.shape[1]))
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the predicted targets (cell, or cell x out)."""
+        """Return the predicted targets (cell, or cell x out).
+
+        Examples
+        --------
+        >>> fitted = BilinearRegressor(8, n_epochs=2).fit(adata.X, truth["state"])
+        >>> fitted.predict(adata.X[:2]).round().astype(int).tolist()
+        [[1, 1, 0, 1], [0, 1, 1, 1]]
+        """
         outputs = self._outputs(X).astype(np.float64)
         return outputs[:, 0] if self._flat else outputs

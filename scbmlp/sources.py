@@ -53,6 +53,12 @@ def pancreas() -> AnnData:
         ``SCBMLP_DATA_SOURCE`` is unknown, or the file holds counts neither in ``X`` nor in the layer ``counts``.
     OSError
         A file cannot be read (it names the file to delete), or the forced source has none.
+
+    Examples
+    --------
+    >>> cells = sources.pancreas()
+    >>> list(cells.obs["clusters"].cat.categories[:3])
+    ['Ductal', 'Ngn3 low EP', 'Ngn3 high EP']
     """
     return _counts(_first_of("pancreas", _download_pancreas, simulate.pancreas))
 
@@ -117,6 +123,12 @@ def sciplex3(
         An argument names what the screen does not have or leaves no cell, or the file does not hold counts.
     OSError
         As for :func:`pancreas`.
+
+    Examples
+    --------
+    >>> part = sources.sciplex3(cell_lines="K562", compounds="Hesperadin")
+    >>> sorted(part.obs["perturbation"].unique())
+    ['Hesperadin', 'control']
     """
     _check_max_cells(max_cells)
     adata = _first_of(
@@ -163,6 +175,12 @@ def dexamethasone() -> AnnData:
     OSError
         The file is not there (:class:`FileNotFoundError`), or not wanted since ``SCBMLP_DATA_SOURCE`` forces another
         source; or it cannot be read.
+
+    Examples
+    --------
+    >>> cells = sources.dexamethasone()
+    >>> list(cells.obs["dex_hours"].cat.categories)
+    ['0', '1', '3']
     """
     return _first_of("a549_dexamethasone")
 
@@ -196,6 +214,12 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     OSError
         There is neither file nor download (:class:`FileNotFoundError`), or not in the source that
         ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
+
+    Examples
+    --------
+    >>> cells = sources.norman(max_cells=20)
+    >>> int(cells.obs["perturbation"].value_counts().max())
+    20
     """
     _check_max_cells(max_cells)
     adata = _first_of("norman", lambda path: _download(path, NORMAN_URL), read=_open)
@@ -235,6 +259,12 @@ def glioblastoma() -> AnnData:
     OSError
         There is neither file nor download (:class:`FileNotFoundError`), or not in the source that
         ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
+
+    Examples
+    --------
+    >>> cells = sources.glioblastoma()
+    >>> list(cells.obs["condition"].cat.categories)
+    ['ctrl', 'panobinostat']
     """
     adata = _first_of("glioblastoma_panobinostat", lambda path: _download(path, ZHAO_URL), read=_open)
     condition = _labels(adata, "condition", "perturbation").replace("control", "ctrl")
@@ -475,6 +505,15 @@ def data_card(adata: AnnData) -> DataCard:
     ------
     KeyError
         `adata` does not say where it is from.
+
+    Examples
+    --------
+    >>> sources.data_card(adata)
+    SIMULATED CELLS
+    Data set: planted_interactions
+    Source: simulation, seed 0
+    Cells x genes: 1,000 x 40
+    ...
     """
     if "scbmlp_source" not in adata.uns:
         raise KeyError("adata.uns has no 'scbmlp_source'; a data card is for cells from scbmlp.sources or simulate.")

@@ -67,6 +67,13 @@ class StoredMatrix:
     ValueError
         The matrix is sparse by genes (CSC), it is not one of real numbers, an option is not one of those above, or a
         block that is read has values that are negative, NaN or infinite.
+
+    Examples
+    --------
+    >>> adata.write_h5ad("cells.h5ad")
+    >>> x = stores.StoredMatrix("cells.h5ad")
+    >>> x.shape, x[:3].shape, list(x[:, :2].gene_names)
+    ((1000, 40), (3, 40), ['Sim0001', 'Sim0002'])
     """
 
     dtype = np.dtype(np.float32)
@@ -142,6 +149,13 @@ class StoredMatrix:
         ----------
         normalize_total, log1p
             As the class takes them.
+
+        Examples
+        --------
+        >>> adata.write_h5ad("cells.h5ad")
+        >>> x = stores.StoredMatrix("cells.h5ad").scaled(1e4, log1p=True)
+        >>> np.expm1(x[:2]).sum(axis=1).round().tolist()
+        [10000.0, 10000.0]
         """
         target = float(normalize_total) or None
         if normalize_total is True:
@@ -155,6 +169,13 @@ class StoredMatrix:
         ----------
         rows
             Positions, a slice or a mask (cell).
+
+        Examples
+        --------
+        >>> adata.write_h5ad("cells.h5ad")
+        >>> x = stores.StoredMatrix("cells.h5ad")
+        >>> x.take(labels == "on").shape
+        (500, 40)
         """
         return self._like(_rows=self._rows[rows])
 
@@ -225,6 +246,13 @@ class StoredMatrix:
         ----------
         size
             Cells of a block, at most.
+
+        Examples
+        --------
+        >>> adata.write_h5ad("cells.h5ad")
+        >>> x = stores.StoredMatrix("cells.h5ad")
+        >>> [block.shape for rows, block in x.blocks(size=400)]
+        [(400, 40), (400, 40), (200, 40)]
         """
         most = max(1, min(self.holds(BLOCK_BYTES), BLOCK_CELLS))
         size = min(size, most)

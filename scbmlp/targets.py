@@ -84,6 +84,14 @@ def laplacian_frequencies(
         The graph has isolated cells or falls apart, it has no `n_frequencies` besides the constant one, `cells` is
         given with `neighbors_key` or is neither mask nor positions, `key_added` has a slash, or expression is not
         finite and non-negative.
+
+    Examples
+    --------
+    >>> control = screen[screen.obs["perturbation"] == "control"].copy()
+    >>> sc.pp.neighbors(control, method="gauss", use_rep="X")  # or none: one is made
+    >>> targets.laplacian_frequencies(control, 2, neighbors_key="neighbors")
+    >>> control.obsm["X_freq"].shape
+    (960, 2)
     """
     check_key(key_added)
     chosen = positions(cells, adata)
@@ -252,6 +260,19 @@ def perturbation_response(
         A label is missing, a stratum lacks vehicle cells, a perturbation has too few cells, `n_components` is too
         large, `reference` is unknown, `cells` is neither mask nor positions, `key_added` has a slash, or expression is
         not finite and non-negative.
+
+    Examples
+    --------
+    >>> targets.perturbation_response(
+    ...     screen, "perturbation", "control", 2, strata="cell_line"
+    ... )
+    >>> response = pd.DataFrame(screen.obsm["X_pert"], screen.obs["perturbation"])
+    >>> response.groupby(level=0, observed=True).mean().round(1).drop("control")
+                        0    1
+    perturbation
+    AR-42             4.4  3.9
+    Hesperadin        7.7 -4.1
+    AR-42+Hesperadin  9.6  1.5
     """
     check_key(key_added)
     if reference not in ("mean", "nearest"):
@@ -354,6 +375,19 @@ def dose_coordinates(
         A column is not in ``obs``, or `control` is not one of the labels.
     ValueError
         A label is missing, a dose is not a number of at least 0, all are 0, or `key_added` has a slash.
+
+    Examples
+    --------
+    >>> targets.dose_coordinates(screen, "perturbation", "dose_value", "control")
+    >>> dose = screen.obsm["X_dose"]["AR-42"]
+    >>> dose.groupby(screen.obs["dose_value"]).max().round(2)
+    dose_value
+    0.0        0.00
+    10.0       0.26
+    100.0      0.50
+    1000.0     0.75
+    10000.0    1.00
+    Name: AR-42, dtype: float32
     """
     check_key(key_added)
     labels, control = control_labels(adata, perturbation_key, control)
@@ -410,6 +444,15 @@ def noise_ceiling(
         Values are no counts, or `compute` does not return one row a cell.
     KeyError
         There is no such layer.
+
+    Examples
+    --------
+    >>> from sklearn.decomposition import TruncatedSVD
+    >>> counts, svd = simulate.pancreas(0, 300, 200), TruncatedSVD(2, random_state=0)
+    >>> targets.noise_ceiling(counts, lambda half: svd.fit_transform(half.X)).round(2)
+          r  ceiling
+    0  0.98     0.99
+    1  0.98     0.99
     """
     x, where = expression(adata, layer)
     x = sparse.csr_matrix(x)
