@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 CHECKED = "nbval-check-output"
-TAGS = {CHECKED, "hide-input", "remove-cell", "readme-figure", "parameters"}
+TAGS = {CHECKED, "hide-cell", "hide-input", "remove-cell", "readme-figure", "parameters"}
 
 
 @pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
