@@ -442,7 +442,7 @@ def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> 
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a page must say of its cells before anything else: are they simulated, and what is known of them."""
+    """What a page says of its cells, first of all whether they are simulated, or of its run; ``rows`` by name."""
 
     simulated: bool
     rows: pd.Series
@@ -506,7 +506,7 @@ def data_card(adata: AnnData) -> DataCard:
     return DataCard(simulated, pd.Series(rows))
 
 
-def run_card(adata: AnnData | None = None) -> pd.DataFrame:
+def run_card(adata: AnnData | None = None) -> DataCard:
     """Return what the run of a page took, and the versions it ran with.
 
     Parameters
@@ -528,4 +528,4 @@ def run_card(adata: AnnData | None = None) -> pd.DataFrame:
         rows["Peak memory"] = f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB"
     rows["Python"] = f"{platform.python_version()} on {platform.system()}, {os.cpu_count()} processors"
     rows["Packages"] = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return pd.Series(rows, name="").to_frame()
+    return DataCard(False, pd.Series(rows))
