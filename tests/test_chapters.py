@@ -85,7 +85,9 @@ def test_glued_names_in_prose_are_glued_by_the_code(chapter, request):
     prose = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
     used = set(re.findall(r"\{glue:text\}`(\w+)`", prose))
     page = request.node.callspec.params["chapter"].name
-    used |= set(re.findall(rf"chapters/{page}::(\w+)", "".join(path.read_text() for path in ROOT.glob("*.md"))))
+    others = "".join(path.read_text() for path in ROOT.glob("*.md"))
+    used |= set(re.findall(rf"chapters/{page}::(\w+)", others))
+    used |= set(re.findall(rf"\{{glue\}} (\w+)\n:doc: chapters/{page}\n", others))
     # A page that is also run outside of the book prints its sentences.
     assert used == glued and (used or "Markdown(" in code)
 
