@@ -22,7 +22,7 @@ ORDER = [
     "report",
 ]  # fmt: skip
 PUBLIC = {
-    "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
+    "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card", "run_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "stores": ["StoredMatrix"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
@@ -40,7 +40,15 @@ PUBLIC = {
         "group_means",
     ],
     "knockoffs": ["knockoffs", "pair_discoveries"],
-    "modules": ["gene_modules", "GeneModules", "consensus", "stability", "permutation_null", "truncation_curve"],
+    "modules": [
+        "gene_modules",
+        "all_gene_modules",
+        "GeneModules",
+        "consensus",
+        "stability",
+        "permutation_null",
+        "truncation_curve",
+    ],
     "evidence": ["trust", "ablation", "without_pairs", "random_directions"],
     "enrichment": ["enrich", "gsea", "read_gene_sets"],
     "plotting": ["palette", "category_colors", "trust"],

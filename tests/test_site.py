@@ -134,6 +134,18 @@ def soup(path):
     return bs4.BeautifulSoup(path.read_text(), "html.parser")
 
 
+def test_every_page_fits_into_binder():
+    (table,) = soup(SITE / "status.html").select("#memory table")
+    held = [float(row.find_all("td")[-1].text.removesuffix(" GB")) for row in table.select("tbody tr")]
+    assert len(held) == 6 and 0.3 < min(held) and max(held) < 2
+
+
+def test_words_of_the_glossary_explain_themselves():
+    words = soup(SITE / "chapters" / "cell_type.html").select("a[href*='glossary.html#term-']")
+    assert len(words) > 8 and all(word["title"].endswith(".") for word in words)
+    assert words[0]["title"].startswith("bilinear MLP: A network that multiplies two linear maps")
+
+
 def test_every_internal_link_and_anchor_resolves():
     pages = {path: soup(path) for path in PAGES}
     anchors = {path: {tag["id"] for tag in html.find_all(id=True)} for path, html in pages.items()}
