@@ -13,6 +13,8 @@ import nbformat
 import pytest
 import yaml
 
+import scbmlp
+
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
@@ -151,3 +153,27 @@ def test_landing_page_runs_and_shows_numbers_that_chapters_glue(monkeypatch):
 def test_logo_is_what_the_code_draws():
     drawn = (ROOT / "_static" / "logo.svg").read_text()
     assert runpy.run_path(str(ROOT / ".ci" / "maintain.py"))["logo_svg"]() == drawn
+
+
+def test_one_version_and_no_date_before_its_release():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    number, date = re.search(r"^## \[(.+?)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M).groups()
+    assert scbmlp.__version__ == citation["version"] == number
+    assert citation.get("date-released", "unreleased") == date
+
+
+def test_a_commit_and_make_lint_are_held_to_the_same_pinned_tools():
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
+    lines = re.findall(r"\$\(BIN\)/([\w-]+(?: check| format)?)", recipe)
+    hooks = re.findall(r"\.venv/bin/([\w-]+(?: check| format)?)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == lines and {line.split()[0] for line in lines} <= PINS.keys()
+
+
+def test_what_others_ask_for_is_where_the_table_says():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (.+) \| ([spj ]+) \| (.+) \|$", page, flags=re.M)
+    assert len(rows) >= 20
+    for what, _, state in rows:
+        assert state.startswith("open") or state == "this page" or "](" in state, what
+    for path in re.findall(r"\]\(([\w./]+)\)", page):
+        assert (ROOT / path).exists(), path
