@@ -109,7 +109,7 @@ def test_table_of_all_modules_needs_no_script(modules, sets, enriched):
             for pole, text in zip("+-", poles, strict=True):
                 own = enriched[(enriched["output"] == name) & (enriched["module"] == f"module_{k + 1}")]
                 own = own[(own["pole"] == pole) & (own["q"] < 0.05)].sort_values("q")
-                best = [f" {term} (q {q:.1g})".replace("e-", "e−") for term, q in own[["term", "q"]].to_numpy()[:1]]
+                best = [f" {term} (q {q:.2g})".replace("e-", "e−") for term, q in own[["term", "q"]].to_numpy()[:1]]
                 assert text == ", ".join(one.top_genes(k, 8, pole=pole).index) + "".join(best)
     assert next(data) == len(rows)
 

@@ -1,10 +1,13 @@
 """The explorer as its readers meet it: by keyboard, by a link, on a phone, in the dark, in print, without a script."""
 
+import re
+
 import pytest
 
 from scbmlp.enrichment import enrich
 from scbmlp.explorer import explorer
 from scbmlp.modules import gene_modules
+from scbmlp.plotting import NEGATIVE, POSITIVE
 from tests.test_explorer import HOSTILE, hostile
 from tests.test_site import CHROMIUM, PHONE, opened, serious
 
@@ -52,7 +55,7 @@ def shows(page, modules, output, module):
     one, sign = modules[output], {"positive": "+", "negative": "-"}
     words = f"{output}, module {module} pushes {output} {'up' if one.eigenvalues.iloc[module - 1] > 0 else 'down'}"
     chosen = [select(page, name).locator("option:checked").inner_text() for name in ("Output", "Module")]
-    assert page.locator(".summary").inner_text().startswith(words)
+    assert page.locator(".headline").inner_text().startswith(words)
     assert chosen[0] == output and chosen[1].startswith(f"{module}, ")
     for pole in sign:
         assert genes(page, pole) == list(one.top_genes(module - 1, 20, pole=sign[pole]).index)
@@ -76,6 +79,8 @@ def test_a_keyboard_is_enough(page, modules):
     page.keyboard.press("Enter")
     output, module = places[0][0].split(", module ")
     assert shows(page, modules, output, int(module)) and "Ins1" in page.locator("mark").all_inner_texts()
+    # The button is drawn anew, and the keyboard is not lost with it.
+    assert page.evaluate("document.activeElement.className") == "headline"
 
 
 def test_a_gene_is_found_in_every_module_that_has_it(page, modules):
@@ -112,14 +117,14 @@ def test_the_address_carries_the_view(page, browser, url, modules):
     for table in (".found", ".scores", ".sets"):
         assert rows(other, table) == rows(page, table)
     other.evaluate("location.hash = '#explorer:output=Ngn3+low+EP&module=3'")
-    other.wait_for_function("document.querySelector('.summary').textContent.startsWith('Ngn3 low EP, module 3')")
+    other.wait_for_function("document.querySelector('.headline').textContent.startsWith('Ngn3 low EP, module 3')")
     other.evaluate("location.hash = '#somewhere'")  # of the page, and none of ours
     other.wait_for_timeout(50)
     assert shows(other, modules, "Ngn3 low EP", 3) and other.url.endswith("#somewhere")
     for wrong in ("output=Gamma&module=2", "output=Beta&module=9", "output=Beta&module=x", ""):
         other.evaluate("hash => location.hash = hash", f"#explorer:{wrong}")
         output = "Beta" if "Beta" in wrong else next(iter(modules))
-        other.wait_for_function(f"document.querySelector('.summary').textContent.startsWith('{output}, module')")
+        other.wait_for_function(f"document.querySelector('.headline').textContent.startsWith('{output}, module')")
         assert shows(other, modules, output, 2 if "Gamma" in wrong else 1)
     assert other.problems == []
     other.close()
@@ -143,13 +148,27 @@ def test_numbers_stand_beside_every_picture(page, modules, sets):
     assert sorted(range(8), key=means.__getitem__) == sorted(range(8), key=centres.__getitem__)
 
 
+def luminance(color):
+    """Relative luminance, of WCAG 2, of a colour as a browser computes it: rgb(0 to 255), or color(srgb 0 to 1)."""
+    values = [float(value) for value in re.findall(r"[\d.]+", color)[:3]]
+    values = [value / 255 for value in values] if color.startswith("rgb") else values
+    parts = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in values]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nobody_is_kept_out(page, scheme):
     page.emulate_media(color_scheme=scheme)
     page.goto(page.url + VIEW)
     page.locator("summary").click()
-    grey = page.evaluate("getComputedStyle(document.body).color.match(/\\d+/)[0]")
-    assert (int(grey) > 127) == (scheme == "dark")
+    ground = luminance(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+    assert (ground < 0.5) == (scheme == "dark")
+    for pole, color in (("positive", POSITIVE), ("negative", NEGATIVE)):
+        style = "bar => getComputedStyle(bar, '::before').backgroundColor"
+        shown = page.locator(f".{pole} .bar").first.evaluate(style)
+        light, dark = sorted([ground, luminance(shown)], reverse=True)
+        assert (light + 0.05) / (dark + 0.05) >= 3, shown
+        assert scheme == "dark" or shown == "rgb" + str(tuple(int(color[i : i + 2], 16) for i in (1, 3, 5)))
     assert serious(page) == []
     assert page.get_by_role("status").count() == 2
     for name in ("Output", "Module"):
@@ -193,11 +212,11 @@ def test_several_of_one_page_keep_apart(browser, url, modules, sets, tmp_path):
     ids = "all => all.map(each => each.id)"
     assert page.locator("section").evaluate_all(ids) == ["explorer", "other", "explorer-2"]
     assert page.locator("[id]").count() == 3 * 2 + 1  # and a list of genes each
-    page.locator("#explorer-2 .output").select_option(label="Beta")
+    page.locator("#explorer-2 [name=output]").select_option(label="Beta")
     assert page.url.endswith("#explorer-2:output=Beta&module=1")
-    assert [text.split(",")[0] for text in page.locator(".summary").all_inner_texts()] == ["Ductal", "Ductal", "Beta"]
+    assert [text.split(",")[0] for text in page.locator(".headline").all_inner_texts()] == ["Ductal", "Ductal", "Beta"]
     page.reload()
-    assert [text.split(",")[0] for text in page.locator(".summary").all_inner_texts()] == ["Ductal", "Ductal", "Beta"]
+    assert [text.split(",")[0] for text in page.locator(".headline").all_inner_texts()] == ["Ductal", "Ductal", "Beta"]
     assert page.problems == []
     page.close()
 
@@ -212,7 +231,7 @@ def test_names_that_look_like_markup_are_shown_as_they_are(browser, tmp_path):
     select(page, "Output").select_option(label=HOSTILE[3])
     page.get_by_label("Find a gene").fill(HOSTILE[5])
     page.reload()
-    assert page.locator(".summary").inner_text().startswith(f"{HOSTILE[3]}, module 1")
+    assert page.locator(".headline").inner_text().startswith(f"{HOSTILE[3]}, module 1")
     assert page.locator(".answer").inner_text() == f"{HOSTILE[5]}: in 4 modules."
     assert page.locator("img, b").count() == 0 and page.problems == []
     page.close()

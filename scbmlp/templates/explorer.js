@@ -12,7 +12,10 @@
   const fixed = (values) => {
     const largest = Math.max(...values.map(Math.abs));
     const decimals = largest > 0 ? Math.min(Math.max(2 - Math.floor(Math.log10(largest)), 0), 20) : 0;
-    return (value) => (value.toFixed(decimals) * 1 === 0 ? (0).toFixed(decimals) : value.toFixed(decimals)).replace("-", "\u2212");
+    return (value) => {
+      const text = value.toFixed(decimals);
+      return text.replace("-", Number(text) === 0 ? "" : "\u2212");
+    };
   };
   const short = (value) =>
     (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(1) : String(Number(value.toPrecision(3)))).replace("-", "\u2212");
@@ -20,7 +23,7 @@
   function build(root) {
     const data = JSON.parse(root.querySelector("script[type='application/json']").textContent);
     const find = (name) => root.querySelector(`.${name}`);
-    const [output, module, gene] = ["output", "module", "gene"].map(find);
+    const [output, module, gene] = ["output", "module", "gene"].map((name) => root.querySelector(`[name="${name}"]`));
 
     root.id = root.dataset.name; // one explorer shown twice has two addresses
     for (let n = 2; document.querySelectorAll(`[id="${root.id}"]`).length > 1; n++) root.id = `${root.dataset.name}-${n}`;
@@ -48,7 +51,12 @@
     const fill = (table, rows) => table.tBodies[0].replaceChildren(...rows);
     // A first cell of words and a picture that says nothing which the numbers beside it do not say.
     const head = (words, picture) =>
-      made("th", { scope: "row" }, made("span", { className: "row" }, made("span", { className: "words" }, ...words), picture));
+      made("th", { scope: "row" }, made("span", { className: "pair" }, made("span", { className: "words" }, ...words), picture));
+    // A reader of the screen is told what is new, and nothing twice.
+    const say = (place, ...parts) => {
+      const words = made("p", {}, ...parts);
+      if (words.textContent !== place.textContent) place.replaceChildren(...words.childNodes);
+    };
     const cells = (...texts) => texts.map((text) => made("td", {}, text));
     const button = (text, onclick) => made("button", { type: "button", onclick }, text);
 
@@ -78,12 +86,13 @@
     function showScores(row, own) {
       const all = row.scores.flat();
       const text = fixed(all);
-      const [low, high] = [Math.min(0, ...all), Math.max(0, ...all)];
+      const [low, high] = [Math.min(...all), Math.max(...all)];
       const at = (value) => (high > low ? (value - low) / (high - low) : 0.5);
       const rows = data.groups.map((group, k) => {
         const [mean, first, quarter, median, third, last] = row.scores[k];
         const box = made("span", { className: "box" });
-        for (const name of ["line", "middle", "zero", "median", "mean"]) box.append(made("span", { className: name }));
+        for (const name of ["whisker", "middle", "median", "mean"]) box.append(made("span", { className: name }));
+        if (low <= 0 && high >= 0) box.prepend(made("span", { className: "zero" }));
         const place = { zero: 0, first, quarter, median, third, last, mean };
         for (const [name, value] of Object.entries(place)) box.style.setProperty(`--${name}`, at(value));
         const words = group.name === own ? made("strong", {}, group.name) : group.name;
@@ -108,7 +117,7 @@
       find("none").textContent = row.sets === null ? "" : "No gene set has q below 0.05 here.";
     }
 
-    function summary(i, j) {
+    function headline(i, j) {
       const row = data.outputs[i].modules[j];
       const parts = [made("strong", {}, label(i, j)), ` pushes ${data.outputs[i].name} ${sign(row.eigenvalue)} (eigenvalue ${short(row.eigenvalue)}).`];
       const known = row.trust ?? {};
@@ -127,7 +136,6 @@
       const known = places.get(typed.toUpperCase());
       const number = known ? known.at.length : 0;
       find("found").hidden = !known;
-      find("answer").hidden = !typed;
       if (known) {
         const text = fixed(known.at.map((one) => one.loading));
         find("found").caption.textContent = `Where ${known.name} is among the ${data.n_genes} strongest genes of a pole`;
@@ -137,18 +145,21 @@
             made(
               "tr",
               {},
-              made("th", { scope: "row" }, button(label(i, j), () => pick(i, j))),
+              made("th", { scope: "row" }, button(label(i, j), () => go(i, j))),
               ...cells(pole, rank, text(loading)),
             ),
           ),
         );
-        find("answer").textContent = `${known.name}: in ${number} ${number === 1 ? "module" : "modules"}.`;
+        say(find("answer"), `${known.name}: in ${number} ${number === 1 ? "module" : "modules"}.`);
       } else if (typed) {
         const near = names.filter((name) => name.toUpperCase().startsWith(typed.toUpperCase())).slice(0, 6);
-        find("answer").replaceChildren(
+        say(
+          find("answer"),
           `${typed} is not among the ${data.n_genes} strongest genes of any pole.`,
           ...near.flatMap((name, k) => [k ? ", " : " There are: ", button(name, () => search(name))]),
         );
+      } else {
+        say(find("answer"));
       }
       return known;
     }
@@ -157,7 +168,7 @@
       const [i, j] = [Number(output.value), Number(module.value)];
       const row = data.outputs[i].modules[j];
       const known = showFound();
-      find("summary").replaceChildren(...summary(i, j));
+      say(find("headline"), ...headline(i, j));
       showGenes(row);
       showScores(row, data.outputs[i].name);
       showSets(row);
@@ -176,6 +187,11 @@
     function pick(i, j) {
       choose(i, j);
       changed();
+    }
+    // What was pressed may be gone, so the keyboard goes where the view begins.
+    function go(i, j) {
+      pick(i, j);
+      find("headline").focus();
     }
     function search(name) {
       gene.value = name;
@@ -205,7 +221,7 @@
     root.querySelectorAll(".pick").forEach((place) => {
       const group = place.closest("tbody");
       const [i, j] = [[...group.parentNode.tBodies].indexOf(group), Number(place.textContent) - 1];
-      const choice = button(place.textContent, () => (pick(i, j), root.scrollIntoView()));
+      const choice = button(place.textContent, () => go(i, j));
       choice.ariaLabel = label(i, j);
       place.replaceChildren(choice);
     });
@@ -215,8 +231,12 @@
     window.addEventListener("afterprint", () => (all.open = open));
 
     find("live").hidden = false;
-    if (read()) window.addEventListener("load", () => root.scrollIntoView());
-    else choose(0, 0), show();
+    if (read()) {
+      window.addEventListener("load", () => root.scrollIntoView());
+    } else {
+      choose(0, 0);
+      show();
+    }
   }
 
   document.querySelectorAll(".scbmlp-explorer:not([id])").forEach(build);
