@@ -21,7 +21,7 @@ PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_te
 ORDER = [
     "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training",
     "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
-    "report",
+    "explorer", "report",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card", "run_card"],
@@ -54,6 +54,7 @@ PUBLIC = {
     "evidence": ["trust", "ablation", "without_pairs", "random_directions"],
     "enrichment": ["enrich", "gsea", "read_gene_sets"],
     "plotting": ["palette", "category_colors", "trust"],
+    "explorer": ["explorer", "Explorer"],
     "report": ["report", "prepare"],
     "sklearn": ["BilinearClassifier", "BilinearRegressor"],
 }
