@@ -12,18 +12,23 @@ override SCBMLP_DATA_DIR := $(shell $(PYTHON) -c 'import os, sys; print(os.path.
 export SCBMLP_DATA_DIR
 endif
 
-.PHONY: book test site-test test-min outputs figure logo bench lock clean
+.PHONY: book test lint site-test test-min dist outputs figure logo bench lock clean
 
 book: $(INSTALLED) ## build the site; every chapter is executed, and any error or warning stops the build
 	rm -rf _build
 	$(BIN)/jupyter-book build . -n -W --keep-going
 	@echo "The book is at $(CURDIR)/_build/html/index.html"
 
-test: $(INSTALLED) ## lint, unit tests, and every chapter on simulated cells against its stored results
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint ## lint, unit tests, and every chapter on simulated cells against its stored results
 	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest tests chapters \
 	  -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
+
+lint: $(INSTALLED) ## style, spelling, the workflow's security, and the house by the Scientific Python guide
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/zizmor --offline --no-progress .github
+	$(BIN)/repo-review . --show err
 
 site-test: $(INSTALLED) ## the site that make book left, opened from disk in Debian's chromium
 	$(BIN)/python -m pytest tests/test_site.py
@@ -33,7 +38,20 @@ test-min: ## unit tests with the lowest versions that pyproject.toml allows, whe
 	$(PYTHON) -m venv .venv-min
 	.venv-min/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-min.txt -e . hypothesis pytest
 	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest tests --ignore tests/test_chapters.py --ignore tests/test_project.py \
-	  --ignore tests/test_readme.py --ignore tests/test_site.py --deselect tests/test_targets.py::test_nothing_global_changes
+	  --ignore tests/test_readme.py --ignore tests/test_site.py --deselect tests/test_targets.py::test_nothing_global_changes -W default
+
+# Outside the repository, so that nothing but what is installed can be imported.
+TRY = cd "$$(mktemp -d)" && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-dist/bin/python" -I
+
+dist: $(INSTALLED) ## build sdist and wheel, and try each in an environment that has nothing else
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build --sdist --wheel
+	$(BIN)/python .ci/maintain.py archives
+	$(PYTHON) -m venv .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	$(TRY) "$(CURDIR)/.ci/installed.py"
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
+	$(TRY) "$(CURDIR)/.ci/installed.py"
 
 outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print on simulated cells
 	SCBMLP_DATA_SOURCE=simulated $(BIN)/python .ci/maintain.py outputs
@@ -55,7 +73,7 @@ lock: ## resolve every version anew, and write constraints.txt and environment.y
 	$(BIN)/python .ci/maintain.py lock
 
 clean: ## remove the virtual environment and the site
-	rm -rf .venv .venv-min .venv-min.txt _build
+	rm -rf .venv .venv-min .venv-min.txt .venv-dist dist _build
 
 $(INSTALLED): constraints.txt pyproject.toml
 	@echo "Making .venv with $(PYTHON), $$($(PYTHON) --version); 3.11 is proven, on 3.13 the unit tests were run, 3.12 is allowed. Another: make PYTHON=..."

@@ -1,12 +1,14 @@
-"""Chores of a maintainer, called by the Makefile: stored outputs, the README's figure, the pinned versions."""
+"""Chores of a maintainer, called by the Makefile: stored outputs, the README's figure, versions, what is shipped."""
 
 import base64
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
+from zipfile import ZipFile
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKED = "nbval-check-output"
@@ -112,6 +114,24 @@ def lowest() -> None:
         print(line.replace(">=", "=="))
 
 
+def archives() -> None:
+    """Hold what was built against git: the sdist has every file that is committed, the wheel the package, no more."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    committed = set(listed.stdout.split("\0")) - {""}
+    [sdist], [wheel] = (ROOT / "dist").glob("*.tar.gz"), (ROOT / "dist").glob("*.whl")
+    with tarfile.open(sdist) as tar, ZipFile(wheel) as archive:
+        shipped = {file.name.partition("/")[2] for file in tar if not file.isdir()} - {"PKG-INFO"}
+        installed = {name for name in archive.namelist() if ".dist-info/" not in name}
+    package = {name for name in committed if name.startswith("scbmlp/")}
+    wrong = [f"{sdist.name}: {name}" for name in sorted(shipped ^ committed)]
+    wrong += [f"{wheel.name}: {name}" for name in sorted(installed ^ package)]
+    if wrong:
+        sys.exit("\n".join(["Missing, or not committed:", *wrong]))
+    print(f"{sdist.name}: {len(shipped)} files, {wheel.name}: {len(installed)}, and all of them are git's")
+
+
 if __name__ == "__main__":
-    chores = {"outputs": outputs, "figure": figure, "logo": logo, "lock": lock, "lowest": lowest}
+    chores = {
+        "outputs": outputs, "figure": figure, "logo": logo, "lock": lock, "lowest": lowest, "archives": archives,
+    }  # fmt: skip
     chores[sys.argv[1]]()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from copy import copy
 from numbers import Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,7 @@ from scbmlp.stores import (
     row_totals,
 )
 
-Matrix = sparse.csr_matrix | np.ndarray | StoredMatrix
+Matrix: TypeAlias = sparse.csr_matrix | np.ndarray | StoredMatrix
 
 
 class ExpressionDataset(Dataset):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+
+if TYPE_CHECKING:  # a second of every import else
+    from matplotlib.figure import Figure
 
 
 def watched() -> bool:
@@ -52,3 +58,17 @@ def as_html(rows: Mapping[str, Any], title: str = "", table: pd.DataFrame | None
     if table is not None:
         parts.append(table.to_html(border=0, justify="left", float_format="{:.3g}".format))
     return "".join(parts)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure that brings its description along, to whichever page shows it."""
+
+    figure: Figure
+    alt: str
+
+    def _repr_html_(self) -> str:
+        png = io.BytesIO()
+        self.figure.savefig(png, dpi=2 * self.figure.dpi, metadata={"Software": None})
+        data, width = base64.b64encode(png.getvalue()).decode(), round(self.figure.get_figwidth() * self.figure.dpi)
+        return f'<img src="data:image/png;base64,{data}" alt="{html.escape(self.alt)}" width="{width}">'

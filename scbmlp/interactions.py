@@ -445,7 +445,11 @@ def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = Fals
 
 
 def interaction_matrices(
-    model: Model, outputs: Iterable[Output] | None = None, *, homogeneous: bool = False
+    model: Model,
+    outputs: Iterable[Output] | None = None,
+    *,
+    homogeneous: bool = False,
+    scale: np.ndarray | None = None,
 ) -> list[InteractionMatrix]:
     """Read the interaction matrices of several outputs, with one QR decomposition for all.
 
@@ -457,11 +461,15 @@ def interaction_matrices(
         Each as in :func:`direction`; every output of the model if None.
     homogeneous
         As in :func:`interaction_matrix`.
+    scale
+        Unit to measure every gene in (gene), a Series matched by name, as in :meth:`InteractionMatrix.scaled`.
 
     Raises
     ------
     KeyError
         An output is unknown.
+    ValueError
+        `scale` has another number of genes.
 
     Examples
     --------
@@ -470,6 +478,7 @@ def interaction_matrices(
     """
     left, right, p = _float64(model.w_l, model.w_r, model.w_p)
     basis, genes = np.hstack([left.T, right.T]), model.gene_names
+    scale = np.ones(len(genes)) if scale is None else gene_vector(scale, genes, "scale")
     outputs = list(model.output_names if outputs is None else outputs)
     weights = [direction(model, output) for output in outputs]
     if homogeneous:
@@ -481,6 +490,8 @@ def interaction_matrices(
         # Two more columns: the constant coordinate, and the direct weights; each output mixes them in its core.
         unit = np.eye(len(genes))[:, -1:]
         basis = np.hstack([basis, unit, np.vstack([slope.T, np.zeros(len(slope))])])
+        scale = np.append(scale, 1)
+    basis = basis * scale[:, None]
     thin = cache(lambda: np.linalg.qr(basis))
     matrices = []
     for output, mix in zip(outputs, weights, strict=True):

@@ -18,7 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from scbmlp.checks import plain_names, whole_number
 from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, match_genes, product
 from scbmlp.display import as_html, listed
-from scbmlp.interactions import InteractionMatrix, Model, Output, decompose, direction, interaction_matrix
+from scbmlp.interactions import Model, Output, decompose, direction, interaction_matrices
 from scbmlp.models import Config, Statistics, fit_permuted, statistics
 from scbmlp.storage import read_file, write_file
 
@@ -434,6 +434,50 @@ def gene_modules(
     >>> set(on.top_genes(n=10).index) == set(programs["program_03"])
     True
     """
+    return _modules(model, [output], n_modules, metric, dataset)[0]
+
+
+def all_gene_modules(
+    model: Model,
+    outputs: Iterable[str | int] | None = None,
+    n_modules: int | None = 10,
+    metric: Literal["sd", "identity", "covariance"] = "sd",
+    *,
+    dataset: ExpressionDataset | None = None,
+) -> dict[str | int, GeneModules]:
+    """Take the gene modules of several outputs, with one decomposition of the genes for all.
+
+    Parameters
+    ----------
+    outputs
+        Names or positions of outputs; every output of the model if None.
+    model, n_modules, metric, dataset
+        As in :func:`gene_modules`.
+
+    Returns
+    -------
+    The modules of each output, by `outputs`.
+
+    Raises
+    ------
+    KeyError
+        An output is unknown.
+    ValueError
+        As in :func:`gene_modules`.
+
+    Examples
+    --------
+    >>> each = modules.all_gene_modules(model, n_modules=4)
+    >>> {name: found.eigenvalues.round(3).tolist() for name, found in each.items()}
+    {'off': [-0.075, 0.045, 0.009, -0.007], 'on': [0.075, -0.045, -0.009, 0.007]}
+    """
+    outputs = list(model.output_names if outputs is None else outputs)
+    return dict(zip(outputs, _modules(model, outputs, n_modules, metric, dataset), strict=True))
+
+
+def _modules(
+    model: Model, outputs: list[Output], n_modules: int | None, metric: str, dataset: ExpressionDataset | None = None
+) -> list[GeneModules]:
     if metric not in ("sd", "identity", "covariance"):
         raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
     known = model.statistics if dataset is None else statistics(model, dataset)
@@ -442,14 +486,21 @@ def gene_modules(
             "the model has no statistics of its training cells, since it was not fitted or was saved by an earlier "
             "version of scbmlp; pass dataset= with the training cells."
         )
-    matrix = interaction_matrix(model, output)
     unit = np.ones(len(model.gene_names)) if metric == "identity" else known.sd
+    matrices = interaction_matrices(model, outputs, scale=unit if metric == "sd" else None)
     if metric == "covariance":
-        values, in_basis = _uncorrelated(matrix, known.covariance, n_modules)
-        weights, with_genes = matrix.basis @ in_basis, known.covariance @ in_basis
-        return _signed(model, output, known, unit, values, weights, with_genes, metric)
-    values, vectors = matrix.scaled(unit).eigh(n_modules)
-    return _signed(model, output, known, unit, values, _over(vectors, unit), vectors * unit[:, None], metric)
+        basis = matrices[0].basis
+        white = _whitened(basis, known.covariance)
+    found = []
+    for output, matrix in zip(outputs, matrices, strict=True):
+        if metric == "covariance":
+            values, in_basis = _uncorrelated(matrix.core, *white, n_modules)
+            parts = values, basis @ in_basis, known.covariance @ in_basis
+        else:
+            values, vectors = matrix.eigh(n_modules)
+            parts = values, _over(vectors, unit), vectors * unit[:, None]
+        found.append(_signed(model, output, known, unit, *parts, metric))
+    return found
 
 
 def _over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
@@ -487,18 +538,23 @@ def _signed(
     )
 
 
-def _uncorrelated(
-    matrix: InteractionMatrix, covariance: np.ndarray, n_modules: int | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues (comp) and score weights in the basis B (2 hid x comp) in the metric of the data's covariance.
+def _whitened(basis: np.ndarray, with_genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the axes in the basis B (2 hid x comp) along which the data vary, and by how much (comp).
 
-    B' Cov B is the covariance of the hidden pre-activations, so all of it happens in 2 hid dimensions.
+    From B (gene x 2 hid) and Cov B: B' Cov B is the covariance of the hidden pre-activations, so all of it happens in
+    2 hid dimensions.
     """
-    hidden = matrix.basis.T @ covariance
+    hidden = basis.T @ with_genes
     variance, axes = np.linalg.eigh((hidden + hidden.T) / 2)
     kept = variance > 1e-10 * variance.max()
-    root, axes = np.sqrt(variance[kept]), axes[:, kept]
-    values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ matrix.core @ axes) * root)
+    return axes[:, kept], np.sqrt(variance[kept])
+
+
+def _uncorrelated(
+    core: np.ndarray, axes: np.ndarray, root: np.ndarray, n_modules: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues (comp) and score weights in the basis (2 hid x comp), in the metric of the covariance."""
+    values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ core @ axes) * root)
     if n_modules is not None and not (isinstance(n_modules, int | np.integer) and 1 <= n_modules <= len(values)):
         raise ValueError(f"n_modules={n_modules!r} were asked for; there are {len(values)} uncorrelated modules.")
     order = np.argsort(-np.abs(values), kind="stable")[:n_modules]
@@ -681,8 +737,7 @@ def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Out
     core = np.diag(np.concatenate([modules.eigenvalues for modules in found])) / len(found)
     unit = found[0].unit.to_numpy()
     covariance = unit[:, None] * np.hstack([modules.loadings for modules in found])
-    matrix = InteractionMatrix(basis, core, found[0].weights.index)
-    values, in_basis = _uncorrelated(matrix, covariance, n_modules)
+    values, in_basis = _uncorrelated(core, *_whitened(basis, covariance), n_modules)
     known, weights = models[0].statistics, basis @ in_basis
     return _signed(models[0], output, known, unit, values, weights, covariance @ in_basis, "covariance")
 
@@ -818,11 +873,14 @@ def permutation_null(
         ModelClass, cfg, train, val, n_permutations, strata, n_jobs=n_jobs, progress=progress, **options
     )
     tables, null = {}, {}
-    for name in outputs:
-        found = []
-        for model, own in zip(models, vals, strict=True):
-            modules = gene_modules(model, name, n_modules, metric)
-            found.append((modules, follows_target(modules, model, own)))
+    fits = [
+        [
+            (modules, follows_target(modules, model, own))
+            for modules in _modules(model, outputs, n_modules, metric, None)
+        ]
+        for model, own in zip(models, vals, strict=True)
+    ]
+    for name, *found in zip(outputs, *fits, strict=True):
         key, (modules, r) = str(name), found[0]
         null[key] = np.array([other.max() for _, other in found[1:]])
         p = (1 + (null[key] >= r[:, None]).sum(axis=1)) / (1 + len(null[key]))
@@ -845,7 +903,7 @@ def truncation_curve(
     model
         A fitted classifier or regressor.
     modules
-        Modules of every output, by name: ``{name: gene_modules(model, name, n_modules=None, dataset=train) ...}``.
+        Modules of every output, by name: ``all_gene_modules(model, n_modules=None, dataset=train)``.
     dataset
         Cells to score on, with their targets.
     ks
@@ -864,7 +922,7 @@ def truncation_curve(
 
     Examples
     --------
-    >>> each = {out: modules.gene_modules(model, out, None) for out in ("off", "on")}
+    >>> each = modules.all_gene_modules(model, n_modules=None)
     >>> modules.truncation_curve(model, each, test, ks=[0, 1, 2]).round(2)
        score   off    on
     k

@@ -5,10 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import platform
+import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ SCIPLEX3_URL = f"{PERTPY}/srivatsan_2020_sciplex3.h5ad"
 NORMAN_URL = f"{PERTPY}/norman_2019.h5ad"
 ZHAO_URL = f"{PERTPY}/zhaoSims2021.h5ad"
 CONDITION = ["cell_line", "perturbation", "dose_value"]
+PACKAGES = ("scbmlp", "torch", "lightning", "anndata", "scanpy", "gseapy", "scikit-learn", "scipy", "numpy", "pandas")
+BEGAN = time.perf_counter()
 BLOCK = 4096  # cells of a file that are in memory beside the chosen ones
 
 
@@ -466,7 +472,7 @@ def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> 
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a page must say of its cells before anything else: are they simulated, and what is known of them."""
+    """What a page says of its cells, first of all whether they are simulated, or of its run; ``rows`` by name."""
 
     simulated: bool
     rows: pd.Series
@@ -537,3 +543,33 @@ def data_card(adata: AnnData) -> DataCard:
         rows[f"Labels: {key}"] = ", ".join(f"{label} {size:,}" for label, size in sizes[sizes > 0].head(12).items())
     rows["SHA-256"] = source.get("sha256") or hashlib.sha256(np.ascontiguousarray(stored).tobytes()).hexdigest()
     return DataCard(simulated, pd.Series(rows))
+
+
+def run_card(adata: AnnData | None = None) -> DataCard:
+    """Return what the run of a page took, and the versions it ran with.
+
+    Parameters
+    ----------
+    adata
+        Cells of the page, for their number.
+
+    Returns
+    -------
+    A row each for the size of the data, the time since scbmlp was imported, the most memory that the process held (not
+    on Windows, which does not say), the interpreter and the packages.
+
+    Examples
+    --------
+    >>> sources.run_card(adata).rows["Data"]
+    '1,000 cells x 40 genes'
+    """
+    rows = {} if adata is None else {"Data": f"{adata.n_obs:,} cells x {adata.n_vars:,} genes"}
+    rows["Run time"] = f"{time.perf_counter() - BEGAN:.0f} s"
+    if sys.platform != "win32":
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        rows["Peak memory"] = f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB"
+    rows["Python"] = f"{platform.python_version()} on {platform.system()}, {os.cpu_count()} processors"
+    rows["Packages"] = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    return DataCard(False, pd.Series(rows))

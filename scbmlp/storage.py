@@ -97,7 +97,7 @@ def _read(path: Path, foreign: Exception, damaged: Exception) -> tuple[dict[str,
         with safe_open(path, "pt") as file:
             stored = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:  # noqa: BLE001  safetensors has an error of its own, made in Rust
+    except Exception as error:  # safetensors has an error of its own, made in Rust
         raise damaged from error
     if "scbmlp" not in stored:
         raise foreign

@@ -1,3 +1,4 @@
+import shutil
 import socket
 
 import numpy as np
@@ -86,6 +87,16 @@ def treated():
     x = rng.uniform(1, 2, (n, 12)) + 3 * (obs["line"] == "b").to_numpy()[:, None] * np.eye(12)[5]
     x[obs["drug"] == "active"] += np.eye(12)[0] - 0.5 * np.eye(12)[1]
     return AnnData(sparse.csr_matrix(x, dtype=np.float32), obs=obs)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's chromium; no other browser is downloaded."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHAPTERS = sorted((ROOT / "chapters").glob("*.ipynb"))
 CHECKED = "nbval-check-output"
-TAGS = {CHECKED, "hide-input", "remove-cell", "readme-figure", "parameters"}
+TAGS = {CHECKED, "hide-cell", "hide-input", "remove-cell", "readme-figure", "parameters"}
 
 
 @pytest.fixture(params=CHAPTERS, ids=lambda path: path.stem)
@@ -79,11 +79,15 @@ def test_no_number_in_prose_is_typed(chapter):
     assert [line for text in prose for line in text.split("\n") if typed.search(line)] == []
 
 
-def test_glued_names_in_prose_are_glued_by_the_code(chapter):
+def test_glued_names_in_prose_are_glued_by_the_code(chapter, request):
     code = "\n".join(cell.source for cell in code_cells(chapter))
     glued = set(" ".join(re.findall(r'glue\(\s*"([\w ]+)"', code)).split())
     prose = "\n".join(cell.source for cell in chapter.cells if cell.cell_type == "markdown")
     used = set(re.findall(r"\{glue:text\}`(\w+)`", prose))
+    page = request.node.callspec.params["chapter"].name
+    others = "".join(path.read_text() for path in ROOT.glob("*.md"))
+    used |= set(re.findall(rf"chapters/{page}::(\w+)", others))
+    used |= set(re.findall(rf"\{{glue\}} (\w+)\n:doc: chapters/{page}\n", others))
     # A page that is also run outside of the book prints its sentences.
     assert used == glued and (used or "Markdown(" in code)
 

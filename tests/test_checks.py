@@ -33,6 +33,7 @@ from scbmlp.datasets import (
 from scbmlp.effects import additivity, against_control, mean_effects, response_directions
 from scbmlp.enrichment import enrich, gsea, read_gene_sets
 from scbmlp.evidence import ablation, random_directions, trust, without_pairs
+from scbmlp.explorer import explorer
 from scbmlp.interactions import (
     attributions,
     audit,
@@ -383,6 +384,21 @@ BAD = {
     "permutations of no ranks": (lambda a, w: gsea(w.modules, {"s": list(a.var_names)}, n_permutations=0), ValueError, "n_permutations=0"),
     "no set to rank": (lambda a, w: gsea(w.modules, {"s": ["x"]}), ValueError, "none of 1 gene sets has 5 to 500"),
     "knock-offs of AnnData": (lambda a, w: knockoffs(a), ValueError, "train is of type AnnData"),
+    # -------------------------------------------------------------------------------------------------- explorer
+    "nothing to explore": (lambda a, w: explorer({}, w.sets[2]), ValueError, "modules is empty; pass GeneModules"),
+    "a model to explore": (lambda a, w: explorer({"T0": w.classifier}, w.sets[2]), ValueError, "modules holds ScBMLPClassifier; pass GeneModules"),
+    "outputs to explore twice": (lambda a, w: explorer({1: w.modules, "1": w.modules}, w.sets[2]), ValueError, "modules have names that come twice: 1"),
+    "groups of nothing": (lambda a, w: explorer(w.modules, a), ValueError, "groups=None: cells of type AnnData have no classes; name a column"),
+    "groups of targets": (lambda a, w: explorer(w.modules, w.graded[2]), ValueError, "groups=None: .*have no classes"),
+    "groups of a data set by name": (lambda a, w: explorer(w.modules, w.sets[2], "type"), ValueError, "groups='type': cells of type ExpressionDataset have no obs; pass a label"),
+    "groups of no column": (lambda a, w: explorer(w.modules, a, "typ"), KeyError, "groups='typ' is not a column .*did you mean type"),
+    "groups of few": (lambda a, w: explorer(w.modules, a, ["x"]), ValueError, r"groups has shape \(1,\) for 120 cells; pass one"),
+    "groups of other cells": (lambda a, w: explorer(w.modules, a, pd.Series("x", [f"d{i}" for i in range(N)])), ValueError, "groups has rows of other cells"),
+    "groups without a label": (lambda a, w: explorer(w.modules, a, [None] * N), ValueError, "groups has no label for any of 120 cells; label some"),
+    "explored genes of none": (lambda a, w: explorer(w.modules, w.sets[2], n_genes=0), ValueError, "n_genes=0: a whole number of at least 1"),
+    "explorer of two words": (lambda a, w: explorer(w.modules, w.sets[2], name="my modules"), ValueError, "name='my modules' is to be in an address; take a letter"),
+    "sets by rank to explore": (lambda a, w: explorer(w.modules, w.sets[2], enriched=gsea(w.modules, {"s": [f"G{i}" for i in range(9)]}, n_permutations=9)), KeyError, "enriched lacks the columns pole, overlap; pass what"),
+    "sets of others to explore": (lambda a, w: explorer(w.modules, w.sets[2], enriched=enrich({"T9": w.modules}, {"s": [f"G{i}" for i in range(9)]})), ValueError, "enriched is of the outputs T9, none of which is in modules: T0; pass"),
     # -------------------------------------------------------------------------------------------------- training
     "precision of 16 bits": (lambda a, w: fit(w, precision="bf16-true"), ValueError, "precision='bf16-true': .*choose one of 32-true"),
     "precision of 64 bits": (lambda a, w: fit(w, precision=64), ValueError, "precision=64: "),
@@ -716,6 +732,7 @@ PUBLIC = {
     "factor": lambda a, w: w.modules.factor_along(a, a.obsm["target"]["up"]),
     "decompose": lambda a, w: decompose(w.classifier, a, np.ones(G)),
     "effects": lambda a, w: mean_effects(a.obsm["target"], a, "drug", "DMSO", strata="line"),
+    "explorer": lambda a, w: explorer(w.modules, a, "holes"),
     "control": lambda a, w: against_control(a.obsm["target"], a, "drug", "DMSO"),
     "additivity": lambda a, w: additivity(a.X, a, "drug", "DMSO", n_splits=2),
     "pairs": lambda a, w: interaction_matrix(w.classifier, "T0").top_pairs(3, dataset=get_classification_datasets(a, "type")[0]),

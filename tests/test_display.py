@@ -1,9 +1,16 @@
 """Is what objects show of themselves short, and is every text of it text?"""
 
+import base64
+import html
+import io
+import re
+
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
-from scbmlp.display import as_html, listed, watched
+from scbmlp.display import Picture, as_html, listed, watched
 
 
 def test_of_many_names_a_few_are_shown():
@@ -13,10 +20,10 @@ def test_of_many_names_a_few_are_shown():
 
 def test_every_text_is_escaped():
     table = pd.DataFrame({"<column>": ["<cell>", 1 / 3]}, ["<row>", "b"])
-    html = as_html({"<name>": "<value>", "n": 3}, "<title>", table)
+    page = as_html({"<name>": "<value>", "n": 3}, "<title>", table)
     for text in ("column", "cell", "row", "name", "value", "title"):
-        assert f"&lt;{text}&gt;" in html and f"<{text}>" not in html
-    assert ">0.333<" in html and "<strong>" not in as_html({"n": 3})
+        assert f"&lt;{text}&gt;" in page and f"<{text}>" not in page
+    assert ">0.333<" in page and "<strong>" not in as_html({"n": 3})
 
 
 @pytest.mark.parametrize(("terminal", "session", "expected"), [(0, 0, False), (1, 0, True), (0, 1, True)])
@@ -26,3 +33,11 @@ def test_a_page_that_is_built_is_not_watched(monkeypatch, terminal, session, exp
     if session:
         monkeypatch.setenv("JPY_SESSION_NAME", "own.ipynb")
     assert watched() is expected
+
+
+def test_picture_brings_its_description_and_is_sharp():
+    figure = Figure(figsize=(2, 1), dpi=50)
+    page = Picture(figure, 'a "b" <c>')._repr_html_()
+    data, alt, width = re.fullmatch('<img src="data:image/png;base64,(.*)" alt="(.*)" width="(.*)">', page).groups()
+    assert html.unescape(alt) == 'a "b" <c>' and "<c>" not in alt and width == "100"
+    assert plt.imread(io.BytesIO(base64.b64decode(data))).shape[:2] == (100, 200)

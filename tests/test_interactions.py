@@ -191,6 +191,18 @@ def test_matrices_of_one_model_share_one_decomposition(monkeypatch):
     assert len(calls) == 1 + len(matrices)  # one for all of them, and one for each read alone
 
 
+@pytest.mark.parametrize("homogeneous", [False, True])
+def test_matrices_in_units_of_the_genes(homogeneous):
+    model, scale = random_model(9, 3, 2, seed=1), np.arange(1.0, 10)
+    unit = np.diag(np.append(scale, 1) if homogeneous else scale)
+    for plain, scaled in zip(
+        interaction_matrices(model, homogeneous=homogeneous),
+        interaction_matrices(model, homogeneous=homogeneous, scale=scale),
+        strict=True,
+    ):
+        np.testing.assert_allclose(scaled.to_dense(), unit @ plain.to_dense() @ unit, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

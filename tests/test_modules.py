@@ -16,6 +16,7 @@ from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics,
 from scbmlp.modules import (
     GeneModules,
     agreement,
+    all_gene_modules,
     consensus,
     gene_modules,
     principal_angles,
@@ -51,6 +52,20 @@ def test_modules_are_eigenvectors_in_the_metric(fitted, metric):
     np.testing.assert_allclose(matrix @ v, v * modules.eigenvalues.to_numpy(), atol=1e-5)
     np.testing.assert_allclose(v.T @ v, np.eye(8), atol=1e-8)
     assert modules.eigenvalues.abs().is_monotonic_decreasing
+
+
+@pytest.mark.parametrize(("metric", "n_decompositions"), [("sd", 1), ("identity", 1), ("covariance", 0)])
+def test_modules_of_all_outputs_are_those_of_each_with_one_decomposition(fitted, metric, n_decompositions, monkeypatch):
+    model, dataset = fitted
+    calls, qr = [], np.linalg.qr
+    monkeypatch.setattr(np.linalg, "qr", lambda basis: calls.append(1) or qr(basis))
+    found = all_gene_modules(model, n_modules=4, metric=metric, dataset=dataset)
+    assert len(calls) == n_decompositions and list(found) == list(model.output_names)
+    for name, modules in found.items():
+        alone = gene_modules(model, name, 4, metric, dataset=dataset)
+        np.testing.assert_array_equal(modules.eigenvalues, alone.eigenvalues)
+        np.testing.assert_array_equal(modules.weights, alone.weights)
+        assert modules.output == alone.output == name
 
 
 @pytest.mark.parametrize("metric", ["sd", "identity"])

@@ -13,16 +13,18 @@ import nbformat
 import pytest
 import yaml
 
+import scbmlp
+
 ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
     "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training",
     "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
-    "report",
+    "explorer", "report",
 ]  # fmt: skip
 PUBLIC = {
-    "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card"],
+    "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card", "run_card"],
     "simulate": ["pancreas", "sciplex3", "planted_interactions"],
     "stores": ["StoredMatrix"],
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
@@ -40,10 +42,19 @@ PUBLIC = {
         "group_means",
     ],
     "knockoffs": ["knockoffs", "pair_discoveries"],
-    "modules": ["gene_modules", "GeneModules", "consensus", "stability", "permutation_null", "truncation_curve"],
+    "modules": [
+        "gene_modules",
+        "all_gene_modules",
+        "GeneModules",
+        "consensus",
+        "stability",
+        "permutation_null",
+        "truncation_curve",
+    ],
     "evidence": ["trust", "ablation", "without_pairs", "random_directions"],
     "enrichment": ["enrich", "gsea", "read_gene_sets"],
     "plotting": ["palette", "category_colors", "trust"],
+    "explorer": ["explorer", "Explorer"],
     "report": ["report", "prepare"],
     "sklearn": ["BilinearClassifier", "BilinearRegressor"],
 }
@@ -143,3 +154,27 @@ def test_landing_page_runs_and_shows_numbers_that_chapters_glue(monkeypatch):
 def test_logo_is_what_the_code_draws():
     drawn = (ROOT / "_static" / "logo.svg").read_text()
     assert runpy.run_path(str(ROOT / ".ci" / "maintain.py"))["logo_svg"]() == drawn
+
+
+def test_one_version_and_no_date_before_its_release():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    number, date = re.search(r"^## \[(.+?)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M).groups()
+    assert scbmlp.__version__ == citation["version"] == number
+    assert citation.get("date-released", "unreleased") == date
+
+
+def test_a_commit_and_make_lint_are_held_to_the_same_pinned_tools():
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), flags=re.M)[1]
+    lines = re.findall(r"\$\(BIN\)/([\w-]+(?: check| format)?)", recipe)
+    hooks = re.findall(r"\.venv/bin/([\w-]+(?: check| format)?)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == lines and {line.split()[0] for line in lines} <= PINS.keys()
+
+
+def test_what_others_ask_for_is_where_the_table_says():
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (.+) \| ([spj ]+) \| (.+) \|$", page, flags=re.M)
+    assert len(rows) >= 20
+    for what, _, state in rows:
+        assert state.startswith("open") or state == "this page" or "](" in state, what
+    for path in re.findall(r"\]\(([\w./]+)\)", page):
+        assert (ROOT / path).exists(), path

@@ -7,13 +7,12 @@ import pytest
 
 from tests.test_project import CONFIG, ROOT, wrong_addresses
 
-sync_api = pytest.importorskip("playwright.sync_api")
 bs4 = pytest.importorskip("bs4")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 SITE = ROOT / "_build" / "html"
 PAGES = sorted(path for path in SITE.rglob("*.html") if "_static" not in path.parts)
-CHROMIUM = shutil.which("chromium")  # Debian's; no other browser is downloaded
+CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.skipif(not PAGES, reason="there is no built site; run make book first"),
     pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed; on Debian: apt-get install chromium"),
@@ -21,14 +20,6 @@ pytestmark = [
 DESK, PHONE = {"width": 1300, "height": 900}, {"width": 390, "height": 844}
 # Rules of axe-core whose findings are the theme's and cannot be mended by style.
 ACCEPTED = {}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 def opened(browser, url):
@@ -130,8 +121,38 @@ def test_search_finds_a_gene_in_its_chapter(browser):
     page.close()
 
 
+def test_modules_can_be_explored_and_the_view_sent_to_others(browser):
+    page = opened(browser, (SITE / "chapters" / "cell_type.html").as_uri())
+    page.get_by_role("combobox", name="Output", exact=True).select_option(label="Beta")
+    page.get_by_role("combobox", name="Module", exact=True).press("ArrowDown")
+    page.get_by_label("Find a gene").fill("sox9")
+    assert page.locator("#explorer .headline").inner_text().startswith("Beta, module 2 pushes Beta")
+    assert page.locator("#explorer .genes tbody tr").count() == 40
+    assert page.locator("#explorer .scores tbody tr").count() == 8
+    assert page.url.endswith("#explorer:output=Beta&module=2&gene=Sox9")
+    other = opened(browser, page.url)
+    for part in ("headline", "answer", "found", "genes.positive", "genes.negative", "scores", "sets"):
+        at = f"#explorer .{part}"
+        assert other.locator(at).inner_text() == page.locator(at).inner_text(), part
+    assert page.problems == other.problems == []
+    page.close()
+    other.close()
+
+
 def soup(path):
     return bs4.BeautifulSoup(path.read_text(), "html.parser")
+
+
+def test_every_page_fits_into_binder():
+    (table,) = soup(SITE / "status.html").select("#memory table")
+    held = [float(row.find_all("td")[-1].text.removesuffix(" GB")) for row in table.select("tbody tr")]
+    assert len(held) == 6 and 0.3 < min(held) and max(held) < 2
+
+
+def test_words_of_the_glossary_explain_themselves():
+    words = soup(SITE / "chapters" / "cell_type.html").select("a[href*='glossary.html#term-']")
+    assert len(words) > 8 and all(word["title"].endswith(".") for word in words)
+    assert words[0]["title"].startswith("bilinear MLP: A network that multiplies two linear maps")
 
 
 def test_every_internal_link_and_anchor_resolves():

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import shutil
+import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -775,3 +777,14 @@ def test_indices_out_of_range_are_an_error_and_not_the_end_of_the_process(folder
         file["X/indices"][7] = 10**8
     with pytest.raises(OSError, match="no valid sparse matrix .*replace it"):
         read()
+
+
+def test_run_card_says_what_a_page_took():
+    before = sources.run_card().rows
+    held = np.ones(100_000_000)  # 0.8 GB
+    rows = sources.run_card(AnnData(np.zeros((3, 2), "f4"))).rows
+    assert "Data" not in before and rows["Data"] == "3 cells x 2 genes"
+    assert float(rows["Peak memory"].split()[0]) >= held.nbytes / 1e9
+    assert 0 <= int(rows["Run time"].split()[0]) <= time.perf_counter() - sources.BEGAN + 1
+    assert f"numpy {np.__version__}" in rows["Packages"] and f"pandas {pd.__version__}" in rows["Packages"]
+    assert rows["Python"].startswith(".".join(map(str, sys.version_info[:3])))

@@ -66,7 +66,7 @@ def test_any_names_and_weights_survive_a_file(tmp_path_factory, genes, outputs, 
 def rewritten(path, **changes):
     """Change what a saved model says of itself, with a checksum that is right again."""
     with safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
         known = json.loads(file.metadata()["scbmlp"]) | changes
     text = json.dumps(known)
     save_file(tensors, path, {"scbmlp": text, "sha256": _digest(text, tensors)})
