@@ -36,6 +36,10 @@ def page(browser, url):
     page.close()
 
 
+def address(page):
+    return page.evaluate("location.href")  # page.url lags behind
+
+
 def select(page, name):
     return page.get_by_role("combobox", name=name, exact=True)
 
@@ -107,11 +111,11 @@ def test_a_gene_is_found_in_every_module_that_has_it(page, modules):
 
 
 def test_the_address_carries_the_view(page, browser, url, modules):
-    assert page.url == url
+    assert address(page) == url
     select(page, "Output").select_option(label="Beta")
     select(page, "Module").select_option(index=1)
     page.get_by_label("Find a gene").fill("ins1")
-    assert page.url == url + VIEW and page.get_by_role("link").get_attribute("href") == VIEW
+    assert address(page) == url + VIEW and page.get_by_role("link").get_attribute("href") == VIEW
     other = opened(browser, url + VIEW)
     assert shows(other, modules, "Beta", 2) and other.get_by_label("Find a gene").input_value() == "Ins1"
     for table in (".found", ".scores", ".sets"):
@@ -120,7 +124,7 @@ def test_the_address_carries_the_view(page, browser, url, modules):
     other.wait_for_function("document.querySelector('.headline').textContent.startsWith('Ngn3 low EP, module 3')")
     other.evaluate("location.hash = '#somewhere'")  # of the page, and none of ours
     other.wait_for_timeout(50)
-    assert shows(other, modules, "Ngn3 low EP", 3) and other.url.endswith("#somewhere")
+    assert shows(other, modules, "Ngn3 low EP", 3) and address(other).endswith("#somewhere")
     for wrong in ("output=Gamma&module=2", "output=Beta&module=9", "output=Beta&module=x", ""):
         other.evaluate("hash => location.hash = hash", f"#explorer:{wrong}")
         output = "Beta" if "Beta" in wrong else next(iter(modules))
@@ -142,6 +146,16 @@ def test_numbers_stand_beside_every_picture(page, modules, sets):
     widths = page.locator(".genes.positive .bar").evaluate_all(size)
     loadings = modules["Beta"].top_genes(0, 20)
     assert [width / widths[0] for width in widths] == pytest.approx(list(loadings / loadings.iloc[0]), abs=0.02)
+    lines = set()
+    for output, one in modules.items():
+        select(page, "Output").select_option(label=output)
+        scores = one.scores(sets[2]).groupby(sets[2].y.numpy()).quantile([0.05, 0.95])
+        for k, name in enumerate(scores):
+            select(page, "Module").select_option(index=k)
+            low, high = scores[name].min(), scores[name].max()
+            lines.add((page.locator(".zero").count(), low <= 0, high >= 0))
+    assert lines == {(0, False, True), (8, True, True), (0, True, False)}
+    select(page, "Output").select_option(label="Beta")
     left = "all => all.map(e => e.getBoundingClientRect()).map(r => (r.left + r.right) / 2)"
     means = [float(text[1].replace("−", "-")) for text in rows(page, ".scores")]
     centres = page.locator(".scores .mean").evaluate_all(left)
@@ -213,7 +227,7 @@ def test_several_of_one_page_keep_apart(browser, url, modules, sets, tmp_path):
     assert page.locator("section").evaluate_all(ids) == ["explorer", "other", "explorer-2"]
     assert page.locator("[id]").count() == 3 * 2 + 1  # and a list of genes each
     page.locator("#explorer-2 [name=output]").select_option(label="Beta")
-    assert page.url.endswith("#explorer-2:output=Beta&module=1")
+    assert address(page).endswith("#explorer-2:output=Beta&module=1")
     assert [text.split(",")[0] for text in page.locator(".headline").all_inner_texts()] == ["Ductal", "Ductal", "Beta"]
     page.reload()
     assert [text.split(",")[0] for text in page.locator(".headline").all_inner_texts()] == ["Ductal", "Ductal", "Beta"]

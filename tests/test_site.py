@@ -129,8 +129,9 @@ def test_modules_can_be_explored_and_the_view_sent_to_others(browser):
     assert page.locator("#explorer .headline").inner_text().startswith("Beta, module 2 pushes Beta")
     assert page.locator("#explorer .genes tbody tr").count() == 40
     assert page.locator("#explorer .scores tbody tr").count() == 8
-    assert page.url.endswith("#explorer:output=Beta&module=2&gene=Sox9")
-    other = opened(browser, page.url)
+    view = page.evaluate("location.href")
+    assert view.endswith("#explorer:output=Beta&module=2&gene=Sox9")
+    other = opened(browser, view)
     for part in ("headline", "answer", "found", "genes.positive", "genes.negative", "scores", "sets"):
         at = f"#explorer .{part}"
         assert other.locator(at).inner_text() == page.locator(at).inner_text(), part
