@@ -110,6 +110,14 @@ def test_a_gene_is_found_in_every_module_that_has_it(page, modules):
     assert rows(page, ".found")[0][0] in expected
 
 
+def test_the_table_of_all_modules_leads_to_each(page, modules):
+    page.locator("summary").click()
+    for output, module in (("Beta", 3), ("Ductal", 2)):
+        sign = "up" if modules[output].eigenvalues.iloc[module - 1] > 0 else "down"
+        page.get_by_role("button", name=f"{output}, {module}, pushes {sign}", exact=True).click()
+        assert shows(page, modules, output, module) and "output=" + output in address(page)
+
+
 def test_the_address_carries_the_view(page, browser, url, modules):
     assert address(page) == url
     select(page, "Output").select_option(label="Beta")

@@ -219,10 +219,10 @@
 
     const all = find("all");
     root.querySelectorAll(".pick").forEach((place) => {
-      const group = place.closest("tbody");
-      const [i, j] = [[...group.parentNode.tBodies].indexOf(group), Number(place.textContent) - 1];
+      const row = place.closest("tr");
+      const [i, j] = [[...row.closest("table").tBodies].indexOf(row.parentNode), row.sectionRowIndex - 1];
       const choice = button(place.textContent, () => go(i, j));
-      choice.ariaLabel = label(i, j);
+      choice.ariaLabel = `${data.outputs[i].name}, ${place.textContent}`;
       place.replaceChildren(choice);
     });
     all.open = false;
