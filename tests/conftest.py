@@ -6,11 +6,16 @@ import pandas as pd
 import pytest
 import torch
 from anndata import AnnData
+from hypothesis import settings
 from scipy import sparse
 
 from scbmlp import simulate
 from scbmlp.datasets import get_classification_datasets
 from scbmlp.models import Config, ScBMLPClassifier
+
+# On a machine that others use, how long an example takes says nothing.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 @pytest.hookimpl(wrapper=True)

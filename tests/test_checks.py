@@ -668,7 +668,7 @@ def test_gmt_names_are_stripped_and_no_set_is_dropped(tmp_path):
 # --------------------------------------------------------------------------------------------------- the decisions
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(x=arrays(np.float32, st.tuples(st.integers(1, 5), st.integers(1, 5)), elements=st.floats(-9, 9, width=32)),
        seed=st.integers(0, 99))  # fmt: skip
 def test_a_matrix_is_the_sum_of_its_entries(x, seed):

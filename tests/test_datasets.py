@@ -61,7 +61,7 @@ def test_every_cell_is_in_one_of_three_sets_of_70_15_15_percent(targets, kind):
         )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(7, 60), min_size=2, max_size=12),
     fractions=st.sampled_from([(0.7, 0.15), (0.7, 0.15), (0.6, 0.2), (0.5, 0.25)]),
@@ -219,7 +219,7 @@ def test_one_dimensional_target_is_one_output(cells):
     np.testing.assert_array_equal(train.y, train.indices[:, None])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(order=st.permutations(range(6)), n_wanted=st.integers(1, 6), named=st.booleans())
 def test_genes_are_matched_by_name_whatever_their_order(order, n_wanted, named):
     x, genes = np.arange(18.0).reshape(3, 6) / 4, pd.Index(list("abcdef"))
@@ -239,7 +239,7 @@ def test_lacking_genes_are_named_and_a_wrong_number_of_columns_is_refused(cells)
         match_genes(np.zeros(300), cells.var_names)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.integers(8, 40), min_size=2, max_size=5),
     train_split=st.floats(0.3, 0.7),

@@ -44,7 +44,7 @@ def expected_tests(named, sets, background, n_top):
     return table.assign(q=false_discovery_control(table["p"]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     members=st.lists(st.sets(st.sampled_from(GENES + ["Other1", "Other2"]), min_size=1), min_size=1, max_size=6),
     background=st.none() | st.sets(st.sampled_from(GENES), min_size=30).map(sorted),

@@ -48,7 +48,7 @@ def dense_q(model, p):
     return (q + q.T) / 2
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes)
 def test_factors_are_the_dense_matrix(size):
     """eq-factors, eq-q."""
@@ -60,7 +60,7 @@ def test_factors_are_the_dense_matrix(size):
         np.testing.assert_allclose(matrix.to_dense(), expected, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(sizes)
 def test_matrix_is_half_the_autograd_hessian(size):
     model = random_model(*size, bias=True, linear=True).double()
@@ -69,7 +69,7 @@ def test_matrix_is_half_the_autograd_hessian(size):
     np.testing.assert_allclose(interaction_matrix(model, 0).to_dense(), hessian.numpy() / 2, atol=1e-10)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes)
 def test_eigenpairs_agree_with_dense_eigh(size):
     model = random_model(*size)
@@ -85,7 +85,7 @@ def test_eigenpairs_agree_with_dense_eigh(size):
     np.testing.assert_allclose(vectors * values @ vectors.T, dense, atol=1e-10 * scale)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(sizes, st.booleans(), st.booleans())
 def test_projectors_agree_with_dense_eigh_also_for_repeated_and_zero_eigenvalues(size, bias, homogeneous):
     """Small whole weights, half of them 0 and hidden units in pairs: many eigenvalues coincide or vanish."""
@@ -139,7 +139,7 @@ def test_directions():
     np.testing.assert_allclose(direction(regressor, {0: 0.5, "out0": 0.5}), [1, 0, 0])
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes, st.booleans(), st.booleans())
 def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, linear):
     """eq-homogeneous."""
@@ -154,7 +154,7 @@ def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, line
         np.testing.assert_allclose(vectors * values @ vectors.T, matrix.to_dense(), atol=1e-8)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes)
 def test_operator_diagonal_trace_and_norm(size):
     model = random_model(*size)
@@ -231,7 +231,7 @@ def test_impossible_requests():
         decompose(model, np.ones((2, 5), np.float32), np.ones(3))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(sizes, st.booleans(), st.booleans(), st.integers(1, 7))
 def test_parts_add_up_around_any_reference(size, bias, linear, batch_size):
     """eq-reference."""
@@ -243,7 +243,7 @@ def test_parts_add_up_around_any_reference(size, bias, linear, batch_size):
     np.testing.assert_allclose(constant + linear_part + quadratic, expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(sizes, st.booleans(), st.booleans())
 def test_axis_is_the_gradient_at_the_reference(size, bias, linear):
     """The slope of eq-reference."""
@@ -318,7 +318,7 @@ def three_sets(model, n_cells, seed=0):
     return sets
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.tuples(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3), st.integers(0, 10_000)), st.booleans())
 def test_an_additive_quadratic_model_has_no_interaction(size, linear):
     model = of_single_genes(random_model(*size, linear=linear))

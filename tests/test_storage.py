@@ -43,7 +43,7 @@ def test_saved_model_without_names_takes_unnamed_genes(tmp_path):
     np.testing.assert_array_equal(loaded.predict(toy()), model.outputs(toy()).argmax(axis=1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     genes=st.lists(st.text(), min_size=3, max_size=3, unique=True),
     outputs=st.lists(st.text(), min_size=2, max_size=2, unique=True)

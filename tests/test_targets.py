@@ -54,7 +54,7 @@ def test_path_graph_has_its_cosines():
 
 
 @given(st.integers(8, 30), st.integers(0, 10**6), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_connected_graph_agrees_with_dense_algebra(n, seed, normalized):
     rng = np.random.default_rng(seed)
     weights = rng.random((n, n)) * (rng.random((n, n)) < 0.3) + path(n)  # not symmetric: it is made so
