@@ -6,6 +6,6 @@ document.addEventListener("DOMContentLoaded", () => {
   for (const summary of document.querySelectorAll(".bd-links summary")) summary.ariaLabel = "Pages below this one";
   // book.css lets tables scroll, and what scrolls must be reached by keyboard.
   for (const table of document.querySelectorAll(".bd-article table")) table.tabIndex = 0;
-  // Said to be a list, without items.
-  for (const list of document.querySelectorAll(".citation-list")) list.removeAttribute("role");
+  // Said to be a list, without items, and its entries what is no longer a role.
+  for (const list of document.querySelectorAll(".citation-list, .citation")) list.removeAttribute("role");
 });
