@@ -12,12 +12,15 @@ override SCBMLP_DATA_DIR := $(shell $(PYTHON) -c 'import os, sys; print(os.path.
 export SCBMLP_DATA_DIR
 endif
 
-.PHONY: book test lint site-test test-min dist outputs figure logo bench lock clean
+.PHONY: book pdf test lint site-test lighthouse test-min dist outputs figure logo bench lock clean
 
 book: $(INSTALLED) ## build the site; every chapter is executed, and any error or warning stops the build
 	rm -rf _build
 	$(BIN)/jupyter-book build . -n -W --keep-going
 	@echo "The book is at $(CURDIR)/_build/html/index.html"
+
+pdf: $(INSTALLED) ## print the site that make book left anew, to _build/html/scbmlp.pdf
+	$(BIN)/python .ci/book_browser.py
 
 test: lint ## lint, unit tests, and every chapter on simulated cells against its stored results
 	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest tests chapters \
@@ -32,6 +35,9 @@ lint: $(INSTALLED) ## style, spelling, the workflow's security, and the house by
 
 site-test: $(INSTALLED) ## the site that make book left, opened from disk in Debian's chromium
 	$(BIN)/python -m pytest tests/test_site.py
+
+lighthouse: $(INSTALLED) ## what Lighthouse, by npx, says of every page that make book left
+	$(BIN)/python .ci/lighthouse.py
 
 test-min: ## unit tests with the lowest versions that pyproject.toml allows, where no book extra is needed
 	$(PYTHON) .ci/maintain.py lowest > .venv-min.txt

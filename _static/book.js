@@ -8,6 +8,6 @@ document.addEventListener("DOMContentLoaded", () => {
   const tables = ".bd-article table:not(.scbmlp-explorer table)";
   const scrolled = matchMedia("(max-width: 600px)").matches ? `${tables}, .bd-article figure, .bd-article pre` : tables;
   for (const wide of document.querySelectorAll(scrolled)) wide.tabIndex = 0;
-  // Said to be a list, without items.
-  for (const list of document.querySelectorAll(".citation-list")) list.removeAttribute("role");
+  // Said to be a list, without items, and its entries what is no longer a role.
+  for (const list of document.querySelectorAll(".citation-list, .citation")) list.removeAttribute("role");
 });

@@ -1,6 +1,9 @@
-"""The built site as its readers meet it: from disk and without a network, on a desk, on a phone and in the dark."""
+"""The built site as its readers meet it: from disk, without a network, on a desk, on a phone, in the dark, on paper."""
 
+import re
 import shutil
+import unicodedata
+from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
@@ -9,6 +12,7 @@ from tests.test_project import CONFIG, ROOT, wrong_addresses
 
 bs4 = pytest.importorskip("bs4")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+pypdf = pytest.importorskip("pypdf")
 
 SITE = ROOT / "_build" / "html"
 PAGES = sorted(path for path in SITE.rglob("*.html") if "_static" not in path.parts)
@@ -25,9 +29,10 @@ ACCEPTED = {}
 def opened(browser, url):
     """Open a page, and note in `problems` what a reader without a network would miss."""
     page = browser.new_page(viewport=DESK, color_scheme="light")
-    page.problems = []
+    page.problems, page.loaded = [], {}
     page.on("console", lambda message: message.type in {"error", "warning"} and page.problems.append(message.text))
     page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("requestfinished", lambda request: page.loaded.update({urlsplit(request.url).path: request.url}))
     page.on("requestfailed", lambda request: page.problems.append(f"failed: {request.url}"))
     page.on("request", lambda request: at_home(request.url) or page.problems.append(f"outside: {request.url}"))
     page.goto(url)
@@ -44,6 +49,12 @@ def page(browser, request):
     page = opened(browser, request.param.as_uri())
     yield page
     page.close()
+
+
+def test_page_is_light(page):
+    """With all that it loads, uncompressed; pictures are there, since none is lazy."""
+    sizes = {path: Path(unquote(path)).stat().st_size for path, url in page.loaded.items() if url.startswith("file:")}
+    assert sum(sizes.values()) < 3e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
 
 
 def test_equations_are_rendered(page):
@@ -97,7 +108,9 @@ def test_dark_theme_survives_a_reload_and_is_legible(page):
     theme = "document.documentElement.dataset.theme"
     for _ in range(3):  # automatic, light, dark
         if page.evaluate(theme) != "dark":
+            mode = page.evaluate("document.documentElement.dataset.mode")
             page.locator(".theme-switch-button:visible").first.click()
+            page.wait_for_function(f"document.documentElement.dataset.mode !== '{mode}'")
     page.reload()
     page.evaluate("window.MathJax?.startup?.promise")
     assert page.evaluate(theme) == "dark"
@@ -106,6 +119,15 @@ def test_dark_theme_survives_a_reload_and_is_legible(page):
 
 def test_nothing_was_missed(page):
     assert page.problems == []
+
+
+def test_equations_need_no_script(browser):
+    page = browser.new_page(java_script_enabled=False)
+    page.goto((SITE / "method.html").as_uri())
+    assert page.locator(".math").count() == page.locator(".math > mjx-container").count() > 50
+    fonts = "() => document.fonts.ready.then(fonts => [...fonts].map(font => `${font.family} ${font.status}`))"
+    assert "MJXTEX-I loaded" in page.evaluate(fonts)
+    page.close()
 
 
 def test_citation_can_be_copied(browser):
@@ -176,3 +198,68 @@ def test_buttons_lead_to_the_repository_of_the_configuration():
     links = [tag["href"] for path in PAGES for tag in soup(path).select(".bd-header-article a[href^=http]")]
     assert bool(links) == bool(CONFIG["repository"]["url"])
     assert wrong_addresses("\n".join(path.read_text() for path in PAGES)) == []
+
+
+def test_every_page_says_what_it_is():
+    pages = {path: soup(path) for path in PAGES}
+    assert all(html.html["lang"] == "en" for html in pages.values())
+    for what in (
+        {path: html.title.text for path, html in pages.items()},
+        {path: html.select_one("meta[name=description]")["content"] for path, html in pages.items()},
+    ):
+        assert len(set(what.values())) == len(pages) and all(what.values()), what
+
+
+@pytest.fixture(scope="module")
+def pdf():
+    return pypdf.PdfReader(SITE / "scbmlp.pdf")
+
+
+def flat(outline):
+    return [each for item in outline for each in (flat(item) if isinstance(item, list) else [item])]
+
+
+def test_pdf_is_linked_from_every_page():
+    for path in PAGES:
+        links = [tag["href"] for tag in soup(path).select("a[href$='scbmlp.pdf']")]
+        assert [(path.parent / link).resolve() for link in links] == [SITE / "scbmlp.pdf"], path.name
+
+
+def test_pdf_has_every_chapter_and_section_in_its_order(pdf):
+    index = soup(SITE / "index.html")
+    order = [SITE / "index.html", *(SITE / tag["href"] for tag in index.select(".bd-links a[href]"))]
+    headings = [
+        tag.text.removesuffix("#") for path in order for tag in soup(path).article.select("h1, h2, h3, [role=heading]")
+    ]
+    assert len(order) > 10
+    assert [item.title for item in flat(pdf.outline)] == headings
+    pages = [pdf.get_destination_page_number(item) for item in flat(pdf.outline)]
+    assert pages == sorted(pages)
+
+
+def words(text):
+    return re.sub(r"[\W_]+", "", unicodedata.normalize("NFKC", text))
+
+
+def test_pdf_has_captions_equations_and_every_tab(pdf):
+    text = words("".join(page.extract_text() for page in pdf.pages))
+    for path in PAGES:
+        html = soup(path)
+        for each in html.select("figcaption :is(.math, .headerlink)"):
+            each.replace_with("|")
+        for part in html.select("article :is(figcaption .caption-text, .sd-tab-label)"):
+            assert [piece for piece in part.text.split("|") if words(piece) not in text] == []
+    assert str(ROOT) not in text
+    assert words("y = P((Lx + b_l) ⊙ (Rx + b_r)) + b_p") in text
+
+
+def test_links_of_the_pdf_lead_to_places_in_it_or_to_the_web(pdf):
+    links = [note.get_object() for page in pdf.pages for note in page.get("/Annots", [])]
+    outside = [link["/A"]["/URI"] for link in links if "/A" in link]
+    inside = {link["/Dest"] for link in links if "/A" not in link}
+    assert [uri for uri in outside if not uri.startswith("https://")] == []
+    assert len(links) > 300
+    assert inside - set(pdf.named_destinations) == set()
+    assert (pdf.metadata.title, pdf.metadata.author) == (CONFIG["title"], CONFIG["author"])
+    written = (SITE / "scbmlp.pdf").read_bytes()
+    assert b"file:" not in written and str(ROOT).encode() not in written and b"Date" not in written
