@@ -28,7 +28,7 @@ from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.interactions import audit, interaction_matrices
 from scbmlp.models import Config, ScBMLPClassifier, fit_replicas
-from scbmlp.modules import all_gene_modules
+from scbmlp.modules import gene_modules
 
 RESULTS = Path(__file__).with_name("results") / "scale.json"
 ROUNDS, BATCH, HID, CLASSES = 5, 64, 128, 8
@@ -222,7 +222,8 @@ def child_quickstart(kind: str) -> float:
     if kind == "here":
         model = ScBMLPClassifier(Config(10_000, HID, CLASSES, n_epochs=100, batch_size=BATCH, lr=1e-4))
         model.fit(train, **QUIET)
-        all_gene_modules(model, n_modules=5)
+        for name in model.output_names:
+            gene_modules(model, name, 5)
         return time.perf_counter() - start
     x, y = train[:]
     return 100 * loop(bilinear(10_000, HID, CLASSES), x, y, True, False) + child_spectra("dense", "10000")
@@ -250,7 +251,9 @@ def part_growth():
             one_hot = np.eye(size["outputs"])[train.y]
             work = {
                 "an epoch": lambda train=train, size=size: ours(train, 1, size["hid"]),
-                "modules of all outputs": lambda model=model: clocked(lambda: all_gene_modules(model, n_modules=5)),
+                "modules of all outputs": lambda model=model: clocked(
+                    lambda: [gene_modules(model, name, 5) for name in model.output_names]
+                ),
                 "audit": lambda model=model, train=train, val=val: clocked(
                     lambda: audit(model, val, train=train, validation=val)
                 ),
