@@ -30,9 +30,11 @@ SET = """async () => {
     style: [...document.getElementById("MJX-CHTML-styles").sheet.cssRules].map(rule => rule.cssText).join("\\n"),
   };
 }"""
-# Tables that are wider than the page shrink to its width.
+# Tables that are wider than the page shrink to its width, and no image is missing.
 FIT = """async () => {
   await document.fonts.ready;
+  const missing = [...document.images].filter(image => !image.naturalWidth).map(image => image.alt);
+  if (missing.length) throw new Error(`images are missing: ${missing.join("; ")}`);
   for (const table of document.querySelectorAll("table")) {
     const room = table.parentElement.clientWidth;
     if (table.offsetWidth > room) table.style.zoom = room / table.offsetWidth;
@@ -92,7 +94,8 @@ def move(article, page, pages):
     for style in article.find_all("style"):
         style.string = re.sub(r"(?<=#)[\w-]+", lambda match: names.get(match[0], match[0]), style.text)
     for tag in article.find_all(src=True):
-        tag["src"] = normpath(join(dirname(page), tag["src"]))
+        if not urlsplit(tag["src"]).scheme:  # else it brings its data along
+            tag["src"] = normpath(join(dirname(page), tag["src"]))
     for link in article.find_all("a", href=True):
         target, name = urldefrag(link["href"])
         file = normpath(join(dirname(page), unquote(target))).removesuffix(".html") if target else page
