@@ -35,7 +35,8 @@ def is_installed() -> None:
 
 def has_its_files() -> None:
     files = resources.files("scbmlp")
-    for name in ("py.typed", "sciplex3_design.csv", "templates/page.html.j2", "templates/your_cells.ipynb"):
+    templates = ("page.html.j2", "your_cells.ipynb", "explorer.html.j2", "explorer.css", "explorer.js")
+    for name in ("py.typed", "sciplex3_design.csv", *(f"templates/{name}" for name in templates)):
         assert files.joinpath(name).is_file(), f"{name} is missing"
 
 

@@ -116,7 +116,13 @@ def lowest() -> None:
 
 def archives() -> None:
     """Hold what was built against git: the sdist has every file that is committed, the wheel the package, no more."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    if not (ROOT / ".git").exists():
+        print("This is no checkout of git, so that there is nothing to hold the archives against.")
+        return
+    # A checkout may be another user's, as in a container.
+    listed = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     committed = set(listed.stdout.split("\0")) - {""}
     [sdist], [wheel] = (ROOT / "dist").glob("*.tar.gz"), (ROOT / "dist").glob("*.whl")
     with tarfile.open(sdist) as tar, ZipFile(wheel) as archive:
