@@ -1,3 +1,20 @@
 """Read gene-gene interactions off the weights of bilinear MLPs trained on single cells."""
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+__all__ = [
+    "baselines", "datasets", "effects", "enrichment", "evidence", "explorer", "interactions", "knockoffs", "models",
+    "modules", "plotting", "report", "simulate", "sklearn", "sources", "stores", "targets",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    # Modules are imported when they are first asked for: torch and scanpy take seconds.
+    if name in __all__:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

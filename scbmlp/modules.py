@@ -171,7 +171,7 @@ class GeneModules:
         key = keys[pole][keys[pole] > 0]  # a gene of loading 0 is in neither pole
         return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
 
-    def factors(self, first: int | str = 0, second: int | str = 1) -> pd.DataFrame:
+    def factors(self, first: int | str = 0, second: int | str | None = None) -> pd.DataFrame:
         """Return what turns two modules of opposite sign into the two factors whose product they are (comp x 2).
 
         ``scores(x) @ factors()`` are the scores of the factors: their product is what the two modules contribute.
@@ -180,7 +180,8 @@ class GeneModules:
         Parameters
         ----------
         first, second
-            Rank or name of the modules, one with a positive and one with a negative eigenvalue.
+            Rank or name of the modules, one with a positive and one with a negative eigenvalue. Without `second`, the
+            strongest module whose sign is not that of `first`.
 
         Raises
         ------
@@ -197,11 +198,16 @@ class GeneModules:
         >>> set(genes["minus"].nsmallest(10).index) == set(programs["program_04"])
         True
         """
-        pair = self.eigenvalues[[self._name(first), self._name(second)]].sort_values(ascending=False)
+        first = self._name(first)
+        if second is None:
+            # If there is none, the next one is named in the error.
+            opposite = self.eigenvalues * self.eigenvalues[first] < 0
+            second = opposite.idxmax() if opposite.any() else min(1, len(opposite) - 1)
+        pair = self.eigenvalues[[first, self._name(second)]].sort_values(ascending=False)
         if pair.prod() >= 0:
             raise ValueError(
                 f"{' and '.join(pair.index)} have eigenvalues {pair.iloc[0]:.3g} and {pair.iloc[1]:.3g}; a product "
-                f"needs one positive and one negative, see eigenvalues."
+                f"needs one positive and one negative, see eigenvalues, or take more modules."
             )
         mix = pd.DataFrame(0.0, self.eigenvalues.index, ["plus", "minus"])
         mix.loc[pair.index] = np.sqrt(pair.abs().to_numpy())[:, None] * [[1, 1], [1, -1]]

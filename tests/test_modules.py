@@ -202,6 +202,18 @@ def test_modules_of_one_sign_are_no_product(fitted):
         modules.factors(0, 99)
 
 
+def test_a_product_takes_the_strongest_of_the_other_sign(fitted):
+    model, dataset = fitted
+    modules = gene_modules(model, 0, None, dataset=dataset)
+    for first in (modules.eigenvalues.idxmax(), modules.eigenvalues.idxmin()):
+        mix = modules.factors(first)
+        assert set(mix.index[mix.any(axis=1)]) == {modules.eigenvalues.idxmax(), modules.eigenvalues.idxmin()}
+    rising = modules.eigenvalues[modules.eigenvalues > 0]
+    of_one_sign = replace(modules, eigenvalues=rising, loadings=modules.loadings[rising.index])
+    with pytest.raises(ValueError, match="needs one positive and one negative, see eigenvalues, or take more modules"):
+        of_one_sign.factors()
+
+
 def test_covariance_metric(fitted):
     """eq-covariance."""
     model, dataset = fitted

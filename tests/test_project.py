@@ -4,6 +4,8 @@ import ast
 import importlib
 import re
 import runpy
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +100,16 @@ def test_public_names_exist_and_are_documented(module, names):
     for name in names:
         assert getattr(loaded, name).__doc__
     assert f"scbmlp.{module}" in (ROOT / "api.md").read_text()
+
+
+def test_modules_are_found_by_completion_and_imported_when_asked_for():
+    code = "import scbmlp, sys; print(*dir(scbmlp), 'torch' in sys.modules, scbmlp.models.Config.__name__)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    *names, before, loaded = run.stdout.split()
+    documented = set(re.findall(r"^\.\. auto\w+:: scbmlp\.(\w+)", (ROOT / "api.md").read_text(), flags=re.M))
+    assert set(scbmlp.__all__) == documented <= set(names) and (before, loaded) == ("False", "Config")
+    with pytest.raises(AttributeError, match="module 'scbmlp' has no attribute 'nothing'"):
+        scbmlp.nothing  # noqa: B018
 
 
 def test_validation_is_never_by_assert():
