@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import book_browser
+import book_styles
 from docutils import nodes
 from PIL import Image
 from sphinx.util.inspect import signature, stringify_signature
@@ -59,7 +60,7 @@ def mend_head(app, pagename, templatename, context, doctree):
     # Jupyter Book adds thebe twice to every page, which is an error, for a button that is off.
     context["script_files"] = [script for script in context["script_files"] if "thebe" not in tag(script)]
     for script in context["script_files"]:
-        # A script in the page sets options of the one that is left out here.
+        # A script in the page sets options of the one that is left out here, which becomes a part of the page.
         if getattr(script, "filename", None) and "documentation_options" not in script.filename:
             script.attributes["defer"] = "defer"
 
@@ -101,8 +102,10 @@ def mend_pages(app, exception):
     def sized(match):
         return match[0] + (' width="{:.0f}" height="{:.0f}"'.format(*sizes[match[1]]) if match[1] in sizes else "")
 
+    options = (site / "_static" / "documentation_options.js").read_text()
     for page in site.rglob("*.html"):
         text = page.read_text()
+        text = re.sub(r'(<script) src="[^"]*documentation_options[^"]*">', lambda found: f"{found[1]}>{options}", text)
         text = re.sub(r'<img\b[^>]*\bsrc="[^"]*\b_images/([^"/]+)"', sized, text)
         text = re.sub(r'(\b_images/[^"/]+)\.png"', r'\1.webp"', text)
         # Draws the icons anew, which a font has drawn: half of the weight of a page.
@@ -111,6 +114,7 @@ def mend_pages(app, exception):
         # Else the theme knows only after it has painted whether the reader likes it dark, and all moves.
         text = text.replace('getItem("theme") || "auto"', f'getItem("theme") || {DARK}')
         page.write_text(text)
+    book_styles.gather(site)
 
 
 def browse(app, exception):

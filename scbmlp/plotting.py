@@ -494,5 +494,10 @@ def trust(table: pd.DataFrame) -> Styler:
     style = style.apply(lambda _: grey, axis=0)
     # Eleven columns in the width of a page.
     style = style.set_table_attributes('style="font-size: 0.72em"')
-    style = style.set_table_styles([{"selector": "th, td", "props": "padding: 0.15em 0.4em"}])
+    style = style.set_table_styles(
+        [
+            {"selector": "th, td", "props": "padding: 0.15em 0.4em"},
+            {"selector": "th.row_heading", "props": "white-space: nowrap"},
+        ]
+    )
     return style.format("{:.3f}", subset=shown.columns.intersection(["eigenvalue", "p", "gain curved"]))

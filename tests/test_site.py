@@ -1,12 +1,15 @@
 """The built site as its readers meet it: from disk, without a network, on a desk, on a phone, in the dark, on paper."""
 
+import gzip
 import re
 import shutil
+import sys
 import unicodedata
 from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 import pytest
+from fontTools import ttLib
 
 from tests.test_project import CONFIG, ROOT, wrong_addresses
 
@@ -55,6 +58,16 @@ def test_page_is_light(page):
     """With all that it loads, uncompressed; pictures are there, since none is lazy."""
     sizes = {path: Path(unquote(path)).stat().st_size for path, url in page.loaded.items() if url.startswith("file:")}
     assert sum(sizes.values()) < 3e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
+
+
+def test_page_waits_for_one_small_sheet(page):
+    (link,) = page.locator("link[rel=stylesheet]").evaluate_all("all => all.map(link => new URL(link.href).pathname)")
+    style = Path(unquote(link)).read_text()
+    assert len(gzip.compress(style.encode())) < 40e3
+    files = [Path(unquote(link)).parent / name for name in re.findall(r"url\((\w+\.woff)\)", style)]
+    icons = "all => all.map(icon => getComputedStyle(icon, '::before').content).filter(text => text.length == 3)"
+    shown = {ord(icon[1]) for icon in page.locator("i[class*=fa-], span[class*=fa-]").evaluate_all(icons)}
+    assert shown and shown <= set().union(*(ttLib.TTFont(file).getBestCmap() for file in files))
 
 
 def test_equations_are_rendered(page):
@@ -164,6 +177,18 @@ def test_modules_can_be_explored_and_the_view_sent_to_others(browser):
 
 def soup(path):
     return bs4.BeautifulSoup(path.read_text(), "html.parser")
+
+
+def test_rules_about_what_no_page_has_are_left_out():
+    sys.path.insert(0, str(ROOT / ".ci"))
+    import book_styles
+
+    style = (
+        ".a > .b:not(.z), .a .c {x: 1} .bs-e::before {z: '\\f001'} "
+        "@media print {.d {y: 2} a#b {y: 3}} @media screen {.c {x: 1}}"
+    )
+    kept = '.a > .b:not(.z){x: 1}\n.bs-e::before{z: "\uf001"}\n@media print {a#b{y: 3}\n}\n'
+    assert book_styles.used(style, {"a", "b"}) == kept
 
 
 def test_every_page_fits_into_binder():
