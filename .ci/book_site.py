@@ -25,6 +25,7 @@ def setup(app):
     app.connect("html-page-context", mend_head, priority=900)
     app.connect("html-page-context", link_pdf, priority=900)
     app.connect("build-finished", mend_pages)
+    app.connect("build-finished", gather_styles, priority=800)  # the theme writes one of them in the end
     app.connect("build-finished", browse, priority=900)
     return {"parallel_read_safe": True}
 
@@ -114,7 +115,12 @@ def mend_pages(app, exception):
         # Else the theme knows only after it has painted whether the reader likes it dark, and all moves.
         text = text.replace('getItem("theme") || "auto"', f'getItem("theme") || {DARK}')
         page.write_text(text)
-    book_styles.gather(site)
+
+
+def gather_styles(app, exception):
+    """Link every page to one style sheet."""
+    if not exception and app.builder.format == "html":
+        book_styles.gather(Path(app.outdir))
 
 
 def browse(app, exception):
