@@ -15,7 +15,7 @@ SHEET = re.compile(r'\s*<link (?=[^>]*rel="stylesheet")[^>]*href="[^"]*?_static/
 LINK = re.compile(r"""url\((["']?)(?!["']?data:)([^"')?#]+)\1\)""")
 FONT = re.compile(r"url\(([^)]*)\.woff2\) format\(.woff2.\),url\(\1\.ttf\) format\(.truetype.\)")
 WORD = re.compile(r"[\w-]+")
-MADE = ("bs-", "kind-")  # names that scripts put together out of parts
+MADE = ("bs-", "kind-", "mjx-")  # names that scripts, and MathJax after this, put together out of parts
 
 
 def gather(site):

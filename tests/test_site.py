@@ -74,6 +74,9 @@ def test_equations_are_rendered(page):
     missing = "all => all.filter(math => !math.querySelector('mjx-container')).map(math => math.textContent)"
     assert page.locator(".math").evaluate_all(missing) == []
     assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+    # They fill the line, so that they stand in its middle, and their number at its end.
+    narrow = "all => all.filter(e => e.querySelector('mjx-container').clientWidth < 0.75 * e.clientWidth).length"
+    assert page.locator("div.math").evaluate_all(narrow) == 0
 
 
 def test_images_are_loaded_and_described(page):
