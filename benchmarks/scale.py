@@ -1,17 +1,25 @@
 """Time and memory beside what else there is, in one run: python benchmarks/scale.py [part ...].
 
-Parts are step, epoch, spectra, quickstart, growth, replicas and processes, all if none is named; ``stored.py`` has the
-cells on disk. Competitors take turns within a part and medians are kept, since machines are noisy: what counts are the
-ratios. Each part writes its rows to benchmarks/results/scale.json, which the page on scale draws.
+Parts are step, tried, epoch, spectra, quickstart, growth, replicas and processes, all if none is named; ``stored.py``
+has the cells on disk. Competitors take turns within a part and medians are kept, since machines are noisy: what counts
+are the ratios. Memory is that of a process of its own. Each part writes its rows to benchmarks/results/scale.json,
+which the page on scale draws.
 """
 
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import lightning
 import numpy as np
@@ -22,17 +30,20 @@ from scipy import sparse
 from sklearn.decomposition import NMF
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
+from torch.nn.functional import cross_entropy, one_hot
 from torch.utils.data import DataLoader, TensorDataset
 
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset
-from scbmlp.interactions import audit, interaction_matrices
-from scbmlp.models import Config, ScBMLPClassifier, fit_replicas
-from scbmlp.modules import gene_modules
+from scbmlp.interactions import audit
+from scbmlp.models import Config, ScBMLPClassifier, fit_replicas, statistics
+from scbmlp.modules import all_gene_modules
+from scbmlp.training import SPARSE, Batches, loader
 
+PARTS = ["step", "tried", "epoch", "spectra", "quickstart", "growth", "replicas", "processes"]
 RESULTS = Path(__file__).with_name("results") / "scale.json"
 ROUNDS, BATCH, HID, CLASSES = 5, 64, 128, 8
-USUAL = {"genes": 2000, "cells": 4000, "hid": 64, "outputs": 8}
+USUAL = {"genes": 2000, "cells": 2000, "hid": 64, "outputs": 8}
 QUIET = {"enable_progress_bar": False, "baseline": False}
 
 
@@ -63,11 +74,13 @@ def clock() -> tuple[list[float], lightning.Callback]:
     return times, callback
 
 
-def ours(train: ExpressionDataset, epochs: int = 2, hid: int = HID, batch: int = BATCH, **options) -> float:
+def ours(
+    train: ExpressionDataset, epochs: int = 2, hid: int = HID, batch: int = BATCH, callbacks: tuple = (), **options
+) -> float:
     """Return the seconds of an epoch of this package, the quickest of a few."""
     seconds, callback = clock()
     cfg = Config(train.x.shape[1], hid, len(train.output_names), n_epochs=epochs, batch_size=batch, lr=1e-4)
-    ScBMLPClassifier(cfg).fit(train, callbacks=[callback], **QUIET, **options)
+    ScBMLPClassifier(cfg).fit(train, callbacks=[callback, *callbacks], **QUIET, **options)
     return min(seconds)
 
 
@@ -93,14 +106,14 @@ def relu(n_genes: int, hid: int, out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(n_genes, 2 * hid), nn.ReLU(), nn.Linear(2 * hid, out))
 
 
-def loop(net: nn.Module, x, y, one_by_one: bool, fused: bool) -> float:
+def loop(net: nn.Module, x, y, one_by_one: bool, fused: bool, batch: int = BATCH) -> float:
     """Return the seconds of an epoch of a torch loop over dense cells, fetched one by one or cut out as a batch."""
     optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, weight_decay=1e-4, fused=fused or None)
     start = time.perf_counter()
     order = torch.randperm(len(y))
-    batches = ((x[rows], y[rows]) for rows in order.split(BATCH))
-    for part, target in DataLoader(TensorDataset(x, y), BATCH, shuffle=True) if one_by_one else batches:
-        loss = nn.functional.cross_entropy(net(part), target)
+    batches = ((x[rows], y[rows]) for rows in order.split(batch))
+    for part, target in DataLoader(TensorDataset(x, y), batch, shuffle=True) if one_by_one else batches:
+        loss = cross_entropy(net(part), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,6 +168,75 @@ def part_step():
             yield {"genes": n_genes, "density": density, "what": name, "ms": 1e3 * seconds / 20}
 
 
+class Ahead(DataLoader):
+    """Has a thread make the next batch ready while the last one is used."""
+
+    def __iter__(self):
+        """Go through the batches."""
+        batches = super().__iter__()
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(next, batches, None)
+            while (batch := coming.result()) is not None:
+                coming = pool.submit(next, batches, None)
+                yield batch
+
+
+def ahead(kind: type[DataLoader], **options):
+    """Return a context in which another kind of loader makes the batches of a fit ready."""
+
+    def load(batches, batch_size, generator=None):
+        sampler = loader(batches, batch_size, generator).sampler
+        return kind(batches, sampler=sampler, batch_size=None, generator=generator, **options)
+
+    return patch("scbmlp.models.loader", load)
+
+
+def through(train: ExpressionDataset, batch: int) -> float:
+    """Return the seconds of making the batches of an epoch ready: reading ahead saves no more."""
+    batches = loader(Batches(train), batch, torch.Generator().manual_seed(0))
+    return clocked(lambda: [None for _ in batches])
+
+
+def within(context, **options) -> float:
+    """Return the seconds of an epoch of this package in a context."""
+    with context:
+        return ours(**options)
+
+
+def part_tried():
+    """Run a step as it is beside what might make it quicker; what reads ahead also with a core to spare.
+
+    To compile takes a C++ compiler.
+    """
+    compiling = lightning.Callback()
+    compiling.on_train_start = lambda _, training: training.net.compile()
+    most = torch.get_num_threads()
+    for density, (batch, steps) in product((0.1, 0.3), {BATCH: 20, 1024: 6}.items()):
+        train = cells(steps * batch, 10_000, density)
+        x, y = train[:]
+        net = bilinear(10_000, HID, CLASSES)
+        fit = partial(within, train=train, epochs=3, batch=batch)
+        bare = partial(loop, x=x, y=y, one_by_one=False, fused=True, batch=batch)
+        reading = {
+            "as it is": partial(fit, nullcontext()),
+            "batches alone": partial(through, train, batch),
+            "read ahead by a thread": partial(fit, ahead(Ahead)),
+            "read ahead by a process": partial(fit, ahead(DataLoader, num_workers=1, persistent_workers=True)),
+        }
+        computing = {
+            "the other product": partial(fit, patch("scbmlp.training.SPARSE", 0 if density < SPARSE else 1)),
+            "torch.compile": partial(fit, nullcontext(), callbacks=(compiling,)),
+            "bare loop": partial(bare, net),
+            "bare loop, torch.compile": partial(bare, torch.compile(net)),
+        }
+        for threads, work in {1: reading, most: reading | computing}.items():
+            torch.set_num_threads(threads)
+            torch._dynamo.reset()
+            for name, seconds in turns(work, 3).items():
+                row = {"density": density, "batch": batch, "threads": threads, "what": name}
+                yield row | {"ms": 1e3 * seconds / steps}
+
+
 def part_epoch():
     """Run whole fits of 10,000 genes beside the plain recipe, and say what bf16 costs in time and accuracy."""
     train, test = halves(cells(2560, 10_000), 1920)
@@ -193,13 +275,16 @@ def child(code: str, *arguments: str, threads: int | None = None) -> tuple[float
 
 
 def child_spectra(kind: str, genes: str) -> float:
-    """Return the seconds of the interaction matrices and leading modules of 8 classes, one or the other way."""
+    """Return the seconds of the leading modules of 8 classes, at once or one by one, or of their dense eigenpairs."""
     n_genes = int(genes)
     model = ScBMLPClassifier(Config(n_genes, HID, CLASSES))
+    if kind != "dense":
+        model.statistics = statistics(model, cells(BATCH, n_genes))
     start = time.perf_counter()
-    if kind == "here":
-        for matrix in interaction_matrices(model):
-            matrix.eigh(20)
+    if kind != "dense":
+        names = list(model.output_names)
+        for part in [names] if kind == "here" else [[name] for name in names]:
+            all_gene_modules(model, part, 20)
         return time.perf_counter() - start
     with torch.no_grad():
         q = torch.einsum("h,hi,hj->ij", model.w_p[0], model.w_l, model.w_r)
@@ -208,8 +293,9 @@ def child_spectra(kind: str, genes: str) -> float:
 
 
 def part_spectra():
-    """Run eigenpairs of 8 outputs by genes, in a process of its own; the dense way is timed on one output."""
-    for kind, sizes in {"here": (1000, 2000, 4000, 10_000, 30_000), "dense": (1000, 2000, 4000, 10_000)}.items():
+    """Run modules of 8 outputs by genes, in a process of its own; the dense way is timed on one output."""
+    ways = {"here": (1000, 2000, 4000, 10_000, 30_000), "one by one": (10_000,), "dense": (1000, 2000, 4000, 10_000)}
+    for kind, sizes in ways.items():
         for n_genes in sizes:
             seconds, memory = child("spectra", kind, str(n_genes))
             yield {"what": kind, "genes": n_genes, "seconds": seconds, "memory": memory}
@@ -222,8 +308,7 @@ def child_quickstart(kind: str) -> float:
     if kind == "here":
         model = ScBMLPClassifier(Config(10_000, HID, CLASSES, n_epochs=100, batch_size=BATCH, lr=1e-4))
         model.fit(train, **QUIET)
-        for name in model.output_names:
-            gene_modules(model, name, 5)
+        all_gene_modules(model, n_modules=5)
         return time.perf_counter() - start
     x, y = train[:]
     return 100 * loop(bilinear(10_000, HID, CLASSES), x, y, True, False) + child_spectra("dense", "10000")
@@ -236,40 +321,55 @@ def part_quickstart():
         yield {"what": kind, "seconds": seconds, "memory": memory}
 
 
+# By whether it is handed a fitted model beside the cells.
+WITH_MODEL = {
+    "an epoch": lambda train, val, model: ours(train, 1, model.cfg.d_hidden),
+    "modules of all outputs": lambda train, val, model: all_gene_modules(model, n_modules=5),
+    "audit": lambda train, val, model: audit(model, val, train=train, validation=val),
+}
+WITHOUT_MODEL = {
+    "linear baseline": linear_baseline,
+    "logistic regression (scikit-learn)": lambda train, val: LogisticRegression().fit(train.x, train.y),
+    "ridge (scikit-learn)": lambda train, val: Ridge(solver="sparse_cg").fit(train.x, one_hot(train.y)),
+    "NMF, one start (scikit-learn)": lambda train, val: NMF(10, init="random", max_iter=100).fit(train.x),
+}
+
+
+def apart(name: str, *files: Path) -> tuple[float, float]:
+    """Return the seconds of a piece of work, and the GB that it and what it is handed add to the process of this."""
+    before = peak_memory()
+    handed, seconds = [part for file in files for part in pickle.loads(file.read_bytes())], []
+    with warnings.catch_warnings(action="ignore"):
+        # What is quick is run once more, since the first time it waits for threads and libraries.
+        while not seconds or (len(seconds) < 2 and seconds[0] < 2):
+            start = time.perf_counter()
+            found = (WITH_MODEL | WITHOUT_MODEL)[name](*handed)
+            # An epoch tells its seconds, without what comes before and after it.
+            seconds.append(found if isinstance(found, float) else time.perf_counter() - start)
+    return min(seconds), peak_memory() - before
+
+
 def part_growth():
-    """Run everything by the number of genes, cells, hidden units and outputs, one at a time."""
+    """Run everything by the number of genes, cells, hidden units and outputs, one at a time, each in a new process."""
     axes = {"genes": (500, 1000, 2000, 4000, 8000), "cells": (1000, 2000, 4000, 8000),
             "hid": (16, 32, 64, 128, 256), "outputs": (2, 4, 8, 16, 32)}  # fmt: skip
-    for axis, values in axes.items():
-        for value in values:
+    processes = get_context("forkserver")
+    # Imported once, and there in every process.
+    processes.set_forkserver_preload(["scbmlp.modules", "sklearn.decomposition", "sklearn.linear_model"])
+    with tempfile.TemporaryDirectory() as folder, processes.Pool(1, maxtasksperchild=1) as pool:
+        sets, fitted = Path(folder, "sets"), Path(folder, "fitted")
+        for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
             size = USUAL | {axis: value}
             data = cells(size["cells"] + 500, size["genes"], n_classes=size["outputs"])
             train, val = halves(data, size["cells"])
-            cfg = Config(size["genes"], size["hid"], size["outputs"], n_epochs=1, batch_size=BATCH)
-            model = ScBMLPClassifier(cfg)
+            model = ScBMLPClassifier(Config(size["genes"], size["hid"], size["outputs"], n_epochs=1, batch_size=BATCH))
             model.fit(train, **QUIET)
-            one_hot = np.eye(size["outputs"])[train.y]
-            work = {
-                "an epoch": lambda train=train, size=size: ours(train, 1, size["hid"]),
-                "modules of all outputs": lambda model=model: clocked(
-                    lambda: [gene_modules(model, name, 5) for name in model.output_names]
-                ),
-                "audit": lambda model=model, train=train, val=val: clocked(
-                    lambda: audit(model, val, train=train, validation=val)
-                ),
-                "linear baseline": lambda train=train, val=val: clocked(lambda: linear_baseline(train, val)),
-                "logistic regression (scikit-learn)": lambda train=train: clocked(
-                    lambda: LogisticRegression(max_iter=100).fit(train.x, train.y)
-                ),
-                "ridge (scikit-learn)": lambda train=train, one_hot=one_hot: clocked(
-                    lambda: Ridge(solver="sparse_cg").fit(train.x, one_hot)
-                ),
-                "NMF, one start (scikit-learn)": lambda train=train: clocked(
-                    lambda: NMF(10, init="random", random_state=0, max_iter=100).fit(train.x)
-                ),
-            }
-            for name, seconds in turns(work, 1, warm=0).items():
-                yield {"axis": axis, "value": value, "what": name, "seconds": seconds}
+            sets.write_bytes(pickle.dumps((train, val)))
+            fitted.write_bytes(pickle.dumps((model,)))
+            for work, files in ((WITH_MODEL, (sets, fitted)), (WITHOUT_MODEL, (sets,))):
+                for name in work:
+                    seconds, memory = pool.apply(apart, (name, *files))
+                    yield {"axis": axis, "value": value, "what": name, "seconds": seconds, "memory": memory}
 
 
 def part_replicas():
@@ -285,26 +385,26 @@ def part_replicas():
 
 
 def child_processes(batch: str, devices: str, folder: str | None = None) -> float:
-    """Return the seconds of an epoch, which every process that takes part writes to a folder, too."""
+    """Return the seconds of an epoch; each process that takes part writes them and its memory to a folder, too."""
     several = {"devices": int(devices), "strategy": "ddp"} if devices != "1" else {}
     seconds = ours(cells(8192, 5000), 3, batch=int(batch), **several)
     if folder:
-        Path(folder, os.environ["RANK"]).write_text(str(seconds))
+        Path(folder, os.environ["RANK"]).write_text(f"{seconds} {peak_memory()}")
     return seconds
 
 
 def part_processes():
     """Run one process of one thread, and two of one thread each, by batch size."""
     for batch in (64, 256, 1024):
-        alone, _ = child("processes", str(batch), "1", threads=1)
+        alone = child("processes", str(batch), "1", threads=1)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         folder = tempfile.mkdtemp()
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [sys.executable, "-W", "ignore", *launcher, __file__, "--child", "processes", str(batch), "2", folder]
         subprocess.run(command, env=environment, capture_output=True, check=True)
-        together = min(float(path.read_text()) for path in Path(folder).iterdir())
-        for n, seconds in ((1, alone), (2, together)):
-            yield {"batch": batch, "processes": n, "seconds": seconds}
+        together = map(float, Path(folder, "0").read_text().split())
+        for n, (seconds, memory) in ((1, alone), (2, together)):
+            yield {"batch": batch, "processes": n, "seconds": seconds, "memory": memory}
 
 
 def main(parts: list[str]) -> None:
@@ -324,4 +424,4 @@ if __name__ == "__main__":
             took = globals()[f"child_{sys.argv[2]}"](*sys.argv[3:])
             print(took, peak_memory(), flush=True)
         else:
-            main(sys.argv[1:] or ["step", "epoch", "spectra", "quickstart", "growth", "replicas", "processes"])
+            main(sys.argv[1:] or PARTS)
