@@ -93,6 +93,8 @@ def move(article, page, pages):
         tag["id"] = names[tag["id"]]
     for style in article.find_all("style"):
         style.string = re.sub(r"(?<=#)[\w-]+", lambda match: names.get(match[0], match[0]), style.text)
+    for image in article.find_all(loading=True):
+        del image["loading"]  # nobody comes near it
     for tag in article.find_all(src=True):
         if not urlsplit(tag["src"]).scheme:  # else it brings its data along
             tag["src"] = normpath(join(dirname(page), tag["src"]))

@@ -86,7 +86,7 @@ def link_pdf(app, pagename, templatename, context, doctree):
 
 
 def mend_pages(app, exception):
-    """Make pages lighter, and keep room for each figure before it is there."""
+    """Make pages lighter, and keep room for each figure, which is read when a reader comes near it."""
     if exception or app.builder.format != "html":
         return
     site, sizes = Path(app.outdir), {}
@@ -101,7 +101,8 @@ def mend_pages(app, exception):
             sizes[path.name] = [float(each) * 4 / 3 for each in points]
 
     def sized(match):
-        return match[0] + (' width="{:.0f}" height="{:.0f}"'.format(*sizes[match[1]]) if match[1] in sizes else "")
+        size = ' width="{:.0f}" height="{:.0f}"'.format(*sizes[match[1]]) if match[1] in sizes else ""
+        return f'{match[0]}{size} loading="lazy"'
 
     options = (site / "_static" / "documentation_options.js").read_text()
     for page in site.rglob("*.html"):
