@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -14,9 +14,10 @@ from scipy import sparse
 from scipy.linalg import solve
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import accuracy_score, log_loss, r2_score
+from sklearn.metrics import accuracy_score, log_loss, r2_score, recall_score
 from threadpoolctl import threadpool_limits
 
+from scbmlp.checks import check_class_weight
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, held, match_genes, product, some
 
 MOST = 8000  # cells, where features are more than that too
@@ -43,6 +44,8 @@ class LinearModel:
         Names of the features, where they are genes: AnnData, DataFrames and datasets are matched by name.
     layer
         Layer of AnnData that it was fitted on, and reads again; None for ``X``.
+    class_weight
+        How classes were weighted, and are in the score.
     """
 
     weight: np.ndarray
@@ -50,6 +53,7 @@ class LinearModel:
     penalty: np.ndarray
     gene_names: pd.Index | None = None
     layer: str | None = None
+    class_weight: Literal["balanced"] | None = None
 
     def outputs(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the outputs of cells (cell x out): predictions, or the logits of classes.
@@ -79,7 +83,7 @@ class LinearModel:
         return product(match_genes(x, names, layer or self.layer), self.weight.T) + self.constant
 
     def score(self, dataset: ExpressionDataset) -> float:
-        """Return the accuracy of classes, or R2 averaged over targets.
+        """Return the accuracy of classes, their mean recall if they were balanced, or R2 averaged over targets.
 
         Parameters
         ----------
@@ -93,10 +97,37 @@ class LinearModel:
         0.9
         """
         outputs, target = self.outputs(dataset), dataset.y.numpy()
-        return accuracy_score(target, outputs.argmax(axis=1)) if target.ndim == 1 else r2_score(target, outputs)
+        return accuracy(outputs, target, self.class_weight) if target.ndim == 1 else r2_score(target, outputs)
 
 
-def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: bool = True) -> LinearModel:
+def accuracy(outputs: np.ndarray, target: np.ndarray, class_weight: Literal["balanced"] | None = None) -> float:
+    """Return the share of cells in their class; balanced, the mean of the classes' shares, of those that have cells."""
+    predicted = outputs.argmax(axis=1)
+    if class_weight is None:
+        return accuracy_score(target, predicted)
+    return recall_score(target, predicted, labels=np.unique(target), average="macro")
+
+
+def class_counts(
+    class_weight: Literal["balanced"] | None, y: np.ndarray, n_classes: int, own: np.ndarray | None = None
+) -> np.ndarray | None:
+    """Return how often a cell of each class counts (out), once where none is known; None if all count alike.
+
+    `y` are the class codes of the training cells, `own` how often each of them counts by itself (both cell).
+    """
+    if class_weight is None:
+        return None
+    sizes = np.bincount(y, own, n_classes)
+    return np.divide(sizes.sum(), np.count_nonzero(sizes) * sizes, out=np.ones(n_classes), where=sizes > 0)
+
+
+def linear_baseline(
+    train: ExpressionDataset,
+    val: ExpressionDataset,
+    *,
+    exact: bool = True,
+    class_weight: Literal["balanced"] | None = None,
+) -> LinearModel:
     """Fit ridge regression, or multinomial logistic regression for classes, with the penalty best on validation cells.
 
     Whatever a bilinear model claims, it claims against this. Penalties are a grid around the mean eigenvalue of the
@@ -109,11 +140,13 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     exact
         Whether to try a fine grid on principal axes, where a penalty is cheap once they are known; else a coarse one,
         a few times quicker.
+    class_weight
+        As in :class:`scbmlp.models.Config`, for training and validation cells; that of the model to compare with.
 
     Raises
     ------
     ValueError
-        There is one class, or a target is constant.
+        There is one class, a target is constant, or `class_weight` is unknown, or given where there are no classes.
 
     Examples
     --------
@@ -123,19 +156,21 @@ def linear_baseline(train: ExpressionDataset, val: ExpressionDataset, *, exact: 
     """
     for name, dataset in {"train": train, "val": val}.items():
         check_dataset(dataset, name)
-    return replace(_linear(train, val, exact), gene_names=train.gene_names, layer=train.layer)
+    check_class_weight(class_weight, classes=train.y.ndim == 1)
+    counts = class_counts(class_weight, train.y.numpy(), len(train.output_names))
+    model = _linear(held(train), held(val), exact, counts)
+    return replace(model, gene_names=train.gene_names, layer=train.layer, class_weight=class_weight)
 
 
-def _linear(train: ExpressionDataset, val: ExpressionDataset, exact: bool) -> LinearModel:
-    train, val = held(train), held(val)
+def _linear(train: ExpressionDataset, val: ExpressionDataset, exact: bool, counts: np.ndarray | None) -> LinearModel:
     x, x_val = train.x, match_genes(val, train.gene_names)
     y, y_val = train.y.numpy(), val.y.numpy()
     if y.ndim == 2:
         return ridge(Axes(x), y, x_val, y_val, exact=exact)
     n_classes = len(train.output_names)
     if exact:
-        return logistic(Axes(x), y, x_val, y_val, n_classes)
-    return _quick_logistic(x, y, x_val, y_val, n_classes)
+        return logistic(Axes(x), y, x_val, y_val, n_classes, counts=counts)
+    return _quick_logistic(x, y, x_val, y_val, n_classes, counts)
 
 
 def additive_features(x: Any) -> Any:
@@ -280,7 +315,14 @@ def _best(
 
 
 def logistic(
-    axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int, *, exact: bool = True
+    axes: Axes,
+    y: np.ndarray,
+    x_val: Any,
+    y_val: np.ndarray,
+    n_classes: int,
+    *,
+    exact: bool = True,
+    counts: np.ndarray | None = None,
 ) -> LinearModel:
     """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
 
@@ -296,6 +338,8 @@ def logistic(
         Number of classes, those without a training cell included.
     exact
         Whether to try a fine grid of penalties, else a coarse one.
+    counts
+        How often a cell of each class counts, in training and validation (out); all alike if None.
 
     Raises
     ------
@@ -304,12 +348,15 @@ def logistic(
     """
     y = y[axes.rows]
     if axes.large:
-        return _quick_logistic(axes.x, y, x_val, y_val, n_classes)
+        return _quick_logistic(axes.x, y, x_val, y_val, n_classes, counts)
     grid, tol = (LOGISTIC, 5e-4) if exact else (QUICK_LOGISTIC, 1e-3)
-    return axes.model(*_logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * grid, tol))
+    found = _logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * grid, tol, counts)
+    return axes.model(*found)
 
 
-def _quick_logistic(x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int) -> LinearModel:
+def _quick_logistic(
+    x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int, counts: np.ndarray | None
+) -> LinearModel:
     """Do as :func:`logistic` for a few penalties on the features themselves, of as many cells as 400 MB hold."""
     rows, rows_val = (some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
     dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
@@ -318,7 +365,7 @@ def _quick_logistic(x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_clas
     dense_val -= mean
     unit = np.square(dense, dtype=np.float64).sum() / min(dense.shape)
     weights, constant, penalty = _logistic(
-        dense, y[rows], dense_val, y_val[rows_val], n_classes, unit * QUICK_LOGISTIC, 1e-3
+        dense, y[rows], dense_val, y_val[rows_val], n_classes, unit * QUICK_LOGISTIC, 1e-3, counts
     )
     return LinearModel(weights.T, constant - weights.T @ mean, penalty)
 
@@ -331,6 +378,7 @@ def _logistic(
     n_classes: int,
     penalties: np.ndarray,
     tol: float,
+    counts: np.ndarray | None,
 ) -> tuple[np.ndarray, np.ndarray, np.float64]:
     """Return the weights of centred features (feature x out), the constant (out) and the penalty."""
     classes = np.unique(y)
@@ -341,16 +389,18 @@ def _logistic(
         )
     fit = LogisticRegression(warm_start=True, max_iter=1000, tol=tol)
     best, error = None, np.inf
+    own, own_val = (None if counts is None else counts[codes] for codes in (y, y_val))
     for penalty in np.sort(penalties)[::-1]:
         # Many small products: threads would wait for each other, on a busy machine for most of the time.
         with threadpool_limits(1):
-            fit.set_params(C=1 / penalty).fit(x, y)
+            fit.set_params(C=1 / penalty).fit(x, y, own)
         # Two classes have one row of weights, the difference; classes without a training cell have none.
         rows = np.vstack([-fit.coef_, fit.coef_]) / 2 if len(classes) == 2 else fit.coef_
         at_mean = np.append(-fit.intercept_, fit.intercept_) / 2 if len(classes) == 2 else fit.intercept_
         weights, constant = np.zeros((x.shape[1], n_classes)), np.full(n_classes, at_mean.min() - 10.0)
         weights[:, classes], constant[classes] = rows.T, at_mean
-        here = log_loss(y_val, softmax(x_val @ weights + constant, axis=1), labels=range(n_classes))
+        shares = softmax(x_val @ weights + constant, axis=1)
+        here = log_loss(y_val, shares, labels=range(n_classes), sample_weight=own_val)
         if here < error:
             best, error = (weights, constant, np.float64(penalty)), here
     return best

@@ -267,6 +267,30 @@ def whole_number(value: Any, name: str, least: int = 1, most: float = np.inf, *,
     return int(value)
 
 
+def check_class_weight(value: Any, *, classes: bool = True, config: bool = False) -> None:
+    """Raise an error if cells cannot be weighted like that.
+
+    Parameters
+    ----------
+    value
+        What the caller passed as ``class_weight``.
+    classes
+        Whether the targets are classes.
+    config
+        Whether it is a field of a configuration.
+
+    Raises
+    ------
+    ValueError
+        It is neither None nor ``"balanced"``, or there are no classes to balance.
+    """
+    given = f"Config(class_weight={value!r})" if config else f"class_weight={value!r}"
+    if value is not None and not (isinstance(value, str) and value == "balanced"):
+        raise ValueError(f"{given}: 'balanced' is known, or None, by which every cell counts alike.")
+    if value is not None and not classes:
+        raise ValueError(f"{given}: continuous targets have no classes to balance; leave it out, or fit a classifier.")
+
+
 def by_cell(values: Any, adata: AnnData, what: str) -> pd.DataFrame:
     """Return a table with a row for every cell of `adata`, by name where rows have names, by order otherwise.
 

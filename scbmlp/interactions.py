@@ -16,7 +16,7 @@ from scipy.sparse.linalg import LinearOperator
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import SplineTransformer
 
 from scbmlp.baselines import LARGE, Axes, LinearModel, additive_features, logistic, ridge
@@ -927,7 +927,9 @@ def audit(
     - ``rank_99``: number of modules, in metric ``identity``, from which on 99% of the score are kept.
 
     ``attrs`` has scores, gains and the rank over all outputs, for classes also ``gain_log_loss`` and
-    ``gain_log_loss_curved``, in nats a cell.
+    ``gain_log_loss_curved``, in nats a cell. For a model with ``class_weight`` they are of balanced accuracy and
+    of weighted cells, as noisy as the few cells of the rarest class, and what is fitted to the target counts cells
+    as the model does. Shares of variance, and what is fitted to the outputs for them, are of all cells alike.
 
     Raises
     ------
@@ -990,7 +992,8 @@ def audit(
     for name in ("gain", "gain_curved", "score", "score_additive", "score_linear", "score_quadratic"):
         table[name], table.attrs[name] = scores[name][:-1], float(scores[name][-1])
     if target.ndim == 1 and beside:
-        losses = {name: log_loss(target, softmax(outputs[name], axis=1), labels=range(len(table)))
+        options = {"labels": range(len(table)), "sample_weight": model._counts(target)}
+        losses = {name: log_loss(target, softmax(outputs[name], axis=1), **options)
                   for name in ("score", "score_additive", "score_curved", "score_additive_curved")}  # fmt: skip
         table.attrs["gain_log_loss"] = losses["score_additive"] - losses["score"]
         table.attrs["gain_log_loss_curved"] = losses["score_additive_curved"] - losses["score_curved"]
@@ -1065,12 +1068,14 @@ def _additive(
         result[name][(np.ptp(of_pairs[0], axis=0) == 0) & (total > 0)] = 0.0
     y, y_seen = train.y.numpy(), validation.y.numpy()
     if y.ndim == 1:
-        additive = logistic(axes, y, watched, y_seen, len(directions), exact=False)
+        of_class = model._counts(np.arange(len(directions)))
+        additive = logistic(axes, y, watched, y_seen, len(directions), exact=False, counts=of_class)
     else:
         additive = ridge(axes, y, watched, y_seen)
     result["additive"] = _of_additive(additive, x)
-    result["curved"] = _through_curves(model.outputs(validation).astype(np.float64), y_seen, outputs)
-    result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"])
+    counts, own = model._counts(y_seen), model.outputs(validation).astype(np.float64)
+    result["curved"] = _through_curves(own, y_seen, outputs, counts)
+    result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"], counts)
     return result
 
 
@@ -1079,8 +1084,10 @@ def _of_additive(model: LinearModel, x: Any) -> np.ndarray:
     return np.vstack([model.outputs(additive_features(block)) for _, block in blocks(x, BLOCK_CELLS)])
 
 
-def _through_curves(seen: np.ndarray, target: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Return outputs (cell x out), each through a curve of that one number, fitted on other cells.
+def _through_curves(
+    seen: np.ndarray, target: np.ndarray, outputs: np.ndarray, counts: np.ndarray | None = None
+) -> np.ndarray:
+    """Return outputs (cell x out), each through a curve of that one number, fitted on other cells, counted so often.
 
     A curve is a spline that follows the target, or for classes the log-probability of the class.
     """
@@ -1094,7 +1101,8 @@ def _through_curves(seen: np.ndarray, target: np.ndarray, outputs: np.ndarray) -
             continue
         line = LogisticRegression(C=10) if target.ndim == 1 else Ridge(0.01)
         knots = np.unique(np.quantile(seen[:, i], np.linspace(0, 1, 8)))[:, None]
-        curve = make_pipeline(SplineTransformer(knots=knots), line).fit(seen[:, [i]], about)
+        curve = Pipeline([("spline", SplineTransformer(knots=knots)), ("line", line)])
+        curve.fit(seen[:, [i]], about, line__sample_weight=counts)
         predict = curve.predict if target.ndim == 2 else lambda y, curve=curve: curve.predict_log_proba(y)[:, 1]
         curved[:, i] = predict(outputs[:, [i]])
     return curved

@@ -18,12 +18,12 @@ import torch
 from anndata import AnnData
 from joblib import Parallel, delayed, effective_n_jobs
 from scipy.special import log_softmax
-from sklearn.metrics import accuracy_score, mean_absolute_error, r2_score, recall_score
+from sklearn.metrics import mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scbmlp.baselines import LinearModel, linear_baseline
-from scbmlp.checks import plain_names, warn, whole_number
+from scbmlp.baselines import LinearModel, accuracy, class_counts, linear_baseline
+from scbmlp.checks import check_class_weight, plain_names, warn, whole_number
 from scbmlp.datasets import (
     ExpressionDataset,
     blocks,
@@ -89,11 +89,16 @@ class Config:
         no epoch is left out, and the last is kept; with `linear` the best.
     weight_decay_linear
         L2 penalty of Adam on the weights of the linear term.
+    class_weight
+        ``"balanced"`` for a classifier in whose losses every class counts alike, however rare: a cell of one with m of
+        the n training cells counts n / (classes m), in training and validation. The linear baseline beside it and
+        the additive models of the audit are weighted alike, and the score is the mean recall of the classes,
+        ``balanced_accuracy``. If None, every cell counts alike.
 
     Raises
     ------
     ValueError
-        A size or rate is out of its range.
+        A size or rate is out of its range, or `class_weight` is unknown.
 
     Examples
     --------
@@ -116,6 +121,7 @@ class Config:
     device: str = "auto"
     patience: int | None = None
     weight_decay_linear: float = 0.1
+    class_weight: Literal["balanced"] | None = None
 
     def __post_init__(self) -> None:
         for name, defaults in _DEFAULTS.items():
@@ -138,6 +144,7 @@ class Config:
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise ValueError(f"Config({name}={getattr(self, name)!r}): True or False is needed.")
             setattr(self, name, bool(getattr(self, name)))
+        check_class_weight(self.class_weight, config=True)
         self.device = str(self.device)
         try:
             torch.device("cpu" if self.device == "auto" else self.device)
@@ -187,6 +194,7 @@ class _BilinearMLP(nn.Module):
             self.project = nn.Linear(cfg.d_hidden, cfg.d_output, bias=cfg.bias or cfg.linear)
             self.direct = nn.Linear(cfg.d_input, cfg.d_output, bias=False) if cfg.linear else None
         self.register_buffer("center", torch.zeros(cfg.d_input))
+        self.register_buffer("class_weight", None if cfg.class_weight is None else torch.ones(cfg.d_output))
         self.statistics: Statistics | None = None
         self.best_epoch: int | None = None
         self._rows: list[dict[str, float]] = []
@@ -322,6 +330,10 @@ class _BilinearMLP(nn.Module):
         target = val.y if units is None else torch.as_tensor((val.y.numpy() - shift) / scale)
         return float(self.loss(torch.as_tensor(outputs), target)), weights
 
+    def _counts(self, target: np.ndarray) -> np.ndarray | None:
+        """Return how often cells of these classes count in the loss (cell); None if all count alike."""
+        return None if self.class_weight is None else self.class_weight.cpu().numpy()[target]
+
     def _row(self, stages: dict[str, tuple[np.ndarray, Tensor]]) -> dict[str, float]:
         """Return loss and metric of given outputs (cell x out), for each stage."""
         row = {}
@@ -400,9 +412,10 @@ class _BilinearMLP(nn.Module):
         if self.best_epoch is not None:
             rows["Best epoch"] = f"{self.best_epoch} of {cfg.n_epochs}"
         if score in history and self.best_epoch in history.index:
-            rows[f"Validation {self.metric}"] = f"{history.loc[self.best_epoch, score]:.3f}"
+            name = f"Validation {self.metric.replace('_', ' ')}"
+            rows[name] = f"{history.loc[self.best_epoch, score]:.3f}"
             if self._baseline and score in self._baseline:
-                rows[f"Validation {self.metric}"] += f", linear baseline {self._baseline[score]:.3f}"
+                rows[name] += f", linear baseline {self._baseline[score]:.3f}"
         return rows
 
     def __repr__(self) -> str:
@@ -458,6 +471,8 @@ class _BilinearMLP(nn.Module):
 
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of a classifier, or R2 averaged over the outputs of a regressor.
+
+        Accuracy is the mean recall of the classes if ``cfg.class_weight`` is ``"balanced"``.
 
         Parameters
         ----------
@@ -598,11 +613,17 @@ class ScBMLPClassifier(_BilinearMLP):
     [(8, 40), (8, 40), (2, 8)]
     """
 
-    metric = "accuracy"
     _targets = "class codes"
+
+    @property
+    def metric(self) -> str:
+        """What the score is: ``accuracy``, or ``balanced_accuracy``."""
+        return "accuracy" if self.cfg.class_weight is None else "balanced_accuracy"
 
     def loss(self, outputs: Tensor, target: Tensor, count: Tensor | None = None) -> Tensor:
         """Return the cross-entropy of logits (cell x out) and class codes (cell), each cell counted so often (cell).
+
+        It is a mean over cells, not over weights: so that losses of batches, or of processes' shares of one, add up.
 
         Examples
         --------
@@ -610,15 +631,17 @@ class ScBMLPClassifier(_BilinearMLP):
         >>> round(model.loss(model(x), y).item(), 2)
         0.31
         """
+        weight = None if self.class_weight is None else self.class_weight.to(outputs)
         if count is None:
-            return nn.functional.cross_entropy(outputs, target)
-        return (nn.functional.cross_entropy(outputs, target, reduction="none") * count).mean()
+            return nn.functional.cross_entropy(outputs, target, weight, reduction="sum") / len(target)
+        return (nn.functional.cross_entropy(outputs, target, weight, reduction="none") * count).mean()
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:
-        return accuracy_score(target, outputs.argmax(axis=1))
+        return accuracy(outputs, target, self.cfg.class_weight)
 
     def _cell_losses(self, outputs: np.ndarray, target: np.ndarray) -> np.ndarray:
-        return -log_softmax(outputs.astype(np.float64), axis=1)[np.arange(len(target)), target]
+        losses, counts = -log_softmax(outputs.astype(np.float64), axis=1), self._counts(target)
+        return losses[np.arange(len(target)), target] * (1 if counts is None else counts)
 
     def _measure_each(self, outputs: np.ndarray, target: np.ndarray) -> np.ndarray:
         codes = range(self.cfg.d_output)
@@ -676,7 +699,7 @@ class ScBMLPRegressor(_BilinearMLP):
     Raises
     ------
     ValueError
-        `loss_fn` is not one of the three.
+        `loss_fn` is not one of the three, or `cfg` has a ``class_weight``.
 
     Examples
     --------
@@ -692,6 +715,7 @@ class ScBMLPRegressor(_BilinearMLP):
     def __init__(self, cfg: Config, loss_fn: Literal["mse", "l1", "huber"] = "mse") -> None:
         if loss_fn not in self._losses:
             raise ValueError(f"loss_fn={loss_fn!r} is unknown; choose one of {', '.join(self._losses)}.")
+        check_class_weight(cfg.class_weight, classes=False, config=True)
         super().__init__(cfg)
         self.loss_fn = loss_fn
 
@@ -845,11 +869,11 @@ def _fit(
     if orders is not None:
         trains = [_other_targets(train, order) for order in orders[0].T]
         vals = vals if val is None else [_other_targets(val, order) for order in orders[1].T]
-    linear_models = [None] * len(models)
+    linear_models, quick = [None] * len(models), {"exact": False, "class_weight": cfg.class_weight}
     if orders is not None and baseline is True and val is not None:
-        linear_models = [linear_baseline(*both, exact=False) for both in zip(trains, vals, strict=True)]
+        linear_models = [linear_baseline(*both, **quick) for both in zip(trains, vals, strict=True)]
     elif isinstance(baseline, LinearModel) or (baseline is True and val is not None):
-        shared = baseline if isinstance(baseline, LinearModel) else linear_baseline(train, val, exact=False)
+        shared = baseline if isinstance(baseline, LinearModel) else linear_baseline(train, val, **quick)
         linear_models = [shared] * len(models)
     elif not isinstance(baseline, bool):
         linear_models = list(baseline)
@@ -857,8 +881,12 @@ def _fit(
     if cfg.linear and train.y.ndim == 2:
         target = train.y.numpy().astype(np.float64)
         units = target.mean(axis=0), np.where(np.ptp(target, axis=0) > 0, target.std(axis=0), 1.0)
-    for model, linear_model, own, own_val in zip(models, linear_models, trains, vals, strict=True):
+    each = [None] * len(models) if counts is None else counts.T
+    for model, linear_model, own, own_val, own_counts in zip(models, linear_models, trains, vals, each, strict=True):
         model._begin(train, linear_model, units)
+        if cfg.class_weight is not None:
+            of_class = class_counts(cfg.class_weight, own.y.numpy(), cfg.d_output, own_counts)
+            model.class_weight.copy_(torch.as_tensor(of_class))
         if linear_model is not None:
             sets = {"train": own} if val is None else {"train": own, "val": own_val}
             model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
@@ -896,7 +924,11 @@ def _fit(
     if linear_models[0] is not None and val is not None and len(models) == 1:
         name = f"val_{first.metric}"
         score, least = first.score(val), first._baseline[name]
-        if score < least - MARGIN:
+        margin = MARGIN
+        if cfg.class_weight is not None:  # nor is one cell of the rarest class more than noise
+            sizes = np.unique(val.y, return_counts=True)[1]
+            margin += 1 / (len(sizes) * sizes.min())
+        if score < least - margin:
             remedy = "scbmlp.models.tune searches form and penalties"
             if not cfg.linear:
                 remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
@@ -935,6 +967,7 @@ def tune(
     lr: float = 1e-3,
     seed: int = 0,
     device: str = "auto",
+    class_weight: Literal["balanced"] | None = None,
     progress: bool = True,
     **options: Any,
 ) -> ScBMLPClassifier | ScBMLPRegressor:
@@ -957,7 +990,7 @@ def tune(
     groups
         Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor, and
         the standard error is that of the donors' means.
-    d_hidden, n_epochs, batch_size, lr, seed, device
+    d_hidden, n_epochs, batch_size, lr, seed, device, class_weight
         As in :class:`Config`, for all models alike. If None there are 40 epochs, or up to 200 for 1,500 steps.
     progress
         Show how many epochs are done and the time left, in a terminal or a notebook.
@@ -973,8 +1006,8 @@ def tune(
     Raises
     ------
     ValueError
-        A size is out of its range, the linear baseline cannot be fitted, or `groups` are not one a validation cell, or
-        fewer than two.
+        A size is out of its range, `class_weight` is unknown or there are no classes, the linear baseline cannot be
+        fitted, or `groups` are not one a validation cell, or fewer than two.
 
     Examples
     --------
@@ -1004,10 +1037,10 @@ def tune(
         )
     if n_epochs is None:
         n_epochs = int(np.clip(np.ceil(1500 * batch_size / len(train)), 40, 200))
-    baseline = linear_baseline(train, val)
+    baseline = linear_baseline(train, val, class_weight=class_weight)
     size = {"d_input": len(train.gene_names), "d_hidden": d_hidden, "d_output": len(train.output_names)}
     shared = {"n_epochs": n_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
-    shared["patience"] = n_epochs  # none stops before the end, each keeps its best
+    shared |= {"class_weight": class_weight, "patience": n_epochs}  # none stops before the end, each keeps its best
     forms = [
         [
             ModelClass(
@@ -1035,7 +1068,7 @@ def tune(
         row = {"form": "linear" if model.cfg.linear else "plain"}
         row |= {name: getattr(model.cfg, name) for name in ("weight_decay", "dropout_rate", "weight_decay_linear")}
         rows.append(row | {"best_epoch": model.best_epoch, **model._row({"val": (one, val.y)})})
-    trials = pd.DataFrame(rows).drop(columns=["train_loss", f"train_{ModelClass.metric}"])
+    trials = pd.DataFrame(rows).drop(columns=["train_loss", f"train_{first.metric}"])
     trials["behind"], trials["standard_error"] = behind.mean(axis=1), error
     model = models[best - 1]
     if best == 0:
@@ -1108,7 +1141,8 @@ def fit_replicas(
         raise ValueError(f"resample={resample!r} is unknown; choose 'bootstrap', 'half' or None.")
     models = [ModelClass(replace(cfg, seed=cfg.seed + i), **options) for i in range(n_replicas)]
     check_dataset(train, "train")
-    counts, baseline = None, val is not None and cfg.linear and linear_baseline(train, val, exact=False)
+    counts, quick = None, {"exact": False, "class_weight": cfg.class_weight}
+    baseline = val is not None and cfg.linear and linear_baseline(train, val, **quick)
     if resample is not None:
         n, rng = len(train), np.random.default_rng(cfg.seed)
         drawn = [rng.choice(n, n if resample == "bootstrap" else n // 2, resample == "bootstrap") for _ in models]
@@ -1118,7 +1152,7 @@ def fit_replicas(
                 ExpressionDataset(take(train.x, rows), train.y[rows], train.gene_names, train.output_names)
                 for rows in map(np.sort, drawn)
             ]
-            baseline = [linear_baseline(part, val, exact=False) for part in parts]
+            baseline = [linear_baseline(part, val, **quick) for part in parts]
     return _fit_all("replicas", models, train, val, baseline, counts=counts, progress=progress, n_jobs=n_jobs)
 
 

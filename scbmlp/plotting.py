@@ -100,7 +100,7 @@ def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
             ax.plot(epochs.index, epochs, color=color, label=label)
             if 0 in history.index:  # the linear baseline
                 ax.axhline(history.loc[0, f"{stage}_{metric}"], color=color, linewidth=0.8, linestyle=":")
-    ax.set(xlabel="epoch", ylabel=metric)
+    ax.set(xlabel="epoch", ylabel=metric.replace("_", " "))
     ax.legend(frameon=False)
     return ax
 

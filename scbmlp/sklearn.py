@@ -59,6 +59,8 @@ class BilinearClassifier(ClassifierMixin, _Bilinear):
         Share of the cells that choose the penalty of the linear baseline and the epoch.
     random_state
         Seed of that choice, and of the fit.
+    class_weight
+        None or ``"balanced"``, as in :class:`scbmlp.models.Config`; ``score`` is scikit-learn's, plain accuracy.
 
     Examples
     --------
@@ -67,6 +69,14 @@ class BilinearClassifier(ClassifierMixin, _Bilinear):
     >>> cross_val_score(estimator, adata.X, labels, cv=2).round(2).tolist()
     [0.88, 0.84]
     """
+
+    def __init__(self, d_hidden=128, *, linear=True, n_epochs=None, batch_size=None, lr=1e-3, dropout_rate=None,
+                 weight_decay=None, validation_fraction=0.15, device="auto", random_state=0,
+                 class_weight=None) -> None:  # fmt: skip
+        super().__init__(d_hidden, linear=linear, n_epochs=n_epochs, batch_size=batch_size, lr=lr,
+                         dropout_rate=dropout_rate, weight_decay=weight_decay, device=device,
+                         validation_fraction=validation_fraction, random_state=random_state)  # fmt: skip
+        self.class_weight = class_weight
 
     def fit(self, X: Any, y: Any) -> Self:
         """Fit to cells (cell x gene), dense or sparse, and their classes (cell).

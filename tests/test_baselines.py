@@ -7,10 +7,11 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import accuracy_score, log_loss, r2_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, r2_score
+from sklearn.utils.class_weight import compute_class_weight
 
 from scbmlp import baselines
-from scbmlp.baselines import Axes, additive_features, linear_baseline, logistic, ridge
+from scbmlp.baselines import Axes, additive_features, class_counts, linear_baseline, logistic, ridge
 from scbmlp.datasets import ExpressionDataset
 
 SHAPES = {"more cells": (120, 15), "more genes": (60, 90)}
@@ -49,24 +50,70 @@ def test_ridge_is_sklearns_with_the_penalty_that_validation_cells_choose(shape, 
     assert model.score(val) == pytest.approx(r2_score(y_val, model.outputs(val)))
 
 
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("n_classes", [2, 3])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_logistic_regression_is_sklearns_on_the_genes_themselves(shape, n_classes, exact):
+def test_logistic_regression_is_sklearns_on_the_genes_themselves(shape, n_classes, exact, class_weight):
     train, val = cells(*shape, classes=n_classes)
-    model = linear_baseline(train, val, exact=exact)
+    if class_weight:  # all cells of the last class but five become cells of the first
+        y = train.y.numpy().copy()
+        y[np.flatnonzero(y == n_classes - 1)[5:]] = 0
+        train = ExpressionDataset(train.x, y, train.gene_names, train.output_names)
+    model = linear_baseline(train, val, exact=exact, class_weight=class_weight)
     x, y = train.x.toarray().astype(np.float64), train.y.numpy()
-    fit = LogisticRegression(C=1 / model.penalty, max_iter=10_000, tol=1e-8).fit(x, y)
+    options = {"max_iter": 10_000, "class_weight": class_weight}
+    fit = LogisticRegression(C=1 / model.penalty, tol=1e-8, **options).fit(x, y)
     shares = np.exp(log_softmax(model.outputs(val), axis=1))
     np.testing.assert_allclose(shares, fit.predict_proba(val.x.toarray()), atol=0.03 if exact else 0.05)
-    assert model.score(val) == accuracy_score(val.y.numpy(), model.outputs(val).argmax(axis=1))
-    # No penalty of the grid has a smaller log-loss on the validation cells.
+    score = balanced_accuracy_score if class_weight else accuracy_score
+    assert model.score(val) == pytest.approx(score(val.y.numpy(), model.outputs(val).argmax(axis=1)))
+    # No penalty of the grid has a smaller log-loss on the validation cells, weighted as the training cells are.
+    weight = compute_class_weight(class_weight, classes=np.arange(n_classes), y=y)[val.y]
     unit = np.square(x - x.mean(axis=0)).sum() / min(shape)
     others = [
-        LogisticRegression(C=1 / (unit * penalty), max_iter=10_000).fit(x, y).predict_proba(val.x.toarray())
+        LogisticRegression(C=1 / (unit * penalty), **options).fit(x, y).predict_proba(val.x.toarray())
         for penalty in (baselines.LOGISTIC if exact else baselines.QUICK_LOGISTIC)
     ]
-    assert log_loss(val.y, shares) <= min(log_loss(val.y, other) for other in others) + (3e-3 if exact else 1e-2)
+    least = min(log_loss(val.y, other, sample_weight=weight) for other in others)
+    assert log_loss(val.y, shares, sample_weight=weight) <= least + (3e-3 if exact else 1e-2)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_classes_of_one_size_are_fitted_to_the_bit_as_without_balance(exact):
+    train, val = cells(300, 10, classes=3)
+    even = np.concatenate([np.flatnonzero(train.y == i)[:50] for i in range(3)])
+    train = ExpressionDataset(train.x[even], train.y[even], train.gene_names, train.output_names)
+    plain, balanced = (linear_baseline(train, val, exact=exact, class_weight=kind) for kind in (None, "balanced"))
+    assert plain.penalty == balanced.penalty
+    np.testing.assert_array_equal(plain.weight, balanced.weight)
+    np.testing.assert_array_equal(plain.constant, balanced.constant)
+
+
+def test_weighted_validation_cells_choose_the_penalty():
+    sets = []
+    for part, n_rare in zip(cells(120, 40, classes=3, seed=1, noise=3), (8, 4), strict=True):
+        y = part.y.numpy().copy()
+        y[np.flatnonzero(y == 2)[n_rare:]] = 0
+        sets.append(ExpressionDataset(part.x, y, part.gene_names, part.output_names))
+    x, x_val = (part.x.toarray().astype(np.float64) for part in sets)
+    y, y_val = (part.y.numpy() for part in sets)
+    grid = baselines.LOGISTIC * np.square(x - x.mean(axis=0)).sum() / 40
+    fits = [LogisticRegression(C=1 / one, max_iter=10_000, class_weight="balanced").fit(x, y) for one in grid]
+    weight = compute_class_weight("balanced", classes=np.arange(3), y=y)[y_val]
+    weighted, plain = (
+        np.argmin([log_loss(y_val, fit.predict_proba(x_val), sample_weight=own) for fit in fits])
+        for own in (weight, None)
+    )
+    assert linear_baseline(*sets, class_weight="balanced").penalty == pytest.approx(grid[weighted])
+    assert weighted != plain
+
+
+def test_classes_count_by_the_cells_that_are_drawn():
+    y, own = np.array([0, 0, 0, 2, 2, 3]), np.array([1.0, 0, 2, 1, 0, 0])
+    weight = compute_class_weight("balanced", classes=np.array([0, 2]), y=np.array([0, 0, 0, 2]))
+    np.testing.assert_allclose(class_counts("balanced", y, 4, own), [weight[0], 1, weight[1], 1])
+    assert class_counts(None, y, 4) is None
 
 
 def test_a_class_without_a_training_cell_is_never_predicted():

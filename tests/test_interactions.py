@@ -8,8 +8,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
-from sklearn.linear_model import Ridge
-from sklearn.metrics import accuracy_score, r2_score
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, r2_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import SplineTransformer
 
 from scbmlp import baselines, simulate
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
@@ -384,6 +386,53 @@ def test_gain_is_the_score_beyond_the_additive_model_of_the_target(kind):
         np.testing.assert_allclose(table["score_additive"], expected, rtol=1e-6)
         np.testing.assert_allclose(table["score"], r2_score(target, outputs, multioutput="raw_values"), rtol=1e-4)
         assert (table["gain"] > 0.05).all() and (table["gain_curved"] > 0.02).all()
+
+
+def test_audit_of_a_balanced_model_weighs_what_is_fitted_to_the_target_alike():
+    model = random_model(5, 4, 2, seed=1, kind=ScBMLPClassifier, class_weight="balanced")
+    with torch.no_grad():
+        model.project.weight *= 0.2  # as vague as the classes are
+    sets = three_sets(model, (600, 300, 300))
+    for part in sets:  # about 5% of one class
+        first, second = (np.flatnonzero(part.y == i) for i in (0, 1))
+        rows = np.sort(np.r_[first, second[: len(first) // 19]])
+        part.x, part.y = part.x[rows], part.y[rows]
+    train, val, test = sets
+    weight = len(train.y) / (2 * np.bincount(train.y))
+    model.class_weight.copy_(torch.as_tensor(weight))
+    table, target = audit(model, test, train=train, validation=val), test.y.numpy()
+    x, x_val, x_test = (baselines.additive_features(part.x).toarray().astype(np.float64) for part in sets)
+    unit = np.square(x - x.mean(axis=0)).sum() / min(x.shape)
+    options = {"class_weight": "balanced", "max_iter": 10_000, "tol": 1e-8}
+    fits = [LogisticRegression(C=1 / (unit * one), **options).fit(x, train.y) for one in baselines.QUICK_LOGISTIC]
+    best = min(fits, key=lambda fit: log_loss(val.y, fit.predict_proba(x_val), sample_weight=weight[val.y]))
+    for name, predicted in (("score", model.outputs(test).argmax(axis=1)), ("score_additive", best.predict(x_test))):
+        assert table.attrs[name] == pytest.approx(balanced_accuracy_score(target, predicted), abs=0.03)
+
+    def loss(shares):
+        return log_loss(target, shares, sample_weight=weight[target])
+
+    def through_curve(seen, outputs):
+        """With two classes, a curve of what one is ahead of the other; weighted as the training cells are."""
+        line = LogisticRegression(C=10, class_weight=dict(enumerate(weight)))
+        knots = np.unique(np.quantile(seen, np.linspace(0, 1, 8)))[:, None]
+        curve = make_pipeline(SplineTransformer(knots=knots), line).fit(seen[:, None], val.y)
+        return curve.predict_proba(outputs[:, None])
+
+    gain = loss(best.predict_proba(x_test)) - loss(model.predict_proba(test))
+    assert table.attrs["gain_log_loss"] == pytest.approx(gain, abs=0.01)
+    own = (np.diff(model.outputs(part))[:, 0].astype(np.float64) / 2 for part in (val, test))
+    gain = loss(through_curve(*(best.decision_function(part) / 2 for part in (x_val, x_test)))) - loss(
+        through_curve(*own)
+    )
+    assert table.attrs["gain_log_loss_curved"] == pytest.approx(gain, abs=0.02)
+    # Shares of variance are of all cells alike.
+    model.class_weight.copy_(torch.tensor([9.0, 1.0]))
+    again, names = (
+        audit(model, test, train=train, validation=val),
+        ["linear", "self", "interaction", "interaction_curved"],
+    )
+    pd.testing.assert_frame_equal(again[names], table[names], check_exact=True)
 
 
 def test_a_link_of_an_additive_score_is_a_gain_and_no_gain_through_a_curve():

@@ -26,6 +26,7 @@ from scipy.special import huber, softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import (
     accuracy_score,
+    balanced_accuracy_score,
     log_loss,
     mean_absolute_error,
     mean_squared_error,
@@ -33,6 +34,7 @@ from sklearn.metrics import (
     recall_score,
     roc_auc_score,
 )
+from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -107,9 +109,10 @@ def test_weights_are_detached_and_shaped_by_hidden_gene_and_out():
 # ------------------------------------------------------------------------------------------------------ training
 
 
-@pytest.mark.parametrize("linear", [False, True])
-def test_training_is_adam_along_a_cosine_on_the_cross_entropy(linear):
+@pytest.mark.parametrize(("linear", "class_weight"), [(False, None), (True, None), (True, "balanced")])
+def test_training_is_adam_along_a_cosine_on_the_cross_entropy(linear, class_weight):
     changes = {"batch_size": 100, "n_epochs": 5, "lr": 0.03, "weight_decay": 0.1, "dropout_rate": 0.0}
+    changes["class_weight"] = class_weight
     cfg = Config(**(TOY | changes), linear=linear, weight_decay_linear=0.3)
     model, start, data = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg), toy()
     # A batch larger than the training set: one step an epoch.
@@ -121,12 +124,16 @@ def test_training_is_adam_along_a_cosine_on_the_cross_entropy(linear):
     groups = [{"params": [left, right, p, *extra[1:]], "weight_decay": 0.1}]
     groups += [{"params": extra[:1], "weight_decay": 0.3}] if linear else []
     optimizer = torch.optim.Adam(groups)
-    losses = []
+    losses, weight = [], None
+    if class_weight:  # over all training cells, torch's own mean over weights is that over cells
+        weight = compute_class_weight("balanced", classes=np.arange(3), y=data.y.numpy())
+        assert np.ptp(weight) > 0.1
+        weight = torch.as_tensor(weight, dtype=torch.float32)
     for epoch in range(5):
         for group in optimizer.param_groups:
             group["lr"] = 0.03 * (1 + np.cos(np.pi * epoch / 5)) / 2
         y = ((x @ left.T) * (x @ right.T)) @ p.T + (x @ extra[0].T + extra[1] if linear else 0)
-        loss = cross_entropy(y, data.y)
+        loss = cross_entropy(y, data.y, weight)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -155,11 +162,12 @@ def test_the_seed_alone_decides_the_weights():
 CHANGES = {
     "d_input": 7, "d_hidden": 4, "d_output": 4, "bias": True, "linear": True, "n_epochs": 4, "batch_size": 8,
     "lr": 0.01, "dropout_rate": 0.5, "weight_decay": 0.5, "seed": 1, "patience": 1, "weight_decay_linear": 0.5,
+    "class_weight": "balanced",
 }  # fmt: skip
 # Where a field takes something else to be seen.
 BESIDE = {"patience": {"lr": 5.0, "n_epochs": 20, "seed": 3}, "weight_decay_linear": {"linear": True}}
 SEEN = {"d_input": "genes", "d_hidden": "hidden", "d_output": "outputs", "bias": "names", "linear": "names",
-        "n_epochs": "epochs", "patience": "epochs"}  # fmt: skip
+        "n_epochs": "epochs", "patience": "epochs", "class_weight": "names"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(Config) if field.name != "device"])
@@ -196,10 +204,11 @@ def test_the_device_is_the_one_asked_for():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_gives_what_the_cpu_gives(sets):
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
+def test_a_gpu_gives_what_the_cpu_gives(sets, class_weight):
     outputs = []
     for device in ("cpu", "cuda:0"):
-        model = ScBMLPClassifier(Config(**(SIZES | {"device": device})))
+        model = ScBMLPClassifier(Config(**(SIZES | {"device": device}), class_weight=class_weight))
         model.fit(*sets[:2], **QUIET)
         outputs.append(model.outputs(sets[2]))
     np.testing.assert_allclose(*outputs, rtol=0.05, atol=0.05)
@@ -379,7 +388,7 @@ def test_a_model_below_the_baseline_warns_with_both_scores_and_the_remedy(graded
     (message,) = (str(one.message) for one in caught)
     for score in (model.score(val), linear_baseline(train, val, exact=False).score(val)):
         assert f"{score:.3f}" in message
-    assert "Config(linear=True)" in message and "tune" in message and f"val_{kind.metric}" in message
+    assert "Config(linear=True)" in message and "tune" in message and f"val_{model.metric}" in message
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     with warnings.catch_warnings(action="error"):
         history = model.fit(train, val, baseline=False, **QUIET)
@@ -537,6 +546,162 @@ def test_tune_hands_on_what_the_model_takes(planted):
     train, val, _ = get_regression_datasets(planted, "target")
     model = tune(ScBMLPRegressor, train, val, d_hidden=4, n_epochs=2, seed=3, progress=False, loss_fn="huber")
     assert model.loss_fn == "huber" and model.cfg.seed == 3 and model.cfg.d_hidden == 4 and model.cfg.n_epochs == 2
+
+
+# -------------------------------------------------------------------------------------------------- class balance
+
+
+def rare(share=0.03, n_cells=1200, seed=0):
+    """Training, validation and test cells, of which a few are of a class that overlaps with the others.
+
+    It has two genes that go together, which in the others go apart.
+    """
+    rng = np.random.default_rng(seed)
+    y = rng.choice(3, n_cells, p=[0.6, 0.4 - share, share])
+    x = rng.normal(size=(n_cells, 10)) + 1.2 * np.eye(10)[y]
+    x[:, 3] += np.where(y == 2, 1, -1) * x[:, 4]
+    x, names = np.maximum(x + 3, 0).astype(np.float32), (pd.RangeIndex(10), pd.Index(["many", "some", "rare"]))
+    edges = [0, n_cells // 2, 3 * n_cells // 4, n_cells]
+    return [ExpressionDataset(x[a:b], y[a:b], *names) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+RARE = {"d_input": 10, "d_hidden": 6, "d_output": 3, "n_epochs": 8, "lr": 0.01, "device": "cpu"}
+
+
+def test_a_balanced_loss_is_torchs_and_adds_up_over_batches():
+    train, val, _ = rare()
+    model = ScBMLPClassifier(Config(**RARE, class_weight="balanced"))
+    model.fit(train, baseline=False, **QUIET)
+    weight = compute_class_weight("balanced", classes=np.arange(3), y=train.y.numpy())
+    np.testing.assert_allclose(model.class_weight, weight, rtol=1e-6)
+    weight, slopes = torch.as_tensor(weight, dtype=torch.float32), []
+    outputs = [torch.as_tensor(model.outputs(train)).requires_grad_() for _ in range(3)]
+    losses = cross_entropy(outputs[0], train.y, weight), model.loss(outputs[1], train.y)
+    # Of 70 cells each, the last of fewer; a mean over a batch's weights would not add up to that over all.
+    batches = zip(outputs[2].split(70), train.y.split(70), strict=True)
+    losses += (sum(model.loss(y, target) * len(target) for y, target in batches) / len(train),)
+    for loss, y in zip(losses, outputs, strict=True):
+        slopes.append(torch.autograd.grad(loss, y)[0])
+    for loss, slope in zip(losses[1:], slopes[1:], strict=True):
+        torch.testing.assert_close(loss, losses[0])
+        torch.testing.assert_close(slope, slopes[0], atol=1e-9, rtol=1e-4)
+    # A cell that counts twice is there twice.
+    count = torch.arange(len(val)) % 3
+    often = torch.as_tensor(model.outputs(val)).repeat_interleave(count, dim=0)
+    torch.testing.assert_close(
+        model.loss(torch.as_tensor(model.outputs(val)), val.y, count) * len(val),
+        model.loss(often, val.y.repeat_interleave(count)) * len(often),
+    )
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_classes_of_one_size_are_fitted_to_the_bit_as_without_balance(linear):
+    train, val, _ = rare(share=0.2)
+    even = np.sort(np.concatenate([np.flatnonzero(train.y == i)[:100] for i in range(3)]))
+    train = ExpressionDataset(train.x[even], train.y[even], train.gene_names, train.output_names)
+    fits = [ScBMLPClassifier(Config(**RARE, linear=linear, class_weight=kind)) for kind in (None, "balanced")]
+    histories = [fit.fit(train, val, **QUIET)[["train_loss", "val_loss"]] for fit in fits]
+    pd.testing.assert_frame_equal(*histories, check_exact=True)
+    assert fits[0].best_epoch == fits[1].best_epoch
+    for a, b in zip(fits[0].parameters(), fits[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_history_baseline_and_best_epoch_are_of_the_weighted_loss(linear):
+    train, val, test = rare()
+    cfg = Config(**RARE | {"lr": 0.03, "n_epochs": 15}, linear=linear, class_weight="balanced")
+    model, linear_model = ScBMLPClassifier(cfg), linear_baseline(train, val, exact=False, class_weight="balanced")
+    history = model.fit(train, val, **QUIET)
+    assert list(history) == ["train_loss", "train_balanced_accuracy", "val_loss", "val_balanced_accuracy"]
+    weight = compute_class_weight("balanced", classes=np.arange(3), y=train.y.numpy())
+    for epoch, outputs in ((0, linear_model.outputs(val)), (model.best_epoch, model.outputs(val))):
+        loss, target = -np.log(softmax(outputs, axis=1))[np.arange(len(val)), val.y], val.y.numpy()
+        assert history.loc[epoch, "val_loss"] == pytest.approx((weight[target] * loss).mean(), rel=1e-4)
+        assert abs(history.loc[epoch, "val_loss"] - loss.mean()) > 0.02  # another number
+        balanced = balanced_accuracy_score(target, outputs.argmax(axis=1))
+        assert history.loc[epoch, "val_balanced_accuracy"] == pytest.approx(balanced)
+    assert model.best_epoch == (history["val_loss"].idxmin() if linear else 15) > 0
+    assert model.score(test) == pytest.approx(balanced_accuracy_score(test.y, model.outputs(test).argmax(axis=1)))
+    assert f"validation balanced accuracy {history.loc[model.best_epoch, 'val_balanced_accuracy']:.3f}" in repr(model)
+
+
+def test_a_rare_class_is_found_where_classes_are_balanced():
+    train, val, test = rare(n_cells=4000)
+    recall = {}
+    for kind in (None, "balanced"):
+        model = ScBMLPClassifier(Config(**RARE, linear=True, class_weight=kind))
+        model.fit(train, val, **QUIET)
+        recall[kind] = recall_score(test.y, model.outputs(test).argmax(axis=1), labels=[2], average=None)[0]
+    assert recall["balanced"] > recall[None] + 0.3
+
+
+def test_one_cell_of_the_rarest_class_is_no_reason_to_warn(monkeypatch):
+    train, val, _ = rare()
+    one = 1 / (3 * np.bincount(val.y).min())
+    assert one > models.MARGIN
+    model, least = ScBMLPClassifier(Config(**RARE | {"n_epochs": 1}, class_weight="balanced")), "val_balanced_accuracy"
+    for cells, caught in ((1, False), (3, True)):
+        monkeypatch.setattr(ScBMLPClassifier, "score", lambda self, _, lost=cells * one: self._baseline[least] - lost)
+        with warnings.catch_warnings(record=True) as record:
+            warnings.simplefilter("always")
+            model.fit(train, val, **QUIET)
+        assert any("ends below a linear one" in str(warning.message) for warning in record) == caught
+
+
+def test_replicas_and_permutations_start_at_balanced_baselines_of_their_own():
+    train, val, _ = rare()
+    cfg = Config(**RARE | {"n_epochs": 1, "lr": 1e-9}, linear=True, class_weight="balanced")
+
+    def start(fit, own):
+        """The linear part, which has not moved, is `own`, and row 0 of the history its loss on validation cells."""
+        with torch.no_grad():
+            outputs = fit.project.bias + (torch.as_tensor(val.x) - fit.center) @ fit.direct.weight.T
+        if own is not None:
+            np.testing.assert_allclose(outputs, own.outputs(val), rtol=1e-3, atol=1e-3)
+            assert fit.history.loc[0, "val_loss"] == pytest.approx(fit.loss(outputs, val.y).item(), rel=1e-3)
+        return outputs.softmax(dim=1)
+
+    rng = np.random.default_rng(cfg.seed)
+    for replica in fit_replicas(ScBMLPClassifier, cfg, train, val, 2, "half", progress=False):
+        rows = np.sort(rng.choice(len(train), len(train) // 2, replace=False))
+        part = ExpressionDataset(train.x[rows], train.y[rows], train.gene_names, train.output_names)
+        start(replica, linear_baseline(part, val, exact=False, class_weight="balanced"))
+        weight = compute_class_weight("balanced", classes=np.arange(3), y=part.y.numpy())
+        np.testing.assert_allclose(replica.class_weight, weight, rtol=1e-6)
+    (first, *others), _ = fit_permuted(ScBMLPClassifier, cfg, train, val, 2, progress=False)
+    start(first, linear_baseline(train, val, exact=False, class_weight="balanced"))
+    for other in others:  # where genes say nothing, a class is as probable as it counts: the rare one as any
+        assert torch.equal(other.class_weight, first.class_weight)
+        np.testing.assert_allclose(start(other, None).mean(dim=0), 1 / 3, atol=0.05)
+
+
+def test_tune_weighs_what_it_compares():
+    train, val, _ = rare()
+    model = tune(ScBMLPClassifier, train, val, d_hidden=4, n_epochs=4, device="cpu", class_weight="balanced")
+    trials, linear_model = model.trials, linear_baseline(train, val, class_weight="balanced")
+    assert model.cfg.class_weight == "balanced" and "val_balanced_accuracy" in trials
+    assert trials.loc[0, "val_balanced_accuracy"] == pytest.approx(linear_model.score(val))
+    weight, rows = compute_class_weight("balanced", classes=np.arange(3), y=train.y.numpy())[val.y], np.arange(len(val))
+    losses = [-np.log(softmax(one.outputs(val), axis=1))[rows, val.y] * weight for one in (linear_model, model)]
+    chosen, target = trials["chosen"].idxmax(), val.y.numpy()
+    assert chosen == (trials["behind"] <= trials["standard_error"]).idxmax()
+    np.testing.assert_allclose(trials["behind"], trials["val_loss"] - trials["val_loss"].min(), atol=1e-4)
+    for row, loss, one in zip((0, chosen), losses, (linear_model, model), strict=True):
+        assert trials.loc[row, "val_loss"] == pytest.approx(loss.mean(), rel=1e-4)
+        balanced = balanced_accuracy_score(target, one.outputs(val).argmax(axis=1))
+        assert trials.loc[row, "val_balanced_accuracy"] == pytest.approx(balanced)
+
+
+def test_a_class_that_is_nowhere_in_training_counts_as_a_cell_does():
+    train, val, _ = rare()
+    seen = np.flatnonzero(train.y != 2)
+    train = ExpressionDataset(train.x[seen], train.y[seen], train.gene_names, train.output_names)
+    model = ScBMLPClassifier(Config(**RARE, linear=True, class_weight="balanced"))
+    history = model.fit(train, val, **QUIET)
+    weight = compute_class_weight("balanced", classes=np.arange(2), y=train.y.numpy())
+    np.testing.assert_allclose(model.class_weight, [*weight, 1], rtol=1e-6)
+    assert np.isfinite(history.to_numpy()).all()
 
 
 # -------------------------------------------------------------------------------- what is left alone, and is kept
@@ -888,11 +1053,12 @@ def test_processes_of_joblib_share_replicas_and_permutations(graded):
         assert_same_weights(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
 @pytest.mark.parametrize("resample", ["half", "bootstrap"])
-def test_resampled_replicas_learn_from_their_own_cells(resample):
+def test_resampled_replicas_learn_from_their_own_cells(resample, class_weight):
     """One step on all cells, counted as they were drawn, is one on the drawn cells alone."""
     data, n = toy(n_cells=40), 40
-    cfg = Config(**(TOY | {"n_epochs": 1, "batch_size": 40, "dropout_rate": 0.0}))
+    cfg = Config(**(TOY | {"n_epochs": 1, "batch_size": 40, "dropout_rate": 0.0, "class_weight": class_weight}))
     replicas = fit_replicas(ScBMLPClassifier, cfg, data, None, 2, resample, progress=False)
     rng = np.random.default_rng(cfg.seed)
     for seed, replica in enumerate(replicas):

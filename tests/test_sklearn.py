@@ -24,7 +24,14 @@ def quiet():
         yield
 
 
-@parametrize_with_checks([BilinearClassifier(**SMALL), BilinearRegressor(**SMALL)])
+# Classes are weighted by their size or not at all, as `linear_baseline` and the audit beside them are.
+NOT_ASKED_FOR = {"check_class_weight_classifiers": "a weight for each class, in a dict, is refused"}
+
+
+@parametrize_with_checks(
+    [BilinearClassifier(**SMALL), BilinearRegressor(**SMALL)],
+    expected_failed_checks=lambda estimator: NOT_ASKED_FOR if isinstance(estimator, BilinearClassifier) else {},
+)
 def test_scikit_learns_checks(estimator, check):
     check(estimator)
 
@@ -46,6 +53,19 @@ def test_it_learns_in_a_grid_behind_a_pipeline_and_its_model_can_be_read():
     assert list(best.classes_) == ["none", "one"]
     strongest = interaction_matrix(best.model_, 1).top_pairs(1).iloc[0]
     assert {strongest["gene_a"], strongest["gene_b"]} == {0, 1}
+
+
+def test_classes_are_balanced_where_that_is_asked_for():
+    x, y = planted(600)
+    rare = np.flatnonzero(y == "one")[:12]
+    rows = np.sort(np.r_[np.flatnonzero(y == "none"), rare])
+    plain, balanced = (
+        BilinearClassifier(**SMALL | {"n_epochs": 60, "dropout_rate": 0.0}, class_weight=kind).fit(x[rows], y[rows])
+        for kind in (None, "balanced")
+    )
+    assert plain.get_params()["class_weight"] is None and "class_weight" not in BilinearRegressor().get_params()
+    assert balanced.model_.cfg.class_weight == "balanced" and balanced.model_.metric == "balanced_accuracy"
+    assert (balanced.predict(x) == "one").sum() > (plain.predict(x) == "one").sum() + 50
 
 
 def test_it_is_the_model_of_the_package():

@@ -36,6 +36,19 @@ def test_saved_model_comes_back(classifier, planted, cells, tmp_path):
         ScBMLPClassifier.load(tmp_path / "model.pt")
 
 
+def test_a_balanced_model_keeps_how_its_classes_count_and_files_of_before_have_none(tmp_path):
+    path, model, x = tmp_path / "model.pt", fitted_to_toy(class_weight="balanced"), torch.rand(40, 6)
+    model.save(path)
+    loaded = ScBMLPClassifier.load(path)
+    assert loaded.cfg.class_weight == "balanced" and loaded.score(toy()) == model.score(toy())
+    assert torch.equal(loaded.loss(loaded(x), toy().y), model.loss(model(x), toy().y))
+    fitted_to_toy().save(path)
+    rewritten(
+        path, config={name: value for name, value in asdict(fitted_to_toy().cfg).items() if name != "class_weight"}
+    )
+    assert ScBMLPClassifier.load(path).cfg == fitted_to_toy().cfg
+
+
 def test_saved_model_without_names_takes_unnamed_genes(tmp_path):
     model = ScBMLPClassifier(Config(**TOY))
     model.save(tmp_path / "model.pt")

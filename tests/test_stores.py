@@ -322,6 +322,20 @@ def test_one_batch_of_all_cells_is_learnt_as_in_memory(log_file):
     same_weights(disk, memory, rtol=1e-4, atol=1e-5)
 
 
+def test_classes_of_a_file_are_balanced_as_in_memory(tmp_path):
+    adata = small_cells()
+    adata.obs["kind"] = np.where(np.arange(N) % 9 == 0, "rare", "common")
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    cfg = Config(G, 4, 2, n_epochs=3, batch_size=N, lr=0.01, dropout_rate=0.0, linear=True, device="cpu",
+                 class_weight="balanced")  # fmt: skip
+    memory, disk = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg)
+    for model, source in ((memory, adata), (disk, tmp_path / "cells.h5ad")):
+        model.fit(*get_classification_datasets(source, "kind")[:2], **QUIET)
+    assert torch.equal(disk.class_weight, memory.class_weight) and np.ptp(memory.class_weight.numpy()) > 1
+    np.testing.assert_allclose(disk.history, memory.history, rtol=1e-4)
+    same_weights(disk, memory, rtol=1e-4, atol=1e-5)
+
+
 def test_replicas_and_permutations_are_fitted_from_a_file(log_file):
     cfg = Config(G, 2, 3, n_epochs=1, batch_size=N, dropout_rate=0.0, linear=True, device="cpu")
     found = []

@@ -104,7 +104,8 @@ def _fit_everywhere(folder):
     """Fit in every process that runs this file, and let each write what it has."""
     devices, found = int(os.environ["WORLD_SIZE"]), {}
     several = {"devices": devices, "strategy": "ddp"} if devices > 1 else {}
-    forms = {"plain": (ScBMLPClassifier, {}), "linear": (ScBMLPRegressor, {"linear": True, "dropout_rate": 0.0})}
+    forms = {"plain": (ScBMLPClassifier, {}), "linear": (ScBMLPRegressor, {"linear": True, "dropout_rate": 0.0}),
+             "balanced": (ScBMLPClassifier, {"class_weight": "balanced"})}  # fmt: skip
     for name, (kind, form) in forms.items():
         # 150 cells in batches of 37 leave two for the last, 53 validation cells an odd number.
         model = kind(config(device="cpu", **form))
@@ -137,7 +138,7 @@ def test_two_processes_are_one_with_their_batches_joined(tmp_path):
         assert done.returncode == 0, done.stderr.decode()[-3000:]
     alone, one, other = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1_0", "2_0", "2_1"))
     assert one == other  # one history and one model, wherever it is asked
-    for name in ("plain", "linear"):
+    for name in ("plain", "linear", "balanced"):
         for a, b in zip(alone[name], one[name], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     # From disk each reads blocks of its own, in another order than one process would.
