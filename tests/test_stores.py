@@ -147,6 +147,14 @@ def test_normalisation_is_that_of_scanpy(counts, tmp_path, form, total):
     assert (counts.X != before).nnz == 0
 
 
+@pytest.mark.parametrize("form", ["h5ad csr", "h5ad dense"])
+def test_a_cell_is_the_same_to_the_bit_in_whatever_block_it_is_read(counts, tmp_path, form):
+    x = StoredMatrix(*write(counts, tmp_path, form), normalize_total=1e4, log1p=True)
+    whole = dense(x[:])
+    for start in range(N - 9):
+        np.testing.assert_array_equal(dense(x[start : start + 9]), whole[start : start + 9])
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["classes", "targets"])
 def test_sets_of_a_file_are_those_of_the_cells_in_memory(tmp_path, form, kind):
