@@ -254,7 +254,8 @@ class _BilinearMLP(nn.Module):
         Parameters
         ----------
         train, val
-            Cells to learn from, and cells to report on after each epoch.
+            Cells to learn from, and cells to report on after each epoch. Of stored cells the latter are read once where
+            256 MB hold them.
         baseline
             Whether to fit a linear model first, ridge regression or a quick logistic regression, whose penalty `val`
             chooses; or one from :func:`scbmlp.baselines.linear_baseline`. It is where the linear part starts, row 0 of
@@ -865,6 +866,8 @@ def _fit(
             "they choose, the last epoch is kept and not the best, and the fit is not compared with a linear model; "
             "pass val=."
         )
+    if val is not None and val.stored and len(val) <= val.x.holds():
+        val = val.load()  # from all over a file, they would cost reading it anew after every epoch
     trains, vals = [train] * len(models), [val] * len(models)
     if orders is not None:
         trains = [_other_targets(train, order) for order in orders[0].T]

@@ -12,6 +12,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pandas as pd
+import torch
 import zarr
 from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
@@ -369,7 +370,11 @@ def normalised(
             x = sparse.csr_matrix(((x.data * scale).astype(np.float32), x.indices, x.indptr), shape=x.shape)
         else:
             x = (x * scale[:, None]).astype(np.float32)
-    return x if not log1p else x.log1p() if sparse.issparse(x) else np.log1p(x)
+    if not log1p:
+        return x
+    values = np.array(x.data if sparse.issparse(x) else x, np.float32)
+    torch.from_numpy(values).log1p_()  # vectorised, which numpy's is not
+    return sparse.csr_matrix((values, x.indices, x.indptr), shape=x.shape) if sparse.issparse(x) else values
 
 
 def is_stored(cells: Any, layer: str | None = None) -> bool:

@@ -147,6 +147,14 @@ def test_normalisation_is_that_of_scanpy(counts, tmp_path, form, total):
     assert (counts.X != before).nnz == 0
 
 
+@pytest.mark.parametrize("form", ["h5ad csr", "h5ad dense"])
+def test_a_cell_is_the_same_to_the_bit_in_whatever_block_it_is_read(counts, tmp_path, form):
+    x = StoredMatrix(*write(counts, tmp_path, form), normalize_total=1e4, log1p=True)
+    whole = dense(x[:])
+    for start in range(N - 9):
+        np.testing.assert_array_equal(dense(x[start : start + 9]), whole[start : start + 9])
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["classes", "targets"])
 def test_sets_of_a_file_are_those_of_the_cells_in_memory(tmp_path, form, kind):
@@ -375,6 +383,7 @@ def test_classes_one_after_the_other_are_learnt_as_if_shuffled(tmp_path, monkeyp
 def test_no_more_cells_are_in_memory_than_a_few_blocks(tmp_path, monkeypatch):
     monkeypatch.setattr(stores, "BLOCK_CELLS", 256)
     monkeypatch.setattr(stores, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(StoredMatrix.holds, "__defaults__", (2**20,))
     monkeypatch.setattr(training, "MIXED_CELLS", 256)
     rng, n, genes = np.random.default_rng(0), 20000, 600
     x = rng.uniform(0.5, 2, (n, genes)).astype(np.float32)  # 48 MB
@@ -393,6 +402,19 @@ def test_no_more_cells_are_in_memory_than_a_few_blocks(tmp_path, monkeypatch):
     tracemalloc.stop()
     assert max(largest) <= 1024 and sum(largest) > 4 * n  # validation has batches of 1,024
     assert peak < 0.4 * 4 * n * genes
+
+
+def test_validation_cells_are_read_once_where_memory_holds_them(log_file, monkeypatch):
+    train, val, _ = get_classification_datasets(log_file, "type")
+    taken, read, histories = [], StoredMatrix._read, {}
+    monkeypatch.setattr(StoredMatrix, "_read", lambda self, rows: taken.extend(rows) or read(self, rows))
+    for size, times in {2**28: 1, 64: CFG.n_epochs}.items():
+        monkeypatch.setattr(StoredMatrix.holds, "__defaults__", (size,))
+        taken.clear()
+        model = ScBMLPClassifier(CFG)
+        histories[size] = model.fit(train, val, baseline=False, **QUIET)
+        assert np.isin(taken, val.indices).sum() == times * len(val)
+    pd.testing.assert_frame_equal(*histories.values())
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
