@@ -493,7 +493,7 @@ def get_classification_datasets(
         does; `adata` stays as it is. Totals are over all genes there are, those of the file too that a backed view
         leaves out.
     num_workers
-        Processes that read stored cells ahead while a model trains, each holding up to 128 MB of them. They start anew
+        Processes that read stored cells ahead while a model trains, each holding up to 256 MB of them. They start anew
         in every epoch, and more than one of them changes the order of the cells.
 
     Returns

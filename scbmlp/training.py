@@ -462,13 +462,16 @@ class Stored(IterableDataset):
         self.share_out()
         return int(self.steps)
 
+    def at_once(self, size: int) -> int:
+        """Return how many batches of a size are dealt out of the cells that are mixed."""
+        return max(min(MIXED_CELLS, self.batches.dataset.x.holds(MIXED_BYTES)) // size, 1)
+
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        mixed = min(MIXED_CELLS, self.batches.dataset.x.holds(MIXED_BYTES))
         reader = scDataset(
             self.batches,
             BlockShuffling(RUN, self.own) if self.shuffled else Streaming(self.own),
             self.size,
-            fetch_factor=max(mixed // self.size, 1),
+            fetch_factor=self.at_once(self.size),
             fetch_callback=lambda batches, index: batches.load(index),
             batch_callback=lambda loaded, index: loaded.parts(index),
             seed=self.seed,
@@ -524,7 +527,10 @@ def loader(batches: Batches, batch_size: int, generator: torch.Generator | None 
     cells = batches.dataset
     if cells.stored:
         stored = Stored(batches, batch_size, generator is not None)
-        return _StoredLoader(stored, batch_size=None, num_workers=cells.num_workers, generator=generator)
+        # A worker that had to wait until most of what it has read is used could not read on meanwhile.
+        ahead = stored.at_once(batch_size) if cells.num_workers else None
+        workers = {"num_workers": cells.num_workers, "prefetch_factor": ahead}
+        return _StoredLoader(stored, batch_size=None, generator=generator, **workers)
     order = SequentialSampler(batches) if generator is None else RandomSampler(batches, generator=generator)
     share = _Share(BatchSampler(order, batch_size, drop_last=False))
     return DataLoader(batches, sampler=share, batch_size=None, generator=generator)

@@ -1,9 +1,11 @@
 """Is a file read as the same cells in memory, by everything that walks cells, and does it say when it cannot be?"""
 
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
+import time
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -291,6 +293,24 @@ def test_workers_read_each_cell_once_and_differ_by_epoch(log_file, small_runs):
     alone, *_ = get_classification_datasets(log_file, "type", num_workers=1)
     unaided, *_ = get_classification_datasets(log_file, "type")
     assert torch.equal(torch.cat(batches(alone, 1)[0]), torch.cat(batches(unaided, 1)[0]))
+
+
+def test_a_worker_reads_on_while_what_it_has_read_is_used(log_file, monkeypatch, small_runs):
+    train, *_ = get_classification_datasets(log_file, "type", num_workers=1)
+    begun, load = multiprocessing.Value("i", 0), ExpressionDataset.load
+
+    def count(self, cells=None):
+        begun.value += 1
+        return load(self, cells)
+
+    monkeypatch.setattr(ExpressionDataset, "load", count)
+    used = iter(training.loader(training.Batches(train), 4, torch.Generator()))
+    next(used)  # of eight that were read at once
+    for _ in range(100):
+        if begun.value == 2:
+            break
+        time.sleep(0.1)
+    assert begun.value == 2
 
 
 class _StopAt(lightning.Callback):
