@@ -115,6 +115,7 @@ def mend_pages(app, exception):
         text = re.sub(r'<script (src="[^"]*(?:searchtools|language_data|searchindex)\.js)', r"<script defer \1", text)
         # Else the theme knows only after it has painted whether the reader likes it dark, and all moves.
         text = text.replace('getItem("theme") || "auto"', f'getItem("theme") || {DARK}')
+        text = text.replace("\N{WHITE HEAVY CHECK MARK}", "\N{CHECK MARK}")  # fonts have it, and so has the PDF
         page.write_text(text)
 
 
