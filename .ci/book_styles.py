@@ -19,7 +19,7 @@ MADE = ("bs-", "kind-", "mjx-")  # names that scripts, and MathJax after this, p
 
 
 def gather(site):
-    """Give the pages of a site, which all link to the same sheets or to fewer, the one that they need."""
+    """Link every page of a site to one sheet, in place of those it links to."""
     pages = {path: path.read_text() for path in site.rglob("*.html") if "_static" not in path.parts}
     static = site / "_static"
     scripts = [path.read_text() for path in static.rglob("*.js") if "mathjax" not in path.parts]
@@ -46,7 +46,7 @@ def beside(file, link):
 
 def used(text, words):
     """Return what of a sheet may be about a page with these words: a rule with a name that is not among them is not."""
-    return "".join(map(str, kept(tinycss2.parse_stylesheet(text, True, True), words)))
+    return "".join(kept(tinycss2.parse_stylesheet(text, True, True), words))
 
 
 def kept(rules, words):
