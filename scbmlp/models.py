@@ -22,6 +22,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from scbmlp import exact, nested
 from scbmlp.baselines import LinearModel, accuracy, class_counts, linear_baseline
 from scbmlp.checks import check_class_weight, plain_names, warn, whole_number
 from scbmlp.datasets import (
@@ -29,6 +30,7 @@ from scbmlp.datasets import (
     blocks,
     check_dataset,
     dense_tensor,
+    held,
     match_genes,
     mean,
     standard_deviation,
@@ -200,6 +202,7 @@ class _BilinearMLP(nn.Module):
         self._rows: list[dict[str, float]] = []
         self._baseline: dict[str, float] | None = None
         self.trials: pd.DataFrame | None = None
+        self.recipe: list[tuple[exact.Mixture, float]] | None = None
 
     # ------------------------------------------------------------------------------------------------ the model
 
@@ -303,7 +306,7 @@ class _BilinearMLP(nn.Module):
             for layer in filter(None, (self.branches, self.project, self.direct)):
                 layer.reset_parameters()
         self.train()
-        self._rows, self._baseline, self.statistics, self.trials = [], None, None, None
+        self._rows, self._baseline, self.statistics, self.trials, self.recipe = [], None, None, None, None
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
         if self.cfg.linear:
             self.center.copy_(torch.as_tensor(mean(train.x)))
@@ -408,6 +411,11 @@ class _BilinearMLP(nn.Module):
         rows["Size"] = f"{cfg.d_input:,} genes, {cfg.d_hidden:,} hidden units, {cfg.d_output:,} outputs"
         named = not isinstance(self.output_names, pd.RangeIndex)
         rows["Outputs"] = listed(self.output_names) if named else "without names"
+        if self.recipe is not None:
+            mixture = self.recipe[0][0]
+            of = f"{mixture.rank} components" if mixture.space == "components" else "genes"
+            rows["Form"] = f"solved, {f'products of {of}' if mixture.weight('products') else 'no products'}"
+            return rows
         if self.statistics is None and history.empty:
             return rows | {"Training": "not fitted"}
         if self.best_epoch is not None:
@@ -465,8 +473,14 @@ class _BilinearMLP(nn.Module):
         was_training = self.training
         self.eval()
         device = self.branches.weight.device
+        # In double precision, so that a cell's outputs do not depend on which cells are in its batch.
+        precise = torch.float32 if device.type == "mps" else torch.float64
+        weights = {name: part.to(precise) for name, part in self.state_dict().items()}
         with torch.no_grad():
-            parts = [self(dense_tensor(block).to(device)).cpu() for _, block in blocks(x, batch_size)]
+            parts = [
+                torch.func.functional_call(self, weights, dense_tensor(block).to(device, precise)).float().cpu()
+                for _, block in blocks(x, batch_size)
+            ]
         self.train(was_training)
         return torch.cat(parts).numpy() if parts else np.empty((0, self.cfg.d_output), np.float32)
 
@@ -535,6 +549,7 @@ class _BilinearMLP(nn.Module):
             "baseline": self._baseline,
             "best_epoch": self.best_epoch,
             "trials": None if self.trials is None else self.trials.to_dict("list"),
+            "recipe": None if self.recipe is None else [[mixture._asdict(), ratio] for mixture, ratio in self.recipe],
         }
         write_file(Path(path), known, tensors)
 
@@ -580,6 +595,11 @@ class _BilinearMLP(nn.Module):
                 model.statistics = Statistics(**{key: part.numpy() for key, part in parts.items()})
             if known["trials"]:
                 model.trials = pd.DataFrame(known["trials"])
+            if known.get("recipe"):
+                model.recipe = [
+                    (exact.Mixture(tuple(map(tuple, mixture["weights"])), mixture["rank"], mixture["space"]), ratio)
+                    for mixture, ratio in known["recipe"]
+                ]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise ValueError(f"{name} is damaged ({error}); save the model again, or take another copy.") from error
         return model.eval()
@@ -958,12 +978,204 @@ def _newest_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def solve(
+    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
+    train: ExpressionDataset,
+    val: ExpressionDataset | None = None,
+    *,
+    groups: Any = None,
+    class_weight: Literal["balanced"] | None = None,
+    device: str = "auto",
+    progress: bool = True,
+    **options: Any,
+) -> ScBMLPClassifier | ScBMLPRegressor:
+    """Solve the second-order model, y = c + w'd + d'Qd with d = x - training mean: no seed, and nothing is trained.
+
+    Once a space for the products is fixed the fit is convex: ridge regression for targets, multinomial logistic
+    regression for classes. Products are of the leading principal components, or of all genes, as they are or in units
+    of their standard deviation. Linear weights of genes, of components and of products are penalised each by its own;
+    space, rank and penalties are those that do best on validation cells, of every target by itself. Returned is the
+    simplest form that is behind the best by no more than the standard error of their difference: linear in genes,
+    linear in genes and components, products of components, products of genes.
+
+    Parameters
+    ----------
+    ModelClass
+        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
+    train, val
+        Cells to fit, and cells that choose. If there are fewer than 300 of the latter, or none, five folds of all cells
+        choose; the model is fitted to `train` alone.
+    groups
+        Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor.
+    class_weight, device
+        As in :class:`Config`.
+    progress
+        Show how many forms are done and the time left, in a terminal or a notebook.
+    options
+        Handed to `ModelClass`, such as ``loss_fn``; solved is the squared error, whatever it is.
+
+    Returns
+    -------
+    The fitted model, in the linear form: hidden units are eigenvectors of the interaction matrices, both branches have
+    the same weights, and P has the eigenvalues. ``model.trials`` has a row a form: mixture and penalty, ``val_loss``,
+    how far the form is ``behind`` the best with its ``standard_error``, and for how many outputs it was ``chosen``; the
+    last row is a rival whose features are no products.
+
+    Raises
+    ------
+    ValueError
+        There is one class, `groups` are not one a validation cell, or there are too many cells.
+
+    Examples
+    --------
+    >>> solved = models.solve(ScBMLPClassifier, train, validation)
+    >>> round(solved.score(test), 2)
+    1.0
+    >>> solved.trials.loc[solved.trials["chosen"] > 0, "form"].tolist()
+    ['products of components']
+    """
+    for name, dataset in {"train": train, "val": val}.items():
+        if dataset is not None:
+            check_dataset(dataset, name)
+    n_outputs = len(train.output_names)
+    size = {"d_input": len(train.gene_names), "d_output": n_outputs}
+    cfg = Config(**size, d_hidden=1, linear=True, device=device, class_weight=class_weight)
+    ModelClass(cfg, **options).check(train, names=False)
+    if train.y.ndim == 1 and len(train.y.unique()) < 2:
+        raise ValueError("train has cells of 1 class alone; add cells of other classes.")
+    groups = _groups(groups, val)
+    kind = kind_of(device)
+    trials, rival = nested.search(held(train), None if val is None else held(val), groups=groups,
+                                 class_weight=class_weight, device=kind, progress=progress)  # fmt: skip
+    chosen, behind, error = nested.choose([*trials, rival], groups)
+    best, _, _ = nested.choose(trials, groups)
+    mixtures, ratios = zip(*((trials[i].mixtures[k], trials[i].ratios[k]) for k, i in enumerate(best)), strict=True)
+    counts = None if class_weight is None else exact.counts_of(train, train, class_weight)
+    found = exact.solution(held(train), mixtures, ratios, counts=counts, device=kind)
+    model = _solved(ModelClass, cfg, found, train, **options)
+    model.recipe = list(zip(mixtures, ratios, strict=True))
+    rows = []
+    for i, trial in enumerate([*trials, rival]):
+        mixture, ratio = nested.leading(trial)
+        row = {"form": trial.form, "rank": mixture.rank, "components": mixture.weight("components")}
+        row |= {"products": mixture.weight("products"), "penalty": ratio, "val_loss": trial.loss}
+        row |= {"behind": behind[i].mean(), "standard_error": error[i].mean(), "chosen": int((best == i).sum())}
+        rows.append(row)
+    model.trials = pd.DataFrame(rows)
+    return model
+
+
+def solve_replicas(
+    model: ScBMLPClassifier | ScBMLPRegressor,
+    train: ExpressionDataset,
+    n_replicas: int = 20,
+    resample: Literal["bootstrap", "half"] = "bootstrap",
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[ScBMLPClassifier | ScBMLPRegressor]:
+    """Solve a model anew on resampled cells, with its mixture and its penalties: what comes back is no accident.
+
+    Parameters
+    ----------
+    model
+        What :func:`solve` returned.
+    train
+        Its training cells.
+    n_replicas
+        Number of models.
+    resample
+        Draw as many cells as there are, with replacement, or halves: then every two replicas in a row share no cell.
+    seed
+        Of the draw.
+    progress
+        Show how many are done and the time left, in a terminal or a notebook.
+
+    Returns
+    -------
+    The models. Their ``statistics`` are of all training cells, so that they can be compared.
+
+    Raises
+    ------
+    ValueError
+        `model` was not solved, there are fewer than two replicas, or `resample` is unknown.
+
+    Examples
+    --------
+    >>> again = models.solve_replicas(solved, train, 2, "half")
+    >>> [round(replica.score(test), 2) for replica in again]
+    [1.0, 1.0]
+    """
+    n_replicas = whole_number(n_replicas, "n_replicas", 2)
+    if resample not in ("bootstrap", "half"):
+        raise ValueError(f"resample={resample!r} is unknown; choose 'bootstrap' or 'half'.")
+    if model.recipe is None:
+        raise ValueError("the model was trained, not solved: there is no mixture to solve again; pass one of solve.")
+    model.check(train)
+    train, rng, found = held(train), np.random.default_rng(seed), []
+    mixtures, ratios = zip(*model.recipe, strict=True)
+    for i in tqdm(range(n_replicas), "replicas", delay=2, disable=not (progress and watched())):
+        if resample == "bootstrap":
+            drawn = np.bincount(rng.integers(len(train), size=len(train)), minlength=len(train))
+        else:
+            order = rng.permutation(len(train)) if i % 2 == 0 else order[::-1]
+            drawn = np.bincount(order[: len(train) // 2], minlength=len(train))
+        rows = np.flatnonzero(drawn)
+        part, counts = train.load(rows), drawn[rows].astype(float)
+        if model.cfg.class_weight is not None:
+            of_class = class_counts(model.cfg.class_weight, part.y.numpy(), model.cfg.d_output, counts)
+            counts *= of_class[part.y.numpy()]
+        own = exact.solution(part, mixtures, ratios, counts=counts, device=kind_of(model.cfg.device))
+        found.append(_solved(type(model), model.cfg, own, train, **model._options()))
+        found[-1].recipe = model.recipe
+    return found
+
+
+def _groups(groups: Any, val: ExpressionDataset | None) -> np.ndarray | None:
+    """Return the code of each validation cell's group, of two groups at least."""
+    if groups is None:
+        return None
+    codes = pd.factorize(np.asarray(groups))[0]
+    n_groups, n_cells = len(set(codes) - {-1}), 0 if val is None else len(val)
+    if len(codes) != n_cells or n_groups < 2 or -1 in codes:
+        raise ValueError(
+            f"groups has {len(codes)} labels of {n_groups} groups, {np.sum(codes == -1)} of them missing, for "
+            f'{n_cells} validation cells; pass one a cell of two groups or more, such as adata.obs["donor"].iloc['
+            f"val.indices], after holding out more donors, or leave groups out."
+        )
+    return codes
+
+
+def _solved(
+    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
+    cfg: Config,
+    found: exact.Solution,
+    train: ExpressionDataset,
+    **options: Any,
+) -> ScBMLPClassifier | ScBMLPRegressor:
+    """Return the model that a solution is, in the linear form."""
+    model = ModelClass(replace(cfg, d_hidden=len(found.hidden)), **options)
+    model.gene_names, model.output_names, model.layer = train.gene_names, train.output_names, train.layer
+    with torch.no_grad():
+        model.center.copy_(torch.as_tensor(found.mean))
+        model.direct.weight.copy_(torch.as_tensor(found.direct))
+        model.branches.weight.copy_(torch.as_tensor(np.vstack([found.hidden, found.hidden])))
+        model.project.weight.copy_(torch.as_tensor(found.power))
+        model.project.bias.copy_(torch.as_tensor(found.constant))
+        if cfg.class_weight is not None:
+            of_class = class_counts(cfg.class_weight, train.y.numpy(), cfg.d_output)
+            model.class_weight.copy_(torch.as_tensor(of_class))
+    model.statistics = statistics(model.eval(), train)
+    return model
+
+
 def tune(
     ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
     train: ExpressionDataset,
     val: ExpressionDataset,
     *,
     groups: Any = None,
+    trained: bool = False,
     d_hidden: int = 128,
     n_epochs: int | None = None,
     batch_size: int = 64,
@@ -974,15 +1186,14 @@ def tune(
     progress: bool = True,
     **options: Any,
 ) -> ScBMLPClassifier | ScBMLPRegressor:
-    """Fit the plain and the linear form with several penalties, and return the one best on validation cells.
+    """Solve the second-order model, and if asked train the network's forms beside it; return the best.
 
-    Models of one form are trained at once, on the same batches, and each keeps its best epoch. They are compared with
-    one another and with the exact linear baseline, cell by cell: by log-loss for classes, by squared error in units of
-    the target's variance otherwise. Returned is the simplest that is behind the best by no more than the standard error
-    of their difference: the baseline first, then the linear form, then the plain one, strong penalties before weak
-    ones. The baseline comes as a linear form whose bilinear weights P are 0: no interaction has shown. Test cells have
-    no part in it. Scores on the validation cells flatter. Where cells come in donors or batches, validate on whole ones
-    and pass them as `groups`: noise from donor to donor is in no standard error over cells.
+    ``tune(..., trained=True)`` fits the plain and the linear form of the network with three penalties each. They are
+    compared with the solved model on validation cells, cell by cell: by log-loss for classes, by squared error in units
+    of the target's variance otherwise. Returned is the simplest that is behind the best by no more than the standard
+    error of their difference: the solved model first, then the linear form, then the plain one. Test cells have no part
+    in it. Scores on the validation cells flatter. Where cells come in donors or batches, validate on whole ones and
+    pass them as `groups`: noise from donor to donor is in no standard error over cells.
 
     Parameters
     ----------
@@ -993,8 +1204,12 @@ def tune(
     groups
         Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor, and
         the standard error is that of the donors' means.
-    d_hidden, n_epochs, batch_size, lr, seed, device, class_weight
-        As in :class:`Config`, for all models alike. If None there are 40 epochs, or up to 200 for 1,500 steps.
+    trained
+        Whether to train networks, too.
+    device, class_weight
+        As in :class:`Config`.
+    d_hidden, n_epochs, batch_size, lr, seed
+        As in :class:`Config`, for the networks. If None there are 40 epochs, or up to 200 for 1,500 steps.
     progress
         Show how many epochs are done and the time left, in a terminal or a notebook.
     options
@@ -1002,86 +1217,62 @@ def tune(
 
     Returns
     -------
-    The fitted model. ``model.trials`` has a row a setting, the linear baseline first: ``form``, ``weight_decay``,
-    ``dropout_rate``, ``weight_decay_linear``, ``best_epoch``, ``val_loss``, ``val_<metric>``, the loss that it is
-    ``behind`` the best with its ``standard_error``, and ``chosen``.
+    The fitted model. ``model.trials`` has the rows of :func:`solve` and, for networks, a row a setting with its
+    ``val_loss``, the loss that it is ``behind`` the best with its ``standard_error``, and ``chosen``.
 
     Raises
     ------
     ValueError
-        A size is out of its range, `class_weight` is unknown or there are no classes, the linear baseline cannot be
-        fitted, or `groups` are not one a validation cell, or fewer than two.
+        As for :func:`solve`, or a size is out of its range.
 
     Examples
     --------
-    >>> tuned = models.tune(
-    ...     ScBMLPClassifier, train, validation, d_hidden=8, n_epochs=10
-    ... )
-    >>> tuned.trials[["form", "val_accuracy", "chosen"]].round(2)
-                  form  val_accuracy  chosen
-    0  linear baseline          0.57   False
-    1           linear          0.76   False
-    2           linear          0.83   False
-    3           linear          0.86    True
-    4            plain          0.61   False
-    5            plain          0.58   False
-    6            plain          0.59   False
+    >>> tuned = models.tune(ScBMLPClassifier, train, validation)
+    >>> tuned
+    ScBMLPClassifier: form solved, products of 30 components; ...
     """
     for name, dataset in {"train": train, "val": val}.items():
         check_dataset(dataset, name)
-    # Without groups every cell is one of its own.
-    donors = np.arange(len(val)) if groups is None else pd.factorize(np.asarray(groups))[0]
-    n_groups = len(set(donors) - {-1})
-    if groups is not None and (len(donors) != len(val) or n_groups < 2 or -1 in donors):
-        raise ValueError(
-            f"groups has {len(donors)} labels of {n_groups} groups, {np.sum(donors == -1)} of them missing, for "
-            f'{len(val)} validation cells; pass one a cell of two groups or more, such as adata.obs["donor"].iloc['
-            f"val.indices], after holding out more donors, or leave groups out."
-        )
+    solved = solve(
+        ModelClass, train, val, groups=groups, class_weight=class_weight, device=device, progress=progress, **options
+    )
+    if not trained:
+        return solved
     if n_epochs is None:
         n_epochs = int(np.clip(np.ceil(1500 * batch_size / len(train)), 40, 200))
     baseline = linear_baseline(train, val, class_weight=class_weight)
     size = {"d_input": len(train.gene_names), "d_hidden": d_hidden, "d_output": len(train.output_names)}
     shared = {"n_epochs": n_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
     shared |= {"class_weight": class_weight, "patience": n_epochs}  # none stops before the end, each keeps its best
-    forms = [
-        [
-            ModelClass(
-                Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c),
-                **options,
-            )
-            for a, b, c in SETTINGS
-        ]
-        for linear in (True, False)
+    models = []
+    with _progress("tune", 2 * n_epochs, progress) as options_of_trainer:
+        for linear in (True, False):
+            form = [
+                ModelClass(
+                    Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c),
+                    **options,
+                )
+                for a, b, c in SETTINGS
+            ]
+            models += _fit(form, train, val, baseline, None, options_of_trainer)
+    losses = [model._cell_losses(model.outputs(val), val.y.numpy())[:, None] for model in (solved, *models)]
+    compared = [nested.Trial("", (), (), one) for one in losses]
+    (best,), behind, error = nested.choose(compared, _groups(groups, val))
+    rows = [
+        {
+            "form": "network, linear form" if model.cfg.linear else "network, plain form",
+            "weight_decay": model.cfg.weight_decay,
+            "val_loss": one.loss,
+        }
+        for model, one in zip(models, compared[1:], strict=True)
     ]
-    with _progress("tune", n_epochs * len(forms), progress) as options_of_trainer:
-        for models in forms:
-            _fit(models, train, val, baseline, None, options_of_trainer)
-    models = sum(forms, [])
-    first, target = models[0], val.y.numpy()
-    outputs = [baseline.outputs(val), *(model.outputs(val) for model in models)]
-    losses = np.stack([first._cell_losses(one, target) for one in outputs])
-    losses = pd.DataFrame(losses.T).groupby(donors).mean().to_numpy().T
-    behind = losses - losses[losses.mean(axis=1).argmin()]
-    error = behind.std(axis=1, ddof=1) / np.sqrt(behind.shape[1])
-    # The first, and simplest, that is not worse than the best beyond noise.
-    best = int((behind.mean(axis=1) <= error).argmax())
-    rows = [{"form": "linear baseline", **first._baseline}]
-    for model, one in zip(models, outputs[1:], strict=True):
-        row = {"form": "linear" if model.cfg.linear else "plain"}
-        row |= {name: getattr(model.cfg, name) for name in ("weight_decay", "dropout_rate", "weight_decay_linear")}
-        rows.append(row | {"best_epoch": model.best_epoch, **model._row({"val": (one, val.y)})})
-    trials = pd.DataFrame(rows).drop(columns=["train_loss", f"train_{first.metric}"])
-    trials["behind"], trials["standard_error"] = behind.mean(axis=1), error
-    model = models[best - 1]
-    if best == 0:
-        known = first._baseline
-        model = next(model for model in models if model.cfg.linear)
-        model._begin(train, baseline, None)
-        nn.init.zeros_(model.project.weight)
-        model.best_epoch, model.statistics = 0, statistics(model.eval(), train)
-        model._baseline = known
-    model.trials = trials.assign(chosen=trials.index == best)
+    rows = pd.DataFrame(rows).assign(behind=behind[1:, 0], standard_error=error[1:, 0], chosen=0)
+    trials = pd.concat([solved.trials, rows], ignore_index=True)
+    if best > 0:
+        trials["chosen"] = 0
+        trials.loc[len(solved.trials) + best - 1, "chosen"] = len(train.output_names)
+    model = [solved, *models][best]
+    model.trials = trials
     return model
 
 

@@ -1,0 +1,263 @@
+"""Nested convex models compared: which blocks of features pay, at the best weight and penalty of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import sparse
+from tqdm.auto import tqdm
+
+from scbmlp.datasets import ExpressionDataset, match_genes
+from scbmlp.display import watched
+from scbmlp.exact import Fit, Kernels, Mixture, counts_of, ridge, softmax, targets_of
+
+RATIOS = 1e-7, 1e4  # between which penalties are searched, in units of the mean squared norm of all cells
+START, STEP = 1e-3, 10**0.5  # where the first search starts, and between two penalties
+RANKS = (10, 20, 30, 50, 100)  # of the components that are tried, from the middle on
+WEIGHTS = {"components": 5.0, "products": 1.0, "presence": 0.3, "squares": 0.3, "depth": 0.3}  # tried first
+
+
+@dataclass(frozen=True)
+class Trial:
+    """The best models of one form, an output each, or one for all classes.
+
+    Parameters
+    ----------
+    form
+        What the model may use.
+    mixtures, ratios
+        Mixture and penalty of every output, one for all classes.
+    losses
+        Loss on every cell that chose (cell x out): in nats for classes, else squared error in units of the target's
+        variance.
+    """
+
+    form: str
+    mixtures: tuple[Mixture, ...]
+    ratios: tuple[float, ...]
+    losses: np.ndarray
+
+    @property
+    def loss(self) -> float:
+        """Mean loss."""
+        return float(self.losses.mean())
+
+    def or_better(self, other: Trial) -> Trial:
+        """Return for each output the better of two, this one where they are equal."""
+        which = other.losses.mean(axis=0) < self.losses.mean(axis=0)
+        each = zip(which, self.mixtures, other.mixtures, self.ratios, other.ratios, strict=True)
+        chosen = [(b, d) if yes else (a, c) for yes, a, b, c, d in each]
+        mixtures, ratios = zip(*chosen, strict=True)
+        return Trial(self.form, mixtures, ratios, np.where(which, other.losses, self.losses))
+
+
+class Search:
+    """Fits of nested models, compared on cells that they were not fitted to.
+
+    Parameters
+    ----------
+    folds
+        For each fold the data set to fit, and the one to compare on.
+    class_weight
+        As in :class:`scbmlp.models.Config`.
+    device
+        Where to solve.
+    """
+
+    def __init__(
+        self,
+        folds: Sequence[tuple[ExpressionDataset, ExpressionDataset]],
+        class_weight: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        first = folds[0][0]
+        self.classes = first.y.ndim == 1
+        self.n_outputs = len(first.output_names)
+        self.folds = []
+        for train, val in folds:
+            own, of_val = (counts_of(one, train, class_weight) for one in (train, val))
+            cells = train.x, match_genes(val, train.gene_names)
+            kernels = Kernels(*cells, counts=own, device=device, dtype=torch.float32)
+            y, y_val = (targets_of(one, self.n_outputs) for one in (train, val))
+            scale = (kernels.share @ (y - kernels.share @ y) ** 2).clamp_min(1e-30)
+            self.folds.append((kernels, y, y_val, scale, torch.as_tensor(of_val)[:, None]))
+        self._last: list[Fit | None] = [None] * len(folds)
+
+    def losses(self, mixture: Mixture, ratio: float) -> np.ndarray:
+        """Return the loss on every cell that was left out of a fit (cell x out, or one column for classes)."""
+        found, logistic = [], self.classes
+        for i, (kernels, y, y_val, scale, counts) in enumerate(self.folds):
+            products, seen = kernels.leading_features(mixture) if logistic else kernels.mixed(mixture)
+            known = y.to(products)
+            try:
+                if logistic:
+                    fit = softmax(None, known, ratio, kernels.counts, features=products, start=self._last[i], tol=2e-5)
+                    self._last[i] = fit
+                else:
+                    fit = ridge(products, known, ratio, kernels.counts)
+            except torch.linalg.LinAlgError:  # next to no penalty, and cells that are copies of each other
+                return np.full((sum(len(fold[2]) for fold in self.folds), 1 if logistic else self.n_outputs), np.inf)
+            outputs = fit.outputs(seen).double().cpu()
+            if logistic:
+                loss = -(y_val * torch.log_softmax(outputs, dim=1)).sum(dim=1, keepdim=True)
+            else:
+                loss = (outputs - y_val) ** 2 / scale
+            found.append((loss * counts).numpy())
+        return np.vstack(found)
+
+    def path(self, form: str, mixture: Mixture, start: float = START) -> Trial:
+        """Return the best penalties of a mixture, whose grid grows until the best of every output lies within."""
+        self._last = [None] * len(self.folds)  # of other features
+        known = {start: self.losses(mixture, start)}
+        for step in (1 / STEP, STEP):
+            ratio = start
+            while True:
+                best = np.min([losses.mean(axis=0) for losses in known.values()], axis=0)
+                at_edge = (known[ratio].mean(axis=0) <= best).any()
+                ratio *= step
+                if not (at_edge and RATIOS[0] < ratio < RATIOS[1]):
+                    break
+                known[ratio] = self.losses(mixture, ratio)
+        ratios = sorted(known)
+        best = np.stack([known[ratio].mean(axis=0) for ratio in ratios]).argmin(axis=0)
+        losses = np.stack([known[ratios[i]][:, k] for k, i in enumerate(best)], axis=1)
+        return Trial(form, (mixture,) * len(best), tuple(ratios[i] for i in best), losses)
+
+    def add(self, form: str, trial: Trial, block: str, **changes: Any) -> Trial:
+        """Return the best of a trial and of its leading mixture with a block more, climbing over ranks and weights."""
+        mixture, ratio = leading(trial)
+        known: dict[tuple[float, int], Trial] = {}
+
+        def at(weight: float, rank: int) -> Trial:
+            if (weight, rank) not in known:
+                more = mixture.plus(block, weight, rank=rank, **changes)
+                known[weight, rank] = self.path(form, more, ratio)
+            return known[weight, rank]
+
+        here: list[Any] = [WEIGHTS[block], mixture.rank]
+        grids = [[here[0] * 3.0**i for i in range(-3, 4)], RANKS]
+        if at(*here).loss >= trial.loss:  # too much of it, or of no use
+            here[0] = grids[0][1]
+        climbs = [0] if at(*here).loss < trial.loss else []
+        if climbs and block in ("components", "products") and changes.get("space", "components") == "components":
+            climbs = [1, 0]
+        for which in climbs:
+            grid = grids[which]
+            place = grid.index(here[which])
+            for direction in (1, -1):
+                while 0 <= place + direction < len(grid):
+                    other = [*here]
+                    other[which] = grid[place + direction]
+                    if at(*other).loss >= at(*here).loss:
+                        break
+                    here, place = other, place + direction
+        best = at(*here)
+        for one in (trial, *known.values()):
+            best = best.or_better(one)
+        return replace(best, form=form)
+
+    def nested(self, forms: Sequence[tuple[str, str, dict[str, Any]]]) -> list[Trial]:
+        """Return the best trial of a linear model, and of one block more at a time.
+
+        Parameters
+        ----------
+        forms
+            Name, block and other fields of the mixture, each on top of the one before.
+        """
+        found = [self.path("linear in genes", Mixture())]
+        for form, block, changes in forms:
+            found.append(self.add(form, found[-1], block, **changes))
+        return found
+
+
+def leading(trial: Trial) -> tuple[Mixture, float]:
+    """Return the mixture that most outputs chose, and the middle of its penalties."""
+    mixture = max(trial.mixtures, key=trial.mixtures.count)
+    ratios = sorted(ratio for ratio, own in zip(trial.ratios, trial.mixtures, strict=True) if own == mixture)
+    return mixture, ratios[len(ratios) // 2]
+
+
+def folds_of(
+    train: ExpressionDataset, val: ExpressionDataset | None, n_folds: int = 5
+) -> list[tuple[ExpressionDataset, ExpressionDataset]]:
+    """Return folds of all cells, of every class in each, that do not depend on the order of the cells."""
+    parts = [train] if val is None else [train, val]
+    x = [match_genes(part, train.gene_names) for part in parts]
+    x = sparse.vstack(x, format="csr") if sparse.issparse(x[0]) else np.vstack(x)
+    whole = ExpressionDataset(x, torch.cat([part.y for part in parts]).numpy(), train.gene_names, train.output_names)
+    y, fold = whole.y.numpy(), np.empty(len(whole), int)
+    order = np.argsort(np.asarray(x.sum(axis=1, dtype=np.float64)).ravel(), kind="stable")
+    for code in np.unique(y) if y.ndim == 1 else [None]:
+        own = order if code is None else order[y[order] == code]
+        fold[own] = np.arange(len(own)) % n_folds
+    return [(whole.load(fold != i), whole.load(fold == i)) for i in range(n_folds)]
+
+
+def choose(trials: Sequence[Trial], groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return for each output the first trial that is not behind the best beyond noise (out).
+
+    Noise is the standard error of the paired difference over cells, or over groups of them. With it come how far each
+    is behind, and that error (each trial x out).
+    """
+    losses = np.stack([trial.losses for trial in trials])
+    if groups is not None:
+        of_groups = [np.stack([own.mean(axis=0) for own in _split(one, groups)]) for one in losses]
+        losses = np.stack(of_groups)
+    means = losses.mean(axis=1)
+    behind = losses - np.take_along_axis(losses, means.argmin(axis=0)[None, None], axis=0)
+    error = behind.std(axis=1, ddof=1) / np.sqrt(losses.shape[1])
+    return (behind.mean(axis=1) <= error).argmax(axis=0), behind.mean(axis=1), error
+
+
+def _split(losses: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
+    return [losses[groups == group] for group in np.unique(groups)]
+
+
+FORMS = (
+    ("linear in genes and components", "components", {}),
+    ("products of components", "products", {}),
+)
+SMALL = 300  # validation cells below which folds of all cells choose
+
+
+def search(
+    train: ExpressionDataset,
+    val: ExpressionDataset | None,
+    *,
+    groups: np.ndarray | None = None,
+    class_weight: str | None = None,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> tuple[list[Trial], Trial]:
+    """Return the best models of each form, from the simplest on, and a rival whose features are no products.
+
+    Parameters
+    ----------
+    train, val
+        Cells to fit, and cells that choose; where these are few and in no `groups`, folds of all cells choose.
+    groups
+        Donor or batch of every validation cell.
+    class_weight
+        As in :class:`scbmlp.models.Config`.
+    device
+        Where to solve.
+    progress
+        Show how many forms are done, in a terminal or a notebook.
+    """
+    few = val is None or (len(val) < SMALL and groups is None)
+    compared = Search(folds_of(train, val) if few else [(train, val)], class_weight, device)
+    with tqdm(total=6, desc="solve", unit="form", delay=2, disable=not (progress and watched())) as bar:
+        trials = compared.nested(FORMS)
+        bar.update(3)
+        components = trials[1]
+        for space, name in (("genes", "products of genes"), ("sd", "products of genes in units of their sd")):
+            trials.append(compared.add(name, components, "products", space=space))
+            bar.update()
+        rival = compared.add("with presence and squares", components, "presence")
+        rival = compared.add(rival.form, rival, "squares")
+        bar.update()
+    return trials, rival
