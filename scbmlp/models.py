@@ -1113,6 +1113,7 @@ def solve_replicas(
         raise ValueError("the model was trained, not solved: there is no mixture to solve again; pass one of solve.")
     model.check(train)
     train, rng, found = held(train), np.random.default_rng(seed), []
+    order = np.arange(len(train))
     mixtures, ratios = zip(*model.recipe, strict=True)
     for i in tqdm(range(n_replicas), "replicas", delay=2, disable=not (progress and watched())):
         if resample == "bootstrap":
