@@ -347,7 +347,6 @@ def logistic(
     y_val: np.ndarray,
     n_classes: int,
     *,
-    exact: bool = True,
     counts: np.ndarray | None = None,
 ) -> LinearModel:
     """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
@@ -362,8 +361,6 @@ def logistic(
         Features (cell x gene) and class codes (cell) of the validation cells.
     n_classes
         Number of classes, those without a training cell included.
-    exact
-        Whether to try a fine grid of penalties, else a coarse one.
     counts
         How often a cell of each class counts, in training and validation (out); all alike if None.
 
@@ -375,8 +372,7 @@ def logistic(
     y = y[axes.rows]
     if axes.large:
         return _quick_logistic(axes.x, y, x_val, y_val, n_classes, counts)
-    grid, tol = (LOGISTIC, 5e-4) if exact else (QUICK_LOGISTIC, 1e-3)
-    found = _logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * grid, tol, counts)
+    found = _logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * LOGISTIC, 5e-4, counts)
     return axes.model(*found)
 
 

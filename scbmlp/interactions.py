@@ -57,7 +57,8 @@ def direction(model: Model, output: Output) -> np.ndarray:
         A classifier or regressor.
     output
         An index or a name, or ``{name: weight, ...}`` for any mix. A softmax is blind to what is added to every
-        class alike, so one class of a classifier means that class minus the mean of all classes.
+        class alike, so one class of a classifier means that class minus the mean of all classes. Minus the mean by
+        shares of cells it is ``{**-shares, name: 1 - shares[name]}``, where `shares` is a Series of every class.
 
     Raises
     ------

@@ -138,6 +138,9 @@ def test_directions():
     np.testing.assert_allclose(direction(classifier, "out1"), [-1 / 3, 2 / 3, -1 / 3])
     np.testing.assert_allclose(direction(classifier, 1), direction(classifier, "out1"))
     np.testing.assert_allclose(direction(classifier, {"out0": 1, "out2": -1}), [1, 0, -1])
+    shares = pd.Series([0.2, 0.5, 0.3], classifier.output_names)
+    by_shares = direction(classifier, {**-shares, "out1": 1 - shares["out1"]})
+    np.testing.assert_allclose(by_shares, [-0.2, 0.5, -0.3])
     np.testing.assert_allclose(direction(regressor, "out1"), [0, 1, 0])
     np.testing.assert_allclose(direction(regressor, {0: 0.5, "out0": 0.5}), [1, 0, 0])
 
