@@ -220,6 +220,7 @@ def softmax(
     counts: Tensor,
     *,
     features: Tensor | None = None,
+    gram: Tensor | None = None,
     start: Fit | None = None,
     tol: float = 1e-8,
 ) -> Fit:
@@ -227,7 +228,8 @@ def softmax(
 
     The curvature of the log-loss is at most one half :cite:p:`bohning1992`, so that one inverse serves all steps of a
     quasi-Newton method, L-BFGS, in the space of functions. It ends where a step would gain less than `tol` a cell.
-    With `features` the result has weights of features in place of cells.
+    With `features` the result has weights of features in place of cells; `gram` are their products summed over cells,
+    if known.
 
     Examples
     --------
@@ -241,9 +243,11 @@ def softmax(
     """
     dual, weight = features is None, counts.to(y)[:, None]
     n, penalty = float(counts.sum()), ratio * float(counts.sum())
-    bound = products / 2 if dual else features.T @ (features * weight) / 2
+    if gram is None:
+        gram = products if dual else features.T @ (features * weight)
+    bound = gram / 2
     bound.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).to(y)
     if start is None:
         start = Fit(y.new_zeros(len(bound), y.shape[1]), torch.log((weight * y).sum(dim=0).clamp_min(1e-3) / n))
     at, constant = start
