@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -33,34 +33,41 @@ class Moments:
 
     Parameters
     ----------
-    x
-        Training cells, in memory or stored (cell x gene).
-    y
-        Targets (cell x out); of classes none are needed.
+    train
+        Training cells with their targets, in memory or stored.
     counts
         How often each cell counts (cell); once if None.
     rank
-        Number of leading components whose products can be in a mixture.
+        Number of leading components whose products can be in a mixture; if None 50, 30 of stored cells.
     device, dtype
         Where products are taken, and how precisely; in single precision where there are many.
 
+    Attributes
+    ----------
+    mean, sd, values, axes
+        Of genes (gene), and their principal components' variances (comp) and axes (gene x comp).
+    expected, products, mixed
+        Of products: mean (product), covariance (product x product) and that with components (comp x product).
+    held
+        Number of leading components that classes are linear in: all, or of stored cells those that 512 MB hold.
+
     Examples
     --------
-    >>> known = moments.Moments(train.x, state, rank=5)
-    >>> known.axes.shape, known.products.shape
-    (torch.Size([40, 40]), torch.Size([15, 15]))
+    >>> known = moments.Moments(train, rank=5)
+    >>> tuple(known.axes.shape), tuple(known.products.shape)
+    ((40, 40), (15, 15))
     """
 
     def __init__(
         self,
-        x: Matrix,
-        y: Tensor | None = None,
+        train: ExpressionDataset,
         counts: np.ndarray | None = None,
         *,
-        rank: int = 30,
+        rank: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
+        x, y = train.x, targets_of(train, len(train.output_names)).numpy()
         n_cells, n_genes = x.shape
         if n_genes > MOST_GENES:
             raise ValueError(
@@ -72,7 +79,6 @@ class Moments:
             dtype = torch.float32 if n_cells * n_genes**2 > SINGLE else torch.float64
         self.to = {"device": device, "dtype": dtype}
         self.counts = np.ones(n_cells) if counts is None else np.asarray(counts, float)
-        y = np.zeros((n_cells, 0)) if y is None else np.asarray(y, float)
         self.n = self.counts.sum()
         target = self.counts @ y / self.n
         y = y - target
@@ -87,7 +93,10 @@ class Moments:
         del second
         kept = int((values > max(values[-1], 0) * 1e-10).sum())
         self.values, self.axes = values[-kept:].flip(0).cpu(), axes[:, -kept:].flip(1).cpu()
+        rank = (30 if train.stored else 50) if rank is None else rank
         self.rank = min(rank, kept)
+        most = SCORE_BYTES // (4 * n_cells) if train.stored else kept
+        self.held = min(max(most, self.rank), kept)
         expected = _products(torch.diag(self.values[: self.rank].sqrt())).sum(dim=0)
         arguments = self.mean.numpy(), self.axes[:, : self.rank].numpy(), expected.numpy()
         left, mixed, self.products, cross = self._summed(_second, x, y, *arguments)
@@ -136,14 +145,18 @@ class Moments:
         found = torch.cholesky_solve(known, torch.linalg.cholesky(system)) if size else known
         return (of_linear - mixed @ found) * shrunk, found
 
-    def gram(self, mixture: Mixture, n_components: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the products of the features of a mixture, summed over cells, the scale of each and its mean."""
+    def features(self, mixture: Mixture, scores: Tensor) -> _Features:
+        """Return the features of a mixture, by the scores of cells on components."""
         linear, square, size = self.prior(mixture)
-        scale = torch.cat([linear[:n_components], torch.full((size,), square, dtype=torch.float64)]).sqrt()
-        mixed = self.mixed[:n_components, :size]
-        rows = torch.cat([torch.diag(self.values[:n_components]), mixed], dim=1), self.products[:size, :size]
-        found = torch.cat([rows[0], torch.cat([mixed.T, rows[1]], dim=1)]) * self.n
-        return found * scale * scale[:, None], scale, self.expected[:size]
+        scale = torch.cat([linear[: scores.shape[1]], torch.full((size,), square, dtype=torch.float64)]).sqrt()
+        return _Features(scores, scale, self.expected[:size])
+
+    def gram(self, features: _Features) -> Tensor:
+        """Return the products of features with each other, summed over training cells (feature x feature)."""
+        n, size = features.scores.shape[1], len(features.expected)
+        mixed, products = self.mixed[:n, :size], self.products[:size, :size]
+        found = torch.cat([torch.diag(self.values[:n]), mixed], dim=1), torch.cat([mixed.T, products], dim=1)
+        return torch.cat(found) * features.scale * features.scale[:, None] * self.n
 
     def statistics(self, hidden: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return mean and standard deviation of genes, their covariance with hidden units, and with targets."""
@@ -189,7 +202,7 @@ def _products(scores: Tensor) -> Tensor:
     return scores[:, i] * scores[:, j] * torch.where(i == j, 1.0, torch.tensor(2.0).double().sqrt()).to(scores)
 
 
-def _blocks(x: Matrix, y: np.ndarray, counts: np.ndarray, to: dict, center: np.ndarray) -> Any:
+def _blocks(x: Matrix, y: np.ndarray, counts: np.ndarray, to: dict, center: np.ndarray) -> Iterator[tuple[Tensor, ...]]:
     """Yield blocks of cells less a center, the same times how often they count, and targets."""
     center, y, alike = torch.as_tensor(center).to(**to), torch.as_tensor(y).to(**to), (counts == 1).all()
     counts = torch.as_tensor(counts).to(**to)[:, None]
@@ -228,49 +241,28 @@ def _second(
 
 
 class _Features:
-    """Scores of cells and products of some of them, scaled, which are made a block at a time."""
+    """Scores of cells and products of some of them, scaled (cell x feature), made a block at a time."""
 
-    def __init__(self, scores: Tensor, scale: Tensor, expected: Tensor) -> None:
-        self.scores, self.scale, self.expected = scores, scale.to(scores), expected.to(scores)
+    def __init__(self, scores: Tensor, scale: Tensor, expected: Tensor, turned: bool = False) -> None:
+        self.scores, self.scale, self.expected, self.turned = scores, scale, expected, turned
         self.rank = int((2 * len(expected)) ** 0.5)
 
     @property
-    def T(self) -> _Transposed:  # noqa: N802
-        return _Transposed(self)
+    def T(self) -> _Features:
+        return _Features(self.scores, self.scale, self.expected, True)
 
-    def blocks(self) -> Any:
-        """Yield rows and their features (cell x feature)."""
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows and their features."""
+        scale, expected = self.scale.to(self.scores), self.expected.to(self.scores)
         for start in range(0, len(self.scores), BLOCK):
             own = self.scores[start : start + BLOCK]
-            products = _products(own[:, : self.rank]) - self.expected
-            yield slice(start, start + len(own)), torch.cat([own, products], dim=1) * self.scale
+            products = _products(own[:, : self.rank]) - expected
+            yield slice(start, start + len(own)), torch.cat([own, products], dim=1) * scale
 
-    def __matmul__(self, weights: Tensor) -> Tensor:
-        return torch.cat([features @ weights for _, features in self.blocks()])
-
-
-class _Transposed:
-    """Features by cells."""
-
-    def __init__(self, features: _Features) -> None:
-        self.features = features
-
-    def __matmul__(self, cells: Tensor) -> Tensor:
-        return sum(features.T @ cells[rows] for rows, features in self.features.blocks())
-
-
-class _Held:
-    """Features of the cells that a search among models of classes makes do with."""
-
-    def __init__(self, known: Moments, counts: np.ndarray, *cells: Matrix, n_components: int) -> None:
-        self.known, self.counts = known, torch.as_tensor(counts)
-        self.scores = [known.scores(one, n_components).float() for one in cells]
-
-    def leading_features(self, mixture: Mixture) -> list[Tensor]:
-        """Return the features of a mixture (each cell x feature)."""
-        _, scale, expected = self.known.gram(mixture, self.scores[0].shape[1])
-        each = [_Features(scores, scale, expected).blocks() for scores in self.scores]
-        return [torch.cat([features for _, features in one]) for one in each]
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if self.turned:
+            return sum(features.T @ other[rows] for rows, features in self.blocks())
+        return torch.cat([features @ other for _, features in self.blocks()])
 
 
 class SumSearch(Search):
@@ -293,13 +285,18 @@ class SumSearch(Search):
         self.y, x = targets_of(val, self.n_outputs), match_genes(val, train.gene_names)
         if self.classes:
             rows = some(len(train), CHOOSING[1])
-            cells = take(train.x, rows), x
+            self.counts = torch.as_tensor(known.counts[rows])
+            self.scores = [known.scores(one, known.held).float() for one in (take(train.x, rows), x)]
             of_val = torch.as_tensor(counts_of(val, train, class_weight))[:, None]
-            held = _Held(known, known.counts[rows], *cells, n_components=components_held(known, train))
-            self.folds = [(held, targets_of(train, self.n_outputs)[rows], self.y, None, of_val)]
+            self.folds = [(self, targets_of(train, self.n_outputs)[rows], self.y, None, of_val)]
         else:
             scores = known.scores(x, len(known.values)).double()
             self.cells = scores, _products(scores[:, : known.rank]) - known.expected
+
+    def leading_features(self, mixture: Mixture) -> list[Tensor]:
+        """Return the features of the cells that a search among models of classes makes do with."""
+        each = [self.known.features(mixture, scores).blocks() for scores in self.scores]
+        return [torch.cat([features for _, features in one]) for one in each]
 
     def losses(self, mixture: Mixture, ratio: float) -> np.ndarray:
         """Return the loss on every validation cell (cell x out, or one column for classes)."""
@@ -315,23 +312,11 @@ class SumSearch(Search):
         return ((outputs - self.y) ** 2 / self.known.variance.clamp_min(1e-30)).numpy()
 
 
-def components_held(known: Moments, train: ExpressionDataset) -> int:
-    """Return on how many leading components classes are linear: all, or of cells on disk those that 512 MB hold."""
-    most = SCORE_BYTES // (4 * len(train)) if train.stored else len(known.values)
-    return min(max(most, known.rank), len(known.values))
-
-
 def part_of(dataset: ExpressionDataset, rows: np.ndarray) -> ExpressionDataset:
     """Return some of the cells; stored ones stay on disk."""
     part = copy(dataset)
     part.x, part.y, part.indices = take(dataset.x, rows), dataset.y[rows], dataset.indices[rows]
     return part
-
-
-def sums(train: ExpressionDataset, counts: np.ndarray | None, device: str | torch.device) -> Moments:
-    """Return the sums over training cells; of stored cells with fewer products."""
-    y = targets_of(train, len(train.output_names))
-    return Moments(train.x, y, counts, rank=30 if train.stored else 50, device=device)
 
 
 def search(
@@ -361,7 +346,7 @@ def search(
         rows = some(len(val), CHOOSING[0])
         val, groups = val.load(rows), None if groups is None else groups[rows]
     counts = None if class_weight is None else counts_of(fitted, train, class_weight)
-    known = sums(fitted, counts, device)
+    known = Moments(fitted, counts, device=device)
     return SumSearch(known, fitted, val, class_weight).nested(FORMS), None if few else known, groups
 
 
@@ -392,20 +377,18 @@ def solution(
     >>> found.direct.shape, found.hidden.shape
     ((2, 40), (1, 40))
     """
-    known = sums(train, counts, device) if known is None else known
+    known = Moments(train, counts, device=device) if known is None else known
     n_outputs, n_genes = len(train.output_names), len(train.gene_names)
     constant, direct = known.target.clone().numpy(), np.zeros((n_outputs, n_genes))
     hidden, power = [np.zeros((0, n_genes))], [np.zeros((n_outputs, 0))]
     for mixture, ratio in dict.fromkeys(zip(mixtures, ratios, strict=True)):
         here = [i for i, pair in enumerate(zip(mixtures, ratios, strict=True)) if pair == (mixture, ratio)]
         if train.y.ndim == 1:
-            here, n_components = list(range(n_outputs)), components_held(known, train)
-            gram, scale, expected = known.gram(mixture, n_components)
-            features = _Features(known.scores(train.x, n_components), scale, expected)
-            y, counts = targets_of(train, n_outputs).to(features.scores), torch.as_tensor(known.counts)
-            fit = softmax(None, y, ratio, counts, features=features, gram=gram)
-            weights = fit.cells.double() * scale[:, None]
-            linear, products, constant = weights[:n_components], weights[n_components:], fit.constant.double().numpy()
+            here, features = list(range(n_outputs)), known.features(mixture, known.scores(train.x, known.held))
+            y, of_cells = targets_of(train, n_outputs).to(features.scores), torch.as_tensor(known.counts)
+            fit = softmax(None, y, ratio, of_cells, features=features, gram=known.gram(features))
+            linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([known.held])
+            constant = fit.constant.double().numpy()
         else:
             linear, products = (part[:, here] for part in known.ridge(mixture, ratio))
         less, direct[here], units, powers = known.form(linear, products)
