@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,6 @@ class Moments:
     device, dtype
         Where products are taken, and how precisely; in single precision where there are many.
 
-    Attributes
-    ----------
-    mean, sd, values, axes
-        Of genes (gene), and their principal components' variances (comp) and axes (gene x comp).
-    expected, products, mixed
-        Of products: mean (product), covariance (product x product) and that with components (comp x product).
-    held
-        Number of leading components that classes are linear in: all, or of stored cells those that 512 MB hold.
-
     Examples
     --------
     >>> known = moments.Moments(train, rank=5)
@@ -85,18 +77,18 @@ class Moments:
         self.target, self.variance = (torch.as_tensor(one) for one in (target, self.counts @ y**2 / self.n))
         shift = dense_tensor(x[: min(n_cells, 1024)]).double().mean(dim=0).numpy()  # near the mean, against rounding
         first, second, cross = self._summed(_genes, x, y, shift)
-        self.mean = torch.as_tensor(shift) + first
-        self.cross = cross  # of genes and targets
+        self.mean, self.cross = torch.as_tensor(shift) + first, cross  # of genes, and of genes with targets
         second.addr_(first, first, alpha=-1)
         self.sd = second.diagonal().clamp_min(0).sqrt()
         values, axes = torch.linalg.eigh(second.to(device), UPLO="U")
         del second
         kept = int((values > max(values[-1], 0) * 1e-10).sum())
-        self.values, self.axes = values[-kept:].flip(0).cpu(), axes[:, -kept:].flip(1).cpu()
+        first = len(values) - kept
+        self.values, self.axes = values[first:].flip(0).cpu(), axes[:, first:].flip(1).cpu()
         rank = (30 if train.stored else 50) if rank is None else rank
         self.rank = min(rank, kept)
         most = SCORE_BYTES // (4 * n_cells) if train.stored else kept
-        self.held = min(max(most, self.rank), kept)
+        self.held = min(max(most, self.rank), kept)  # components that classes are linear in
         expected = _products(torch.diag(self.values[: self.rank].sqrt())).sum(dim=0)
         arguments = self.mean.numpy(), self.axes[:, : self.rank].numpy(), expected.numpy()
         left, mixed, self.products, cross = self._summed(_second, x, y, *arguments)
@@ -110,13 +102,11 @@ class Moments:
         spans = [slice(start, start + SPAN) for start in range(0, len(y), SPAN)]
         each = (delayed(task)(take(x, one), y[one], self.counts[one], self.to, *arguments) for one in spans)
         with _engine():
-            found = None
-            for part in Parallel(return_as="generator", max_nbytes=None)(each):
-                if found is None:
-                    found = part
-                else:
-                    for total, own in zip(found, part, strict=True):
-                        total += own
+            parts = Parallel(return_as="generator", max_nbytes=None)(each)  # in the order of the cells
+            found = next(parts)
+            for part in parts:
+                for total, own in zip(found, part, strict=True):
+                    total += own
         return [torch.as_tensor(total).div_(self.n) for total in found]
 
     def prior(self, mixture: Mixture) -> tuple[Tensor, float, int]:
@@ -129,8 +119,8 @@ class Moments:
                 f"up to {self.rank} components are; solve it of fewer cells."
             )
         size = rank * (rank + 1) // 2 if mixture.weight("products") else 0
-        linear = torch.full_like(self.values, mixture.weight("genes") / float(self.values.sum()))
-        linear[:rank] += mixture.weight("components") / float(self.values[:rank].sum())
+        linear = torch.full_like(self.values, mixture.weight("genes") / (float(self.values.sum()) or 1.0))
+        linear[:rank] += mixture.weight("components") / (float(self.values[:rank].sum()) or 1.0)
         scale = float(self.products.diagonal()[:size].sum()) or 1.0
         return linear, mixture.weight("products") / scale, size
 
@@ -266,17 +256,7 @@ class _Features:
 
 
 class SumSearch(Search):
-    """Models compared on validation cells by sums over the training cells.
-
-    Parameters
-    ----------
-    known
-        Sums over the training cells.
-    train, val
-        These cells, and those to compare on, in memory.
-    class_weight
-        As in :class:`scbmlp.models.Config`.
-    """
+    """Models compared on validation cells, which are in memory, by sums over the training cells."""
 
     def __init__(
         self, known: Moments, train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None
@@ -331,12 +311,7 @@ def search(
 
     Up to 5,000 validation cells choose; where these are few and in no `groups`, as many of the training cells, a tenth
     at most, which then are in no sums, and no sums are returned. Penalties of classes are chosen on 20,000 training
-    cells.
-
-    Parameters
-    ----------
-    train, val, groups, class_weight, device
-        As for :func:`scbmlp.nested.search`.
+    cells. Parameters are those of :func:`scbmlp.nested.search`.
     """
     few, fitted = val is None or (len(val) < SMALL and groups is None), train
     if few:
@@ -347,7 +322,10 @@ def search(
         val, groups = val.load(rows), None if groups is None else groups[rows]
     counts = None if class_weight is None else counts_of(fitted, train, class_weight)
     known = Moments(fitted, counts, device=device)
-    return SumSearch(known, fitted, val, class_weight).nested(FORMS), None if few else known, groups
+    trials = SumSearch(known, fitted, val, class_weight).nested(FORMS)
+    if train.y.ndim == 1 and known.held < len(known.values):
+        trials = [replace(one, form=f"{one.form}, by {known.held} leading components") for one in trials]
+    return trials, None if few else known, groups
 
 
 def solution(

@@ -1,6 +1,6 @@
 """Is the model from sums over cells the one from products of cells, whatever the blocks, and wherever they are?"""
 
-import sys
+import os
 
 import joblib
 import numpy as np
@@ -136,7 +136,7 @@ def test_dask_is_one_process(x, tmp_path, monkeypatch):
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         seen = client.run(lambda: None)
         found = moments.solution(data, *recipe)
-        client.submit(sys.exit, 1, workers=[next(iter(seen))], retries=0)
+        client.submit(os._exit, 1, workers=[next(iter(seen))], retries=0)
         again = moments.solution(data, *recipe)
     for one in (found, again):
         np.testing.assert_allclose(outputs(one, x), outputs(known, x), atol=1e-6)
@@ -168,6 +168,22 @@ def test_solve_takes_sums_of_many_cells_of_classes(x, monkeypatch):
     model = solve(ScBMLPClassifier, data.load(slice(0, 400)), device="cpu", class_weight="balanced")
     assert model.trials["chosen"].sum() == 1
     assert model.score(data.load(slice(400, None))) > 0.7
+
+
+def test_classes_on_disk_are_linear_in_what_memory_holds(x, tmp_path, monkeypatch):
+    """Then the trials say so, and the linear part is of those components alone."""
+    monkeypatch.setattr(moments, "LARGE", 300)
+    monkeypatch.setattr(moments, "SCORE_BYTES", 4 * 400 * 12)
+    noise = np.random.default_rng(2).uniform(0, 0.5, (N, 15)).astype(np.float32)
+    data = dataset(np.hstack([x, noise]), classes=True)
+    train = stored(data.load(slice(0, 400)), tmp_path)
+    known = moments.Moments(train, rank=8)
+    assert known.held == 12
+    found = moments.solution(train, [PRODUCTS], [1e-2], known=known)
+    assert np.linalg.matrix_rank(np.vstack([found.direct, known.axes[:, :12].T]), tol=1e-6) == 12
+    trials, _, _ = moments.search(train, data.load(slice(400, None)), groups=np.arange(100) % 20)
+    assert trials[0].form == "linear in genes, by 30 leading components"
+    assert trials[-1].loss < trials[0].loss
 
 
 def test_too_many_genes_are_refused(x, monkeypatch):
