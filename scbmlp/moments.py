@@ -80,9 +80,9 @@ class Moments:
         self.mean, self.cross = torch.as_tensor(shift) + first, cross  # of genes, and of genes with targets
         second.addr_(first, first, alpha=-1)
         self.sd = second.diagonal().clamp_min(0).sqrt()
-        values, axes = torch.linalg.eigh(second.to(device), UPLO="U")
+        values, axes = (one.double() for one in torch.linalg.eigh(second.to(**self.to), UPLO="U"))
         del second
-        kept = int((values > max(values[-1], 0) * 1e-10).sum())
+        kept = int((values > max(values[-1], 0) * (1e-10 if dtype == torch.float64 else 1e-7)).sum())
         first = len(values) - kept
         self.values, self.axes = values[first:].flip(0).cpu(), axes[:, first:].flip(1).cpu()
         rank = (30 if train.stored else 50) if rank is None else rank
