@@ -268,6 +268,7 @@ class SumSearch(Search):
             self.counts = torch.as_tensor(known.counts[rows])
             self.scores = [known.scores(one, known.held).float() for one in (take(train.x, rows), x)]
             of_val = torch.as_tensor(counts_of(val, train, class_weight))[:, None]
+            self._last = [None]
             self.folds = [(self, targets_of(train, self.n_outputs)[rows], self.y, None, of_val)]
         else:
             scores = known.scores(x, len(known.values)).double()
