@@ -1,4 +1,4 @@
-"""The equations of the solved model on the page of the method, by dense algebra: explicit features, explicit solutions."""
+"""The equations of the solved model that the page of the method has, by dense algebra on explicit features."""
 
 import numpy as np
 import pytest
