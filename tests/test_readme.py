@@ -17,7 +17,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 # A dense eigendecomposition at 10,000 genes takes minutes a class: the same program, smaller.
 SMALLER = {
     "10000": "300", "n_epochs=100": "n_epochs=3", "lr=1e-4": "lr=1e-2", "10, \"half\"": "4, \"half\"",
-    'validation, "Beta")': 'validation, "Beta", 99)',
+    'validation, "Beta", metric': 'validation, "Beta", 99, metric',
 }  # fmt: skip
 
 
