@@ -301,9 +301,7 @@ def with_products(search: Search, rival: Trial) -> tuple[Trial, Trial]:
     return rival, replace(rival.or_better(found), form=found.form)
 
 
-def kernels_of(
-    train: ExpressionDataset, *others: Matrix, class_weight: str | None = None
-) -> tuple[Kernels, torch.Tensor]:
+def kernels_of(train: ExpressionDataset, *others: Matrix, class_weight: str | None = None) -> tuple[Kernels, torch.Tensor]:
     """Return the products of training cells, and of others with them, and the training cells' targets (cell x out)."""
     kernels = Kernels(train.x, *others, counts=counts_of(train, train, class_weight))
     return kernels, targets_of(train, len(train.output_names))
