@@ -14,7 +14,6 @@ from scbmlp.baselines import class_counts
 from scbmlp.datasets import ExpressionDataset, Matrix, dense_tensor
 
 FEATURES = 250  # of each block, that a search among models of classes makes do with
-MOST_RANK = 100  # of the components whose products are tried
 
 
 class Mixture(NamedTuple):
@@ -103,7 +102,7 @@ class Kernels:
             d = (self.d[0] * self.share.sqrt()[:, None]).numpy()
             dual, size = d.shape[0] < d.shape[1], min(d.shape)
             small = d @ d.T if dual else d.T @ d
-            first = max(size - max(rank, MOST_RANK), 0)
+            first = max(size - max(rank, 2 * FEATURES), 0)
             values, vectors = eigh(small, subset_by_index=[first, size - 1], check_finite=False)
             kept = values > max(values[-1], 0) * 1e-10
             values, vectors = values[kept][::-1], vectors[:, kept][:, ::-1]
@@ -142,7 +141,7 @@ class Kernels:
     def sd(self) -> Tensor:
         """Standard deviation of every gene (gene), 1 where a gene does not vary."""
         sd = (self.share @ self.d[0] ** 2).sqrt()
-        return torch.where(sd > 0, sd, 1)
+        return torch.where(sd > 1e-6 * self.mean.abs(), sd, 1)  # what rounding leaves of a constant is no unit
 
     def block(self, name: str, rank: int, space: str) -> tuple[list[Tensor], float]:
         """Return the products of all cells with the training cells, and the scale that was taken off."""
@@ -170,16 +169,24 @@ class Kernels:
         return [torch.cat(parts, dim=1) for parts in zip(*found, strict=True)]
 
     def _principal(self, name: str, mixture: Mixture) -> list[Tensor]:
-        """Return the leading principal components of one block (each cell x comp), by its products."""
-        if name == "components":
-            features, _ = self._features(name, mixture.rank, mixture.space)
-            unit = (self.share @ features[0] ** 2).sum().sqrt()
-            return [(part / unit).to(**self.to) for part in features]
+        """Return the leading principal components of one block (each cell x comp)."""
+        if name in ("genes", "components"):
+            scores = self.scores(2 * FEATURES if name == "genes" else mixture.rank)
+            unit = (self.share @ (self.d if name == "genes" else scores)[0] ** 2).sum().sqrt()
+            return [(part / unit).to(**self.to) for part in scores]
+        if name == "products" and mixture.space == "components" and mixture.rank**2 < len(self):
+            i, j = np.triu_indices(self.scores(mixture.rank)[0].shape[1])
+            twice = torch.as_tensor(np.where(i == j, 1.0, 2**0.5))
+            features = [part[:, i] * part[:, j] * twice for part in self.scores(mixture.rank)]
+            features = [part - self.share @ features[0] for part in features]
+            root = self.share.sqrt()[:, None]
+            values, vectors = eigh(((features[0] * root).T @ (features[0] * root)).numpy(), check_finite=False)
+            turn = torch.as_tensor(vectors[:, -FEATURES:].copy()) / values.sum() ** 0.5
+            return [(part @ turn).to(**self.to) for part in features]
         products, _ = self.block(name, mixture.rank, mixture.space)
         size, root = len(self), self.counts.sqrt().to(products[0])
-        most = 2 * FEATURES if name == "genes" else FEATURES
         system = (products[0] * root * root[:, None]).cpu().numpy()
-        values, vectors = eigh(system, subset_by_index=[max(size - most, 0), size - 1], check_finite=False)
+        values, vectors = eigh(system, subset_by_index=[max(size - FEATURES, 0), size - 1], check_finite=False)
         kept = values > max(values[-1], 0) * 1e-6
         turn = torch.as_tensor(vectors[:, kept] / np.sqrt(values[kept])).to(root) * root[:, None]
         return [part @ turn for part in products]
@@ -232,13 +239,13 @@ def softmax(
     *,
     features: Tensor | None = None,
     start: Fit | None = None,
-    tol: float = 1e-8,
+    tol: float = 1e-10,
 ) -> Fit:
     """Solve multinomial logistic regression on the products of the training cells, or on features of theirs.
 
-    The curvature of the log-loss is at most one half :cite:p:`bohning1992`, so that one inverse serves all steps of a
-    quasi-Newton method, L-BFGS, in the space of functions. It ends where a step would gain less than `tol` a cell.
-    With `features` the result has weights of features in place of cells.
+    Newton's method: each step by conjugate gradients, behind the bound of one half on the curvature of the log-loss
+    :cite:p:`bohning1992`, which takes one inverse for all. It ends where a step would gain less than `tol` a cell. With
+    `features` the result has weights of features in place of cells.
 
     Examples
     --------
@@ -251,12 +258,15 @@ def softmax(
     True
     """
     dual, weight = features is None, counts.to(y)[:, None]
+    turned = None if dual else features.T.contiguous()
     n, penalty = float(counts.sum()), ratio * float(counts.sum())
-    bound = products / 2 if dual else features.T @ (features * weight) / 2
-    bound.diagonal().add_(penalty)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
+    if dual:
+        bound = products / 2
+        bound.diagonal().add_(penalty)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
     if start is None:
-        start = Fit(y.new_zeros(len(bound), y.shape[1]), torch.log((weight * y).sum(dim=0).clamp_min(1e-3) / n))
+        shares = (weight * y).sum(dim=0).clamp_min(1e-3) / n
+        start = Fit(y.new_zeros(len(products if dual else turned), y.shape[1]), torch.log(shares))
     at, constant = start
     out = (products if dual else features) @ at
 
@@ -264,25 +274,38 @@ def softmax(
         fitted = (weight * y * torch.log_softmax(out + constant, dim=1)).sum()
         return float(penalty / 2 * (at * (out if dual else at)).sum() - fitted)
 
-    def slope(at: Tensor, out: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
-        left = weight * (torch.softmax(out + constant, dim=1) - y)
-        return (left if dual else features.T @ left) + penalty * at, left.sum(dim=0)
-
-    # Of cells, the slope is products @ slopes[0]: an inner product takes a step by what it does to the outputs.
-    here, slopes = value(at, out, constant), slope(at, out, constant)
-    steps: list[tuple[Tensor, ...]] = []
-    for _ in range(2000):
-        turn, turn_c = slopes
-        shares = []
-        for _, _, own, d_c, d_slope, d_slope_c, scale in reversed(steps):
-            shares.append(scale * ((own * turn).sum() + d_c @ turn_c))
-            turn, turn_c = turn - shares[-1] * d_slope, turn_c - shares[-1] * d_slope_c
-        step, step_c = inverse @ turn, turn_c / (n / 2)
-        step_out = 2 * (turn - penalty * step) if dual else features @ step  # products @ step, without a product
-        for (d_at, d_out, _, d_c, d_slope, d_slope_c, scale), share in zip(steps, reversed(shares), strict=True):
-            more = share - scale * ((d_slope * (step_out if dual else step)).sum() + d_slope_c @ step_c)
-            step, step_out, step_c = step + more * d_at, step_out + more * d_out, step_c + more * d_c
-        gain = float(((step_out if dual else step) * slopes[0]).sum() + step_c @ slopes[1])
+    here = value(at, out, constant)
+    for _ in range(100):
+        probability = torch.softmax(out + constant, dim=1)
+        left = weight * (probability - y)
+        if not dual:  # a bound of each cell's own, where that costs little
+            spread = weight * (probability * (1 - probability)).sum(dim=1, keepdim=True).clamp_min(0.01)
+            bound = turned @ (features * spread)
+            bound.diagonal().add_(penalty)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
+        slope, slope_c = (left if dual else turned @ left) + penalty * at, left.sum(dim=0)
+        # Of cells, the slope is products @ slope: an inner product takes a step by what it does to the outputs.
+        step, step_out, step_c = torch.zeros_like(at), torch.zeros_like(out), torch.zeros_like(constant)
+        rest, rest_c, before = slope, slope_c, None
+        for _ in range(200):
+            turn, turn_c = inverse @ rest, rest_c / (n / 2)
+            turn_out = 2 * (rest - penalty * turn) if dual else features @ turn  # products @ turn, without a product
+            size = float(((turn_out if dual else turn) * rest).sum() + turn_c @ rest_c)
+            if before is None:
+                first, ahead, ahead_out, ahead_c = size, turn, turn_out, turn_c
+            else:
+                share = size / before
+                ahead, ahead_out = turn + share * ahead, turn_out + share * ahead_out
+                ahead_c = turn_c + share * ahead_c
+            if size <= max(first * min(0.1, (first / n) ** 0.5), 0.1 * tol * n):
+                break
+            bent = weight * probability * (ahead_out + ahead_c)
+            bent = bent - probability * bent.sum(dim=1, keepdim=True)
+            curved, curved_c = (bent if dual else turned @ bent) + penalty * ahead, bent.sum(dim=0)
+            length = size / float(((ahead_out if dual else ahead) * curved).sum() + ahead_c @ curved_c)
+            step, step_out, step_c = step + length * ahead, step_out + length * ahead_out, step_c + length * ahead_c
+            rest, rest_c, before = rest - length * curved, rest_c - length * curved_c, size
+        gain = float(((step_out if dual else step) * slope).sum() + step_c @ slope_c)
         if not gain > tol * n:
             break
         size = 1.0
@@ -294,13 +317,7 @@ def softmax(
             size /= 2
         else:  # no step is better within rounding
             break
-        after = slope(*new)
-        d_at, d_out, d_c = new[0] - at, new[1] - out, new[2] - constant
-        own, d_slope, d_slope_c = d_out if dual else d_at, after[0] - slopes[0], after[1] - slopes[1]
-        curvature = float((own * d_slope).sum() + d_c @ d_slope_c)
-        if curvature > 0:
-            steps = [*steps[-9:], (d_at, d_out, own, d_c, d_slope, d_slope_c, 1 / curvature)]
-        (at, out, constant), slopes, here = new, after, there
+        (at, out, constant), here = new, there
     return Fit(at, constant)
 
 

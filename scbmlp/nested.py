@@ -102,7 +102,9 @@ class Search:
             known = y.to(products)
             try:
                 if logistic:
-                    fit = softmax(None, known, ratio, kernels.counts, features=products, start=self._last[i], tol=2e-5)
+                    start = self._last[i]
+                    start = start if start is not None and len(start.cells) == products.shape[1] else None
+                    fit = softmax(None, known, ratio, kernels.counts, features=products, start=start, tol=2e-5)
                     self._last[i] = fit
                 else:
                     fit = ridge(products, known, ratio, kernels.counts)
@@ -118,7 +120,6 @@ class Search:
 
     def path(self, form: str, mixture: Mixture, start: float = START) -> Trial:
         """Return the best penalties of a mixture, whose grid grows until the best of every output lies within."""
-        self._last = [None] * len(self.folds)  # of other features
         known = {start: self.losses(mixture, start)}
         for step in (1 / STEP, STEP):
             ratio = start
@@ -134,24 +135,34 @@ class Search:
         losses = np.stack([known[ratios[i]][:, k] for k, i in enumerate(best)], axis=1)
         return Trial(form, (mixture,) * len(best), tuple(ratios[i] for i in best), losses)
 
-    def add(self, form: str, trial: Trial, block: str, **changes: Any) -> Trial:
-        """Return the best of a trial and of its leading mixture with a block more, climbing over ranks and weights."""
+    def add(self, form: str, trial: Trial, block: str, *, beat: Trial | None = None, **changes: Any) -> Trial:
+        """Return the best of a trial and of its leading mixture with a block more, climbing over ranks and weights.
+
+        There is no climb where the first try does not `beat` a trial, the one before if there is no other.
+        """
         mixture, ratio = leading(trial)
         known: dict[tuple[float, int], Trial] = {}
 
         def at(weight: float, rank: int) -> Trial:
             if (weight, rank) not in known:
                 more = mixture.plus(block, weight, rank=rank, **changes)
-                known[weight, rank] = self.path(form, more, ratio)
+                if self.classes and known:  # penalties are searched at the start and at the end of a climb
+                    near = next(iter(known.values())).ratios
+                    known[weight, rank] = Trial(form, (more,), near, self.losses(more, *near))
+                else:
+                    known[weight, rank] = self.path(form, more, ratio)
             return known[weight, rank]
 
         here: list[Any] = [WEIGHTS[block], mixture.rank]
         grids = [[here[0] * 3.0**i for i in range(-3, 4)], RANKS]
-        if at(*here).loss >= trial.loss:  # too much of it, or of no use
-            here[0] = grids[0][1]
-        climbs = [0] if at(*here).loss < trial.loss else []
-        if climbs and block in ("components", "products") and changes.get("space", "components") == "components":
+        climbs = [0]
+        if block in ("components", "products") and changes.get("space", "components") == "components":
             climbs = [1, 0]
+        if at(*here).loss >= (beat or trial).loss:
+            climbs = []
+            if beat is None:  # too much of it, or of no use
+                here[0] = grids[0][1]
+                climbs = [0] if at(*here).loss < trial.loss else []
         for which in climbs:
             grid = grids[which]
             place = grid.index(here[which])
@@ -163,6 +174,8 @@ class Search:
                         break
                     here, place = other, place + direction
         best = at(*here)
+        if self.classes and len(known) > 1 and best.loss < trial.loss:
+            best = self.path(form, *best.mixtures, *best.ratios)
         for one in (trial, *known.values()):
             best = best.or_better(one)
         return replace(best, form=form)
@@ -269,7 +282,7 @@ def search(
         bar.update(3)
         components = trials[1]
         for space, name in (("genes", "products of genes"), ("sd", "products of genes in units of their sd")):
-            trials.append(compared.add(name, components, "products", space=space))
+            trials.append(compared.add(name, components, "products", beat=trials[2], space=space))
             bar.update()
         rival = compared.add("with presence and squares", components, "presence")
         rival = compared.add(rival.form, rival, "squares")
@@ -373,6 +386,8 @@ def linked(kernels: Kernels, y: np.ndarray, mixture: Mixture, ratio: float, n_ro
     part in its index while the curve is fitted.
     """
     products, *others = kernels.mixed(mixture)
+    if np.ptp(y) == 0:
+        return [np.zeros(len(seen)) for seen in others]
     n = len(y)
     system = products.clone()
     system.diagonal().add_(ratio * n)
