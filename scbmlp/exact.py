@@ -238,14 +238,16 @@ def softmax(
     counts: Tensor,
     *,
     features: Tensor | None = None,
+    gram: Tensor | None = None,
     start: Fit | None = None,
     tol: float = 1e-10,
 ) -> Fit:
     """Solve multinomial logistic regression on the products of the training cells, or on features of theirs.
 
-    Newton's method: each step by conjugate gradients, behind the bound of one half on the curvature of the log-loss
-    :cite:p:`bohning1992`, which takes one inverse for all. It ends where a step would gain less than `tol` a cell. With
-    `features` the result has weights of features in place of cells.
+    The curvature of the log-loss is at most one half :cite:p:`bohning1992`, so that one inverse serves all steps of a
+    quasi-Newton method, L-BFGS, in the space of functions. It ends where a step would gain less than `tol` a cell.
+    With `features` the result has weights of features in place of cells; `gram` are their products summed over cells,
+    if known.
 
     Examples
     --------
@@ -258,15 +260,14 @@ def softmax(
     True
     """
     dual, weight = features is None, counts.to(y)[:, None]
-    turned = None if dual else features.T.contiguous()
     n, penalty = float(counts.sum()), ratio * float(counts.sum())
-    if dual:
-        bound = products / 2
-        bound.diagonal().add_(penalty)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
+    if gram is None:
+        gram = products if dual else features.T @ (features * weight)
+    bound = gram / 2
+    bound.diagonal().add_(penalty)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).to(y)
     if start is None:
-        shares = (weight * y).sum(dim=0).clamp_min(1e-3) / n
-        start = Fit(y.new_zeros(len(products if dual else turned), y.shape[1]), torch.log(shares))
+        start = Fit(y.new_zeros(len(bound), y.shape[1]), torch.log((weight * y).sum(dim=0).clamp_min(1e-3) / n))
     at, constant = start
     out = (products if dual else features) @ at
 
@@ -274,38 +275,25 @@ def softmax(
         fitted = (weight * y * torch.log_softmax(out + constant, dim=1)).sum()
         return float(penalty / 2 * (at * (out if dual else at)).sum() - fitted)
 
-    here = value(at, out, constant)
-    for _ in range(100):
-        probability = torch.softmax(out + constant, dim=1)
-        left = weight * (probability - y)
-        if not dual:  # a bound of each cell's own, where that costs little
-            spread = weight * (probability * (1 - probability)).sum(dim=1, keepdim=True).clamp_min(0.01)
-            bound = turned @ (features * spread)
-            bound.diagonal().add_(penalty)
-            inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound))
-        slope, slope_c = (left if dual else turned @ left) + penalty * at, left.sum(dim=0)
-        # Of cells, the slope is products @ slope: an inner product takes a step by what it does to the outputs.
-        step, step_out, step_c = torch.zeros_like(at), torch.zeros_like(out), torch.zeros_like(constant)
-        rest, rest_c, before = slope, slope_c, None
-        for _ in range(200):
-            turn, turn_c = inverse @ rest, rest_c / (n / 2)
-            turn_out = 2 * (rest - penalty * turn) if dual else features @ turn  # products @ turn, without a product
-            size = float(((turn_out if dual else turn) * rest).sum() + turn_c @ rest_c)
-            if before is None:
-                first, ahead, ahead_out, ahead_c = size, turn, turn_out, turn_c
-            else:
-                share = size / before
-                ahead, ahead_out = turn + share * ahead, turn_out + share * ahead_out
-                ahead_c = turn_c + share * ahead_c
-            if size <= max(first * min(0.1, (first / n) ** 0.5), 0.1 * tol * n):
-                break
-            bent = weight * probability * (ahead_out + ahead_c)
-            bent = bent - probability * bent.sum(dim=1, keepdim=True)
-            curved, curved_c = (bent if dual else turned @ bent) + penalty * ahead, bent.sum(dim=0)
-            length = size / float(((ahead_out if dual else ahead) * curved).sum() + ahead_c @ curved_c)
-            step, step_out, step_c = step + length * ahead, step_out + length * ahead_out, step_c + length * ahead_c
-            rest, rest_c, before = rest - length * curved, rest_c - length * curved_c, size
-        gain = float(((step_out if dual else step) * slope).sum() + step_c @ slope_c)
+    def slope(at: Tensor, out: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+        left = weight * (torch.softmax(out + constant, dim=1) - y)
+        return (left if dual else features.T @ left) + penalty * at, left.sum(dim=0)
+
+    # Of cells, the slope is products @ slopes[0]: an inner product takes a step by what it does to the outputs.
+    here, slopes = value(at, out, constant), slope(at, out, constant)
+    steps: list[tuple[Tensor, ...]] = []
+    for _ in range(2000):
+        turn, turn_c = slopes
+        shares = []
+        for _, _, own, d_c, d_slope, d_slope_c, scale in reversed(steps):
+            shares.append(scale * ((own * turn).sum() + d_c @ turn_c))
+            turn, turn_c = turn - shares[-1] * d_slope, turn_c - shares[-1] * d_slope_c
+        step, step_c = inverse @ turn, turn_c / (n / 2)
+        step_out = 2 * (turn - penalty * step) if dual else features @ step  # products @ step, without a product
+        for (d_at, d_out, _, d_c, d_slope, d_slope_c, scale), share in zip(steps, reversed(shares), strict=True):
+            more = share - scale * ((d_slope * (step_out if dual else step)).sum() + d_slope_c @ step_c)
+            step, step_out, step_c = step + more * d_at, step_out + more * d_out, step_c + more * d_c
+        gain = float(((step_out if dual else step) * slopes[0]).sum() + step_c @ slopes[1])
         if not gain > tol * n:
             break
         size = 1.0
@@ -317,7 +305,13 @@ def softmax(
             size /= 2
         else:  # no step is better within rounding
             break
-        (at, out, constant), here = new, there
+        after = slope(*new)
+        d_at, d_out, d_c = new[0] - at, new[1] - out, new[2] - constant
+        own, d_slope, d_slope_c = d_out if dual else d_at, after[0] - slopes[0], after[1] - slopes[1]
+        curvature = float((own * d_slope).sum() + d_c @ d_slope_c)
+        if curvature > 0:
+            steps = [*steps[-9:], (d_at, d_out, own, d_c, d_slope, d_slope_c, 1 / curvature)]
+        (at, out, constant), slopes, here = new, after, there
     return Fit(at, constant)
 
 

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -22,7 +23,7 @@ from sklearn.metrics import mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from scbmlp import exact, nested
+from scbmlp import exact, moments, nested
 from scbmlp.baselines import LinearModel, accuracy, class_counts, linear_baseline
 from scbmlp.checks import check_class_weight, plain_names, warn, whole_number
 from scbmlp.datasets import (
@@ -998,13 +999,19 @@ def solve(
     simplest form that is behind the best by no more than the standard error of their difference: linear in genes,
     linear in genes and components, products of components, products of genes.
 
+    With more than 5,000 training cells, in memory or stored on disk, the same is solved from sums over cells, block by
+    block (:mod:`scbmlp.moments`): of products, those of components are tried, and there is no rival. A dask client that
+    is active, or ``joblib.parallel_config``, hands the sums to other processes and machines. Up to 5,000 validation
+    cells choose; of classes, penalties are chosen on 20,000 training cells, and those of stored cells are linear in as
+    many leading components as 512 MB hold.
+
     Parameters
     ----------
     ModelClass
         ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
     train, val
         Cells to fit, and cells that choose. If there are fewer than 300 of the latter, or none, five folds of all cells
-        choose; the model is fitted to `train` alone.
+        choose, or of more than 5,000 a tenth of `train`; the model is fitted to `train` alone.
     groups
         Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor.
     class_weight, device
@@ -1024,7 +1031,7 @@ def solve(
     Raises
     ------
     ValueError
-        There is one class, `groups` are not one a validation cell, or there are too many cells.
+        There is one class, `groups` are not one a validation cell, or there are too many genes for so many cells.
 
     Examples
     --------
@@ -1045,17 +1052,24 @@ def solve(
         raise ValueError("train has cells of 1 class alone; add cells of other classes.")
     groups = _groups(groups, val)
     kind = kind_of(device)
-    trials, rival = nested.search(held(train), None if val is None else held(val), groups=groups,
-                                 class_weight=class_weight, device=kind, progress=progress)  # fmt: skip
-    chosen, behind, error = nested.choose([*trials, rival], groups)
+    how = {"groups": groups, "class_weight": class_weight, "device": kind}
+    if large := len(train) > moments.LARGE:
+        (trials, known, groups), rivals = moments.search(train, val, **how), []
+    else:
+        trials, rival = nested.search(held(train), None if val is None else held(val), **how, progress=progress)
+        known, rivals = None, [rival]
+    _, behind, error = nested.choose([*trials, *rivals], groups)
     best, _, _ = nested.choose(trials, groups)
     mixtures, ratios = zip(*((trials[i].mixtures[k], trials[i].ratios[k]) for k, i in enumerate(best)), strict=True)
     counts = None if class_weight is None else exact.counts_of(train, train, class_weight)
-    found = exact.solution(held(train), mixtures, ratios, counts=counts, device=kind)
-    model = _solved(ModelClass, cfg, found, train, **options)
+    if large and known is None:  # cells that chose are in no sums yet
+        known = moments.Moments(train, counts, device=kind)
+    road = partial(moments.solution, train, known=known) if large else partial(exact.solution, held(train))
+    found = road(mixtures, ratios, counts=counts, device=kind)
+    model = _solved(ModelClass, cfg, found, train, known if counts is None else None, **options)
     model.recipe = list(zip(mixtures, ratios, strict=True))
     rows = []
-    for i, trial in enumerate([*trials, rival]):
+    for i, trial in enumerate([*trials, *rivals]):
         mixture, ratio = nested.leading(trial)
         row = {"form": trial.form, "rank": mixture.rank, "components": mixture.weight("components")}
         row |= {"products": mixture.weight("products"), "penalty": ratio, "val_loss": trial.loss}
@@ -1112,7 +1126,8 @@ def solve_replicas(
     if model.recipe is None:
         raise ValueError("the model was trained, not solved: there is no mixture to solve again; pass one of solve.")
     model.check(train)
-    train, rng, found = held(train), np.random.default_rng(seed), []
+    large, rng, found = len(train) > moments.LARGE, np.random.default_rng(seed), []
+    train = train if large else held(train)
     order = np.arange(len(train))
     mixtures, ratios = zip(*model.recipe, strict=True)
     for i in tqdm(range(n_replicas), "replicas", delay=2, disable=not (progress and watched())):
@@ -1122,11 +1137,12 @@ def solve_replicas(
             order = rng.permutation(len(train)) if i % 2 == 0 else order[::-1]
             drawn = np.bincount(order[: len(train) // 2], minlength=len(train))
         rows = np.flatnonzero(drawn)
-        part, counts = train.load(rows), drawn[rows].astype(float)
+        part, counts = moments.part_of(train, rows), drawn[rows].astype(float)
         if model.cfg.class_weight is not None:
             of_class = class_counts(model.cfg.class_weight, part.y.numpy(), model.cfg.d_output, counts)
             counts *= of_class[part.y.numpy()]
-        own = exact.solution(part, mixtures, ratios, counts=counts, device=kind_of(model.cfg.device))
+        road = moments.solution if large else exact.solution
+        own = road(part, mixtures, ratios, counts=counts, device=kind_of(model.cfg.device))
         found.append(_solved(type(model), model.cfg, own, train, **model._options()))
         found[-1].recipe = model.recipe
     return found
@@ -1152,9 +1168,10 @@ def _solved(
     cfg: Config,
     found: exact.Solution,
     train: ExpressionDataset,
+    known: moments.Moments | None = None,
     **options: Any,
 ) -> ScBMLPClassifier | ScBMLPRegressor:
-    """Return the model that a solution is, in the linear form."""
+    """Return the model that a solution is, in the linear form; its statistics are walked for, if not known."""
     model = ModelClass(replace(cfg, d_hidden=len(found.hidden)), **options)
     model.gene_names, model.output_names, model.layer = train.gene_names, train.output_names, train.layer
     with torch.no_grad():
@@ -1166,7 +1183,9 @@ def _solved(
         if cfg.class_weight is not None:
             of_class = class_counts(cfg.class_weight, train.y.numpy(), cfg.d_output)
             model.class_weight.copy_(torch.as_tensor(of_class))
-    model.statistics = statistics(model.eval(), train)
+    model.eval()
+    weight = model.branches.weight.detach().numpy()
+    model.statistics = statistics(model, train) if known is None else Statistics(*known.statistics(weight))
     return model
 
 

@@ -1,0 +1,380 @@
+"""The second-order model of many cells, from sums over cells: blocks, processes and machines add up their parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from joblib import Parallel, delayed, parallel_config
+from torch import Tensor
+
+from scbmlp.datasets import ExpressionDataset, Matrix, blocks, dense_tensor, match_genes, some, take
+from scbmlp.exact import Mixture, Solution, counts_of, softmax, targets_of
+from scbmlp.nested import FORMS, SMALL, Search, Trial
+
+LARGE = 5_000  # training cells from which on sums are taken, and no products of cells
+MOST_GENES = 10_000  # whose covariance fits into memory, and its eigenvectors into minutes
+SPAN, BLOCK, PANEL = 2**16, 4096, 512  # cells of a task, cells of a block, genes of a part of the covariance
+CHOOSING = 5_000, 20_000  # validation cells, and training cells of classes, that a search makes do with
+SCORE_BYTES = 2**29  # of the component scores that classes of stored cells are solved from
+SINGLE = 10**12  # cells x genes x genes from which on products are in single precision, and their sums in double
+
+
+class Moments:
+    """Sums over training cells that the model is solved from: of genes, and of products of components.
+
+    Two walks over the cells are made. With ``joblib.parallel_config``, or an active dask client, tasks of 65,536 cells
+    go to other processes or machines; their sums are added in the order of the cells.
+
+    Parameters
+    ----------
+    train
+        Training cells with their targets, in memory or stored.
+    counts
+        How often each cell counts (cell); once if None.
+    rank
+        Number of leading components whose products can be in a mixture; if None 50, 30 of stored cells.
+    device, dtype
+        Where products are taken, and how precisely; in single precision where there are many.
+
+    Examples
+    --------
+    >>> known = moments.Moments(train, rank=5)
+    >>> tuple(known.axes.shape), tuple(known.products.shape)
+    ((40, 40), (15, 15))
+    """
+
+    def __init__(
+        self,
+        train: ExpressionDataset,
+        counts: np.ndarray | None = None,
+        *,
+        rank: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        x, y = train.x, targets_of(train, len(train.output_names)).numpy()
+        n_cells, n_genes = x.shape
+        if n_genes > MOST_GENES:
+            raise ValueError(
+                f"train has {n_genes:,} genes in {n_cells:,} cells; with more than {LARGE:,} cells at most "
+                f"{MOST_GENES:,} genes are solved: choose the most variable ones before the data sets are cut, such as "
+                f"by scanpy.pp.highly_variable_genes."
+            )
+        if dtype is None:
+            dtype = torch.float32 if n_cells * n_genes**2 > SINGLE else torch.float64
+        self.to = {"device": device, "dtype": dtype}
+        self.counts = np.ones(n_cells) if counts is None else np.asarray(counts, float)
+        self.n = self.counts.sum()
+        target = self.counts @ y / self.n
+        y = y - target
+        self.target, self.variance = (torch.as_tensor(one) for one in (target, self.counts @ y**2 / self.n))
+        shift = dense_tensor(x[: min(n_cells, 1024)]).double().mean(dim=0).numpy()  # near the mean, against rounding
+        first, second, cross = self._summed(_genes, x, y, shift)
+        self.mean, self.cross = torch.as_tensor(shift) + first, cross  # of genes, and of genes with targets
+        second.addr_(first, first, alpha=-1)
+        self.sd = second.diagonal().clamp_min(0).sqrt()
+        values, axes = (one.double() for one in torch.linalg.eigh(second.to(**self.to), UPLO="U"))
+        del second
+        kept = int((values > max(values[-1], 0) * (1e-10 if dtype == torch.float64 else 1e-7)).sum())
+        first = len(values) - kept
+        self.values, self.axes = values[first:].flip(0).cpu(), axes[:, first:].flip(1).cpu()
+        rank = (30 if train.stored else 50) if rank is None else rank
+        self.rank = min(rank, kept)
+        most = SCORE_BYTES // (4 * n_cells) if train.stored else kept
+        self.held = min(max(most, self.rank), kept)  # components that classes are linear in
+        expected = _products(torch.diag(self.values[: self.rank].sqrt())).sum(dim=0)
+        arguments = self.mean.numpy(), self.axes[:, : self.rank].numpy(), expected.numpy()
+        left, mixed, self.products, cross = self._summed(_second, x, y, *arguments)
+        self.expected = expected + left  # mean of every product
+        self.products.addr_(left, left, alpha=-1)
+        self.mixed = self.axes.T @ mixed  # of components and products
+        self.targets = self.axes.T @ self.cross, cross
+
+    def _summed(self, task: Callable, x: Matrix, y: np.ndarray, *arguments: Any) -> list[Tensor]:
+        """Return means over cells of what a task sums up, in tasks that joblib or dask hands out."""
+        spans = [slice(start, start + SPAN) for start in range(0, len(y), SPAN)]
+        each = (delayed(task)(take(x, one), y[one], self.counts[one], self.to, *arguments) for one in spans)
+        with _engine():
+            parts = Parallel(return_as="generator", max_nbytes=None)(each)  # in the order of the cells
+            found = next(parts)
+            for part in parts:
+                for total, own in zip(found, part, strict=True):
+                    total += own
+        return [torch.as_tensor(total).div_(self.n) for total in found]
+
+    def prior(self, mixture: Mixture) -> tuple[Tensor, float, int]:
+        """Return prior variances of the weights of components (comp) and of products, and how many products count."""
+        rank = min(mixture.rank, len(self.values))
+        foreign = [name for name, weight in mixture.weights if weight and name not in ("genes", *(f[1] for f in FORMS))]
+        if foreign or (mixture.weight("products") and (rank > self.rank or mixture.space != "components")):
+            raise ValueError(
+                f"mixture={mixture} is not solved with more than {LARGE:,} cells: genes, components, and products of "
+                f"up to {self.rank} components are; solve it of fewer cells."
+            )
+        size = rank * (rank + 1) // 2 if mixture.weight("products") else 0
+        linear = torch.full_like(self.values, mixture.weight("genes") / (float(self.values.sum()) or 1.0))
+        linear[:rank] += mixture.weight("components") / (float(self.values[:rank].sum()) or 1.0)
+        scale = float(self.products.diagonal()[:size].sum()) or 1.0
+        return linear, mixture.weight("products") / scale, size
+
+    def ridge(self, mixture: Mixture, ratio: float) -> tuple[Tensor, Tensor]:
+        """Return the weights of components (comp x out) and of products (product x out) of all targets."""
+        linear, square, size = self.prior(mixture)
+        shrunk = (linear / (self.values * linear + ratio))[:, None]  # components are uncorrelated
+        mixed, (of_linear, of_products) = self.mixed[:, :size], self.targets
+        system = (self.products[:size, :size] - mixed.T @ (mixed * shrunk)) * square
+        system.diagonal().add_(ratio)
+        known = (of_products[:size] - mixed.T @ (of_linear * shrunk)) * square
+        found = torch.cholesky_solve(known, torch.linalg.cholesky(system)) if size else known
+        return (of_linear - mixed @ found) * shrunk, found
+
+    def features(self, mixture: Mixture, scores: Tensor) -> _Features:
+        """Return the features of a mixture, by the scores of cells on components."""
+        linear, square, size = self.prior(mixture)
+        scale = torch.cat([linear[: scores.shape[1]], torch.full((size,), square, dtype=torch.float64)]).sqrt()
+        return _Features(scores, scale, self.expected[:size])
+
+    def gram(self, features: _Features) -> Tensor:
+        """Return the products of features with each other, summed over training cells (feature x feature)."""
+        n, size = features.scores.shape[1], len(features.expected)
+        mixed, products = self.mixed[:n, :size], self.products[:size, :size]
+        found = torch.cat([torch.diag(self.values[:n]), mixed], dim=1), torch.cat([mixed.T, products], dim=1)
+        return torch.cat(found) * features.scale * features.scale[:, None] * self.n
+
+    def statistics(self, hidden: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return mean and standard deviation of genes, their covariance with hidden units, and with targets."""
+        sd = torch.where(self.sd > 1e-7 * self.mean.abs(), self.sd, self.mean)
+        weight = self.axes.T @ torch.as_tensor(hidden.T).double()
+        covariance = self.axes @ (self.values[:, None] * weight)
+        return tuple(part.numpy() for part in (self.mean, sd, covariance, self.cross))
+
+    def scores(self, x: Matrix, n_components: int) -> Tensor:
+        """Return the scores of cells on the leading components (cell x comp), as precise as sums are."""
+        axes, mean = (part.to(**self.to) for part in (self.axes[:, :n_components], self.mean))
+        return torch.cat([((dense_tensor(block).to(**self.to) - mean) @ axes).cpu() for _, block in blocks(x, BLOCK)])
+
+    def form(self, linear: Tensor, products: Tensor) -> tuple[np.ndarray, ...]:
+        """Return what weights of components and products are: constant, direct, hidden units and their power."""
+        size = len(products)
+        constant = -(products.T @ self.expected[:size]).numpy()
+        rank = int((2 * size) ** 0.5)
+        j, i = torch.tril_indices(rank, rank)
+        hidden, power = np.zeros((0, len(self.mean))), np.zeros((products.shape[1], 0))
+        for k, own in enumerate(products.T):
+            matrix = torch.zeros(rank, rank, dtype=torch.float64)
+            matrix[i, j] = matrix[j, i] = torch.where(i == j, own, own / 2**0.5)
+            values, vectors = torch.linalg.eigh(matrix)
+            hidden = np.vstack([hidden, (self.axes[:, :rank] @ vectors).T.numpy()])
+            power = np.hstack([power, np.zeros((len(power), rank))])
+            power[k, power.shape[1] - rank :] = values
+        return constant, (self.axes[:, : len(linear)] @ linear).T.numpy(), hidden, power
+
+
+def _engine() -> AbstractContextManager:
+    """Return where joblib hands out tasks: to a dask client if one is active, else as the user said."""
+    try:
+        sys.modules["distributed"].get_client()
+    except (KeyError, ValueError):  # not in use
+        return nullcontext()
+    return parallel_config("dask")
+
+
+def _products(scores: Tensor) -> Tensor:
+    """Return products of scores (cell x product), so that those of fewer components come first."""
+    j, i = torch.tril_indices(scores.shape[1], scores.shape[1])
+    return scores[:, i] * scores[:, j] * torch.where(i == j, 1.0, torch.tensor(2.0).double().sqrt()).to(scores)
+
+
+def _blocks(x: Matrix, y: np.ndarray, counts: np.ndarray, to: dict, center: np.ndarray) -> Iterator[tuple[Tensor, ...]]:
+    """Yield blocks of cells less a center, the same times how often they count, and targets."""
+    center, y, alike = torch.as_tensor(center).to(**to), torch.as_tensor(y).to(**to), (counts == 1).all()
+    counts = torch.as_tensor(counts).to(**to)[:, None]
+    for rows, block in blocks(x, BLOCK):
+        d = dense_tensor(block).to(**to) - center
+        yield d, d if alike else d * counts[rows], y[rows], counts[rows]
+
+
+def _genes(x: Matrix, y: np.ndarray, counts: np.ndarray, to: dict, shift: np.ndarray) -> list[np.ndarray]:
+    """Sum up genes (gene), their products (gene x gene, above the diagonal), and theirs with targets (gene x out)."""
+    n_genes = len(shift)
+    first, second, cross = np.zeros(n_genes), np.zeros((n_genes, n_genes)), np.zeros((n_genes, y.shape[1]))
+    for d, weighted, known, _ in _blocks(x, y, counts, to, shift):
+        first += weighted.sum(dim=0, dtype=torch.float64).cpu().numpy()
+        cross += (weighted.T @ known).cpu().numpy()
+        for start in range(0, n_genes, PANEL):
+            part = d[:, start : start + PANEL].T @ weighted[:, start:]
+            second[start : start + PANEL, start:] += part.cpu().numpy()
+    return [first, second, cross]
+
+
+def _second(
+    x: Matrix, y: np.ndarray, counts: np.ndarray, to: dict, mean: np.ndarray, axes: np.ndarray, expected: np.ndarray
+) -> list[np.ndarray]:
+    """Sum up products of components, and theirs with genes, with each other and with targets."""
+    axes, expected = torch.as_tensor(axes).to(**to), torch.as_tensor(expected).to(**to)
+    size = len(expected)
+    found = [np.zeros(shape) for shape in ((size,), (len(mean), size), (size, size), (size, y.shape[1]))]
+    for d, weighted, known, often in _blocks(x, y, counts, to, mean):
+        products = _products(d @ axes) - expected
+        own = products * often
+        parts = own.sum(dim=0, dtype=torch.float64), weighted.T @ products, own.T @ products, own.T @ known
+        for total, part in zip(found, parts, strict=True):
+            total += part.cpu().numpy()
+    return found
+
+
+class _Features:
+    """Scores of cells and products of some of them, scaled (cell x feature), made a block at a time."""
+
+    def __init__(self, scores: Tensor, scale: Tensor, expected: Tensor, turned: bool = False) -> None:
+        self.scores, self.scale, self.expected, self.turned = scores, scale, expected, turned
+        self.rank = int((2 * len(expected)) ** 0.5)
+
+    @property
+    def T(self) -> _Features:
+        return _Features(self.scores, self.scale, self.expected, True)
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield rows and their features."""
+        scale, expected = self.scale.to(self.scores), self.expected.to(self.scores)
+        for start in range(0, len(self.scores), BLOCK):
+            own = self.scores[start : start + BLOCK]
+            products = _products(own[:, : self.rank]) - expected
+            yield slice(start, start + len(own)), torch.cat([own, products], dim=1) * scale
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        if self.turned:
+            return sum(features.T @ other[rows] for rows, features in self.blocks())
+        return torch.cat([features @ other for _, features in self.blocks()])
+
+
+class SumSearch(Search):
+    """Models compared on validation cells, which are in memory, by sums over the training cells."""
+
+    def __init__(
+        self, known: Moments, train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None
+    ) -> None:
+        self.known, self.folds, self.n_outputs, self.classes = known, [], len(train.output_names), train.y.ndim == 1
+        self.y, x = targets_of(val, self.n_outputs), match_genes(val, train.gene_names)
+        if self.classes:
+            rows = some(len(train), CHOOSING[1])
+            self.counts = torch.as_tensor(known.counts[rows])
+            self.scores = [known.scores(one, known.held).float() for one in (take(train.x, rows), x)]
+            of_val = torch.as_tensor(counts_of(val, train, class_weight))[:, None]
+            self.folds = [(self, targets_of(train, self.n_outputs)[rows], self.y, None, of_val)]
+        else:
+            scores = known.scores(x, len(known.values)).double()
+            self.cells = scores, _products(scores[:, : known.rank]) - known.expected
+
+    def leading_features(self, mixture: Mixture) -> list[Tensor]:
+        """Return the features of the cells that a search among models of classes makes do with."""
+        each = [self.known.features(mixture, scores).blocks() for scores in self.scores]
+        return [torch.cat([features for _, features in one]) for one in each]
+
+    def losses(self, mixture: Mixture, ratio: float) -> np.ndarray:
+        """Return the loss on every validation cell (cell x out, or one column for classes)."""
+        if mixture.rank > max(self.known.rank, Mixture().rank):
+            return np.full((len(self.y), 1 if self.classes else self.n_outputs), np.inf)
+        if self.classes:
+            return super().losses(mixture, ratio)
+        try:
+            linear, products = self.known.ridge(mixture, ratio)
+        except torch.linalg.LinAlgError:  # next to no penalty, and genes that are copies of each other
+            return np.full(self.y.shape, np.inf)
+        outputs = self.cells[0] @ linear + self.cells[1][:, : len(products)] @ products + self.known.target
+        return ((outputs - self.y) ** 2 / self.known.variance.clamp_min(1e-30)).numpy()
+
+
+def part_of(dataset: ExpressionDataset, rows: np.ndarray) -> ExpressionDataset:
+    """Return some of the cells; stored ones stay on disk."""
+    part = copy(dataset)
+    part.x, part.y, part.indices = take(dataset.x, rows), dataset.y[rows], dataset.indices[rows]
+    return part
+
+
+def search(
+    train: ExpressionDataset,
+    val: ExpressionDataset | None,
+    *,
+    groups: np.ndarray | None = None,
+    class_weight: str | None = None,
+    device: str | torch.device = "cpu",
+) -> tuple[list[Trial], Moments | None, np.ndarray | None]:
+    """Return the best models of each form, sums over the training cells, and groups of the cells that chose.
+
+    Up to 5,000 validation cells choose; where these are few and in no `groups`, as many of the training cells, a tenth
+    at most, which then are in no sums, and no sums are returned. Penalties of classes are chosen on 20,000 training
+    cells. Parameters are those of :func:`scbmlp.nested.search`.
+    """
+    few, fitted = val is None or (len(val) < SMALL and groups is None), train
+    if few:
+        rows = some(len(train), min(len(train) // 10, CHOOSING[0]))
+        val, fitted = train.load(rows), part_of(train, np.setdiff1d(np.arange(len(train)), rows))
+    else:
+        rows = some(len(val), CHOOSING[0])
+        val, groups = val.load(rows), None if groups is None else groups[rows]
+    counts = None if class_weight is None else counts_of(fitted, train, class_weight)
+    known = Moments(fitted, counts, device=device)
+    trials = SumSearch(known, fitted, val, class_weight).nested(FORMS)
+    if train.y.ndim == 1 and known.held < len(known.values):
+        trials = [replace(one, form=f"{one.form}, by {known.held} leading components") for one in trials]
+    return trials, None if few else known, groups
+
+
+def solution(
+    train: ExpressionDataset,
+    mixtures: Sequence[Mixture],
+    ratios: Sequence[float],
+    *,
+    counts: np.ndarray | None = None,
+    device: str | torch.device = "cpu",
+    known: Moments | None = None,
+) -> Solution:
+    """Solve a model whose mixture and penalty are known, as :func:`scbmlp.exact.solution` does, from sums over cells.
+
+    Classes take one walk a step, over scores that are held: all components in memory, of cells on disk as many of the
+    leading ones as 512 MB hold. The linear part is then of those alone.
+
+    Parameters
+    ----------
+    train, mixtures, ratios, counts, device
+        As for :func:`scbmlp.exact.solution`.
+    known
+        Sums over the cells, if they are there already.
+
+    Examples
+    --------
+    >>> found = moments.solution(train, [exact.Mixture()], [1e-3])
+    >>> found.direct.shape, found.hidden.shape
+    ((2, 40), (1, 40))
+    """
+    known = Moments(train, counts, device=device) if known is None else known
+    n_outputs, n_genes = len(train.output_names), len(train.gene_names)
+    constant, direct = known.target.clone().numpy(), np.zeros((n_outputs, n_genes))
+    hidden, power = [np.zeros((0, n_genes))], [np.zeros((n_outputs, 0))]
+    for mixture, ratio in dict.fromkeys(zip(mixtures, ratios, strict=True)):
+        here = [i for i, pair in enumerate(zip(mixtures, ratios, strict=True)) if pair == (mixture, ratio)]
+        if train.y.ndim == 1:
+            here, features = list(range(n_outputs)), known.features(mixture, known.scores(train.x, known.held))
+            y, of_cells = targets_of(train, n_outputs).to(features.scores), torch.as_tensor(known.counts)
+            fit = softmax(None, y, ratio, of_cells, features=features, gram=known.gram(features))
+            linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([known.held])
+            constant = fit.constant.double().numpy()
+        else:
+            linear, products = (part[:, here] for part in known.ridge(mixture, ratio))
+        less, direct[here], units, powers = known.form(linear, products)
+        constant[here] += less
+        hidden.append(units)
+        power.append(np.zeros((n_outputs, len(units))))
+        power[-1][here] = powers
+    hidden, power = np.vstack(hidden), np.hstack(power)
+    if not len(hidden):  # no product pays: one hidden unit that adds nothing
+        hidden, power = np.zeros((1, n_genes)), np.zeros((n_outputs, 1))
+    return Solution(known.mean.numpy(), constant, direct, hidden, power)
