@@ -22,7 +22,7 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
     "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "exact",
-    "nested", "training", "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence",
+    "nested", "moments", "training", "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence",
     "enrichment", "plotting", "explorer", "report",
 ]  # fmt: skip
 PUBLIC = {
@@ -34,6 +34,7 @@ PUBLIC = {
     "baselines": ["linear_baseline", "LinearModel"],
     "exact": ["Mixture", "Kernels", "ridge", "softmax", "Solution", "solution"],
     "nested": ["Trial", "Search", "search", "choose"],
+    "moments": ["Moments", "solution"],
     "models": [
         "Config",
         "ScBMLPClassifier",
