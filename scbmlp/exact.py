@@ -28,6 +28,11 @@ class Mixture(NamedTuple):
         Number of leading principal components that ``components``, ``products`` and ``depth`` are of.
     space
         What products are of: ``"components"``, ``"genes"``, or ``"sd"`` for genes in units of their standard deviation.
+
+    Examples
+    --------
+    >>> exact.Mixture().plus("products", 0.5).weights
+    (('genes', 1.0), ('products', 0.5))
     """
 
     weights: tuple[tuple[str, float], ...] = (("genes", 1.0),)
@@ -60,6 +65,12 @@ class Kernels:
         How often each training cell counts (cell); once if None.
     device, dtype
         Where products are taken, and how precisely.
+
+    Examples
+    --------
+    >>> kernels = exact.Kernels(train.x, test.x)
+    >>> [tuple(part.shape) for part in kernels.mixed(exact.Mixture())]
+    [(700, 700), (150, 700)]
     """
 
     def __init__(

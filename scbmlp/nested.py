@@ -67,6 +67,12 @@ class Search:
         As in :class:`scbmlp.models.Config`.
     device
         Where to solve.
+
+    Examples
+    --------
+    >>> compared = nested.Search([(train, validation)])
+    >>> compared.path("linear in genes", exact.Mixture()).losses.shape
+    (150, 1)
     """
 
     def __init__(
@@ -209,6 +215,14 @@ def choose(trials: Sequence[Trial], groups: np.ndarray | None = None) -> tuple[n
 
     Noise is the standard error of the paired difference over cells, or over groups of them. With it come how far each
     is behind, and that error (each trial x out).
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> losses = np.sort(rng.exponential(size=(2, 100, 1)), axis=0)[::-1]
+    >>> trials = [nested.Trial("", (), (), one) for one in losses]
+    >>> nested.choose(trials)[0]
+    array([1])
     """
     losses = np.stack([trial.losses for trial in trials])
     if groups is not None:
@@ -254,6 +268,12 @@ def search(
         Where to solve.
     progress
         Show how many forms are done, in a terminal or a notebook.
+
+    Examples
+    --------
+    >>> trials, rival = nested.search(train, validation)
+    >>> [round(trial.loss, 1) for trial in trials[:3]]
+    [0.7, 0.7, 0.1]
     """
     few = val is None or (len(val) < SMALL and groups is None)
     compared = Search(folds_of(train, val) if few else [(train, val)], class_weight, device)

@@ -21,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
-    "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "training",
-    "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence", "enrichment", "plotting",
-    "explorer", "report",
+    "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "exact",
+    "nested", "moments", "training", "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence",
+    "enrichment", "plotting", "explorer", "report",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card", "run_card"],
@@ -32,8 +32,21 @@ PUBLIC = {
     "datasets": ["get_classification_datasets", "get_regression_datasets"],
     "targets": ["laplacian_frequencies", "perturbation_response", "noise_ceiling"],
     "baselines": ["linear_baseline", "LinearModel"],
-    "models": ["Config", "ScBMLPClassifier", "ScBMLPRegressor", "tune", "fit_replicas", "fit_permuted", "statistics"],
+    "exact": ["Mixture", "Kernels", "ridge", "softmax", "Solution", "solution"],
+    "nested": ["Trial", "Search", "search", "choose"],
+    "moments": ["Moments", "solution"],
+    "models": [
+        "Config",
+        "ScBMLPClassifier",
+        "ScBMLPRegressor",
+        "solve",
+        "solve_replicas",
+        "tune",
+        "fit_replicas",
+        "statistics",
+    ],
     "interactions": [
+        "gain",
         "interaction_matrix",
         "InteractionMatrix",
         "decompose",
