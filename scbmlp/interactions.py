@@ -9,22 +9,27 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
+import scanpy
+import torch
 from anndata import AnnData
-from scipy import sparse
+from scipy import sparse, stats
 from scipy.linalg import block_diag
 from scipy.sparse.linalg import LinearOperator
-from scipy.special import softmax
+from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import log_loss
 from sklearn.pipeline import Pipeline
 from sklearn.preprocessing import SplineTransformer
+from tqdm.auto import tqdm
 
-from scbmlp.baselines import LARGE, Axes, LinearModel, additive_features, logistic, ridge
-from scbmlp.checks import nearest, of_cells, whole_number
+from scbmlp import exact, nested
+from scbmlp.baselines import LARGE, Axes, LinearModel, accuracy, additive_features, logistic, ridge
+from scbmlp.checks import check_class_weight, nearest, of_cells, whole_number
 from scbmlp.datasets import (
     ExpressionDataset,
     blocks,
     cell_names,
+    check_dataset,
     check_in_memory,
     dense_tensor,
     gene_vector,
@@ -35,7 +40,7 @@ from scbmlp.datasets import (
     some,
     take,
 )
-from scbmlp.display import as_html
+from scbmlp.display import as_html, watched
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.stores import BLOCK_CELLS
 
@@ -875,6 +880,195 @@ class _Form:
             self.basis = self.s_basis = d @ matrix.basis
             of_genes = d.T @ self.basis
             self.s_q_s = np.einsum("gi,ij,gj->g", of_genes, self.core, of_genes, optimize=True)  # diagonal of S Q S
+
+
+def gain(
+    train: ExpressionDataset,
+    *others: ExpressionDataset,
+    groups: Any = None,
+    n_folds: int = 3,
+    n_permutations: int = 0,
+    counts: Any = None,
+    class_weight: Literal["balanced"] | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Say whether products of expression pay on these cells, without any model: nested convex fits, cross-fitted.
+
+    Compared are the best model without products and the best with products of principal components on top. Blocks of
+    the former are genes, components, presence 1[x > 0], squares x^2, and depth: total and number of genes, and either
+    times the components. In each fold some of the cells choose blocks, weights and penalties; both models are fitted
+    to all but the fold, and scored on the fold.
+
+    Parameters
+    ----------
+    train, others
+        Data sets with the same genes and outputs. All their cells are taken together.
+    groups
+        Donor or batch of every cell, of all data sets in order. Whole groups are then left out.
+    n_folds
+        Number of folds.
+    n_permutations
+        How often to deal out the targets anew, with blocks and penalties as chosen.
+    counts
+        Raw counts (cell x gene) of all cells in order. The gain is then also taken of cells with counts drawn to one
+        depth, without the tenth of the cells that have the least: is the gain technical?
+    class_weight
+        As in :class:`scbmlp.models.Config`.
+    progress
+        Show how many folds are done, in a terminal or a notebook.
+
+    Returns
+    -------
+    A row an output; one for all classes together, ``all``.
+
+    - ``without``, ``with``: R2 of either model; for classes log-loss in nats a cell.
+    - ``gain``: how much better the latter is; 0 where products paid in no fold.
+    - ``standard_error``: of the gain, paired over cells, or over groups. ``p``: of no gain, one-sided, by t; 1 where the
+      gain is 0.
+    - ``gain_curved``: the gain after both went through a curve of one number, so that a link counts as no gain.
+    - ``accuracy_without``, ``accuracy_with``: for classes.
+
+    ``attrs["blocks"]`` has what every fold chose, ``attrs["permuted"]`` the gains of every permutation, by output,
+    and ``attrs["downsampled"]`` the row of every output at one depth.
+
+    Raises
+    ------
+    ValueError
+        Data sets have other outputs, `groups` or `counts` do not fit the cells, or there are too few to leave some out.
+
+    Examples
+    --------
+    >>> table = interactions.gain(train, validation, test)
+    >>> table[["without", "with", "gain"]].round(1)
+            without  with  gain
+    output
+    all         0.7   0.1   0.6
+    """
+    parts = [held(part) for part in (train, *others)]
+    for i, (given, part) in enumerate(zip((train, *others), parts, strict=True)):
+        check_dataset(given, f"data set {i}")
+        if list(part.output_names) != list(train.output_names) or part.y.ndim != train.y.ndim:
+            raise ValueError(f"data set {i} has other outputs than the first; pass parts of one AnnData.")
+        if len(part) < len(given) and (groups is not None or counts is not None):
+            raise ValueError(f"data set {i} is stored, and too large to hold; pass load() of fewer cells.")
+    check_class_weight(class_weight, classes=train.y.ndim == 1)
+    whole, classes = nested.pooled(parts), train.y.ndim == 1
+    n_folds = whole_number(n_folds, "n_folds", 2)
+    n_permutations = whole_number(n_permutations, "n_permutations", 0)
+    if groups is not None:
+        groups = pd.factorize(np.asarray(groups), sort=True)[0]
+        n_groups = len(set(groups) - {-1})
+        if len(groups) != len(whole) or n_groups < 2 or -1 in groups:
+            raise ValueError(
+                f"groups has {len(groups)} labels of {n_groups} groups for {len(whole)} cells; pass one a cell, none "
+                f"missing, of two groups or more, or leave groups out."
+            )
+        n_folds = min(n_folds, n_groups)
+    y = exact.targets_of(whole, len(whole.output_names))
+    if len(whole) < 10 * n_folds or (y.std(dim=0) == 0).all():
+        raise ValueError(
+            f"there are {len(whole)} cells, {'all with the same target' if len(whole) >= 10 * n_folds else 'too few'} "
+            f"for n_folds={n_folds}; pass more data sets, or other cells."
+        )
+    fold, orders = nested.fold_of(whole, n_folds, groups), [np.random.default_rng(0) for _ in "1"]
+    orders = [orders[0].permutation(len(whole)) for _ in range(n_permutations)]
+    outputs = np.empty((4, *y.shape))  # without and with products, and both through curves
+    dealt = np.empty((2, n_permutations, *y.shape))
+    chosen, weight = [], np.ones(len(whole))
+    for i in tqdm(range(n_folds), "gain", delay=2, disable=not (progress and watched())):
+        rest, there = whole.load(fold != i), fold == i
+        weight[there] = exact.counts_of(whole.load(there), rest, class_weight)
+        own = None if groups is None or len(set(groups[~there])) < 2 else groups[~there]
+        inner = nested.fold_of(rest, 4 if own is None else min(4, len(set(own))), own)
+        fit, val = rest.load(inner != 0), rest.load(inner == 0)
+        search = nested.Search([(fit, val)], class_weight)
+        trials = nested.with_products(search, nested.without_products(search))
+        chosen += [{"fold": i, "output": "all" if classes else whole.output_names[k], "rank": mixture.rank,
+                    **dict(mixture.weights), "penalty": ratio}
+                   for k, (mixture, ratio) in enumerate(zip(trials[1].mixtures, trials[1].ratios, strict=True))]  # fmt: skip
+        of_val = exact.counts_of(val, fit, class_weight)
+        seen = _both(nested.kernels_of(fit, val.x, class_weight=class_weight), trials, classes)
+        known = nested.kernels_of(rest, whole.x[there], class_weight=class_weight)
+        outputs[:2, there] = _both(known, trials, classes)
+        for k in range(2):
+            outputs[2 + k, there] = _through_curves(seen[k], val.y.numpy(), outputs[k, there], of_val)
+        kernels, many = known[0], 1 if classes else n_permutations
+        for first in range(0, n_permutations, many):  # targets are solved all at once
+            dealt_y = [y[order][~there] for order in orders[first : first + many]]
+            again = [nested.Trial("", one.mixtures * many, one.ratios * many, one.losses) for one in trials]
+            found = _both((kernels, torch.cat(dealt_y, dim=1)), again, classes)
+            dealt[:, first : first + many, there] = found.reshape(2, there.sum(), many, -1).transpose(0, 2, 1, 3)
+    names = ["all"] if classes else whole.output_names
+    losses = _losses(outputs, y.numpy(), weight, classes)
+    better = losses[0] - losses[1]
+    error, freedom = _standard_error(better, groups)
+    means, paid = losses.mean(axis=1), (better != 0).any(axis=0)
+    table = pd.DataFrame(index=pd.Index(names, name="output"))
+    table["without"], table["with"] = means[:2] if classes else 1 - means[:2]
+    table["gain"], table["standard_error"] = better.mean(axis=0), error
+    table["p"] = np.where(paid, stats.t.sf(table["gain"] / np.where(error > 0, error, 1), freedom), 1.0)
+    table["gain_curved"] = np.where(paid, means[2] - means[3], 0.0)
+    if classes:
+        for k, name in enumerate(("without", "with")):
+            table[f"accuracy_{name}"] = accuracy(outputs[k], whole.y.numpy(), class_weight)
+    table.attrs["blocks"] = chosen
+    if n_permutations:
+        permuted = [_losses(dealt[:, k], y[order].numpy(), weight[order], classes) for k, order in enumerate(orders)]
+        gains = np.array([(one[0] - one[1]).mean(axis=0) for one in permuted])
+        table.attrs["permuted"] = dict(zip(names, gains.T.tolist(), strict=True))
+    if counts is not None:
+        few, rows = _one_depth(whole, counts)
+        again = gain(few, groups=None if groups is None else groups[rows], n_folds=n_folds, class_weight=class_weight)
+        table.attrs["downsampled"] = again.to_dict("index")
+    return table
+
+
+def _both(known: tuple[exact.Kernels, torch.Tensor], trials: Any, classes: bool) -> np.ndarray:
+    """Return the outputs of two trials (trial x cell x out), the same where they chose the same."""
+    kernels, y = known
+    first, second = ([*zip(one.mixtures, one.ratios, strict=True)] for one in trials)
+    found = [nested.predicted(kernels, y, trials[0].mixtures, trials[0].ratios, classes)[0]] * 2
+    differ = [i for i, (one, other) in enumerate(zip(first, second, strict=True)) if one != other]
+    if differ:
+        mixtures, ratios = zip(*(second[i] for i in differ), strict=True)
+        columns, found[1] = slice(None) if classes else differ, found[0].copy()
+        found[1][:, columns] = nested.predicted(kernels, y[:, columns], mixtures, ratios, classes)[0]
+    return np.stack(found)
+
+
+def _losses(outputs: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: bool) -> np.ndarray:
+    """Return the loss of every cell (trial x cell x out): in nats, one column, or in units of the target's variance."""
+    if classes:
+        return -(log_softmax(outputs, axis=2) * y).sum(axis=2, keepdims=True) * (weight / weight.mean())[:, None]
+    return (outputs - y) ** 2 / np.where(y.var(axis=0) > 0, y.var(axis=0), np.nan)
+
+
+def _standard_error(better: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Return the standard error of a mean over cells (out), whose groups stand together, and degrees of freedom."""
+    left = better - better.mean(axis=0)
+    if groups is not None:
+        left = np.stack([left[groups == group].sum(axis=0) for group in np.unique(groups)])
+    n = len(left)
+    return np.sqrt(n / (n - 1) * (left**2).sum(axis=0)) / len(better), n - 1
+
+
+def _one_depth(dataset: ExpressionDataset, counts: Any) -> tuple[ExpressionDataset, np.ndarray]:
+    """Return cells whose counts are drawn to one depth, log-normalised, and which cells have as many."""
+    counts = sparse.csr_matrix(counts)
+    if counts.shape != dataset.x.shape or (counts.data < 0).any() or (counts.data % 1).any():
+        raise ValueError(
+            f"counts has shape {counts.shape}, and the data sets have {dataset.x.shape} (cell x gene); pass raw counts, "
+            f"whole numbers, of the same cells and genes in order."
+        )
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    depth = int(np.quantile(totals, 0.1))
+    rows = np.flatnonzero(totals >= max(depth, 1))
+    few = AnnData(counts[rows].astype(np.float64))
+    scanpy.pp.downsample_counts(few, counts_per_cell=depth, random_state=0)
+    few.X = sparse.csr_matrix(few.X) * (np.median(totals) / depth)
+    part = dataset.load(rows)
+    part.x = few.X.log1p().astype(np.float32)
+    return part, rows
 
 
 def audit(

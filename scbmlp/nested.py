@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
+from sklearn.preprocessing import SplineTransformer
 from tqdm.auto import tqdm
 
-from scbmlp.datasets import ExpressionDataset, match_genes
+from scbmlp.datasets import ExpressionDataset, Matrix, dense_tensor, match_genes
 from scbmlp.display import watched
 from scbmlp.exact import Fit, Kernels, Mixture, counts_of, ridge, softmax, targets_of
 
@@ -185,15 +186,8 @@ def folds_of(
     train: ExpressionDataset, val: ExpressionDataset | None, n_folds: int = 5
 ) -> list[tuple[ExpressionDataset, ExpressionDataset]]:
     """Return folds of all cells, of every class in each, that do not depend on the order of the cells."""
-    parts = [train] if val is None else [train, val]
-    x = [match_genes(part, train.gene_names) for part in parts]
-    x = sparse.vstack(x, format="csr") if sparse.issparse(x[0]) else np.vstack(x)
-    whole = ExpressionDataset(x, torch.cat([part.y for part in parts]).numpy(), train.gene_names, train.output_names)
-    y, fold = whole.y.numpy(), np.empty(len(whole), int)
-    order = np.argsort(np.asarray(x.sum(axis=1, dtype=np.float64)).ravel(), kind="stable")
-    for code in np.unique(y) if y.ndim == 1 else [None]:
-        own = order if code is None else order[y[order] == code]
-        fold[own] = np.arange(len(own)) % n_folds
+    whole = pooled([train] if val is None else [train, val])
+    fold = fold_of(whole, n_folds)
     return [(whole.load(fold != i), whole.load(fold == i)) for i in range(n_folds)]
 
 
@@ -261,3 +255,96 @@ def search(
         rival = compared.add(rival.form, rival, "squares")
         bar.update()
     return trials, rival
+
+
+def pooled(parts: Sequence[ExpressionDataset]) -> ExpressionDataset:
+    """Return all cells of several data sets as one, with the genes of the first."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    x = [match_genes(part, first.gene_names) for part in parts]
+    x = sparse.vstack(x, format="csr") if all(map(sparse.issparse, x)) else np.vstack([dense_tensor(one) for one in x])
+    return ExpressionDataset(x, torch.cat([part.y for part in parts]).numpy(), first.gene_names, first.output_names)
+
+
+def fold_of(dataset: ExpressionDataset, n_folds: int, groups: np.ndarray | None = None) -> np.ndarray:
+    """Return the fold of every cell (cell): of each class in every fold, or of whole groups; in any order the same."""
+    y, fold = dataset.y.numpy(), np.empty(len(dataset), int)
+    if groups is not None:
+        names, codes, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+        of_group, held = np.empty(len(names), int), np.zeros(n_folds, int)
+        for i in np.argsort(-sizes, kind="stable"):  # the largest first, each to the smallest fold
+            of_group[i] = held.argmin()
+            held[of_group[i]] += sizes[i]
+        return of_group[codes]
+    order = np.argsort(np.asarray(dataset.x.sum(axis=1, dtype=np.float64)).ravel(), kind="stable")
+    for code in np.unique(y) if y.ndim == 1 else [None]:
+        own = order if code is None else order[y[order] == code]
+        fold[own] = np.arange(len(own)) % n_folds
+    return fold
+
+
+def without_products(search: Search) -> Trial:
+    """Return the best model whose features are no products but those of depth: a block stays where it helps."""
+    trial = search.path("without products", Mixture())
+    for block in ("components", "presence", "squares", "depth"):
+        trial = search.add(trial.form, trial, block)
+    return trial
+
+
+def with_products(search: Search, rival: Trial) -> tuple[Trial, Trial]:
+    """Return the rival, at the rank of the products too, and the best with products on top, itself where none pays."""
+    found = search.add("with products", rival, "products")
+    (mixture, ratio), rank = leading(rival), leading(found)[0].rank
+    if rank != mixture.rank:  # more components are no products
+        rival = rival.or_better(search.path(rival.form, mixture._replace(rank=rank), ratio))
+    return rival, replace(rival.or_better(found), form=found.form)
+
+
+def kernels_of(train: ExpressionDataset, *others: Matrix, class_weight: str | None = None) -> tuple[Kernels, torch.Tensor]:
+    """Return the products of training cells, and of others with them, and the training cells' targets (cell x out)."""
+    kernels = Kernels(train.x, *others, counts=counts_of(train, train, class_weight))
+    return kernels, targets_of(train, len(train.output_names))
+
+
+def predicted(
+    kernels: Kernels, y: torch.Tensor, mixtures: Sequence[Mixture], ratios: Sequence[float], classes: bool
+) -> list[np.ndarray]:
+    """Return the outputs of the other cells (each cell x out) where mixtures and penalties are known."""
+    found = [np.empty((len(part), y.shape[1])) for part in kernels.d[1:]]
+    pairs = list(zip(mixtures, ratios, strict=True))
+    for mixture, ratio in dict.fromkeys(pairs):
+        here = slice(None) if classes else [i for i, pair in enumerate(pairs) if pair == (mixture, ratio)]
+        products = kernels.mixed(mixture)
+        if classes:
+            fit = softmax(products[0], y, ratio, kernels.counts, tol=1e-6)
+        else:
+            fit = ridge(products[0], y[:, here], ratio, kernels.counts)
+        for outputs, seen in zip(found, products[1:], strict=True):
+            outputs[:, here] = fit.outputs(seen).numpy()
+    return found
+
+
+def linked(kernels: Kernels, y: np.ndarray, mixture: Mixture, ratio: float, n_rounds: int = 8) -> list[np.ndarray]:
+    """Return an index of the other cells (each cell) that is fitted together with its link to one target (cell).
+
+    Ridge regression and a curve of the target take turns, as in ACE: each follows the other. A cell's own target has no
+    part in its index while the curve is fitted.
+    """
+    products, *others = kernels.mixed(mixture)
+    n = len(y)
+    system = products.clone()
+    system.diagonal().add_(ratio * n)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(system)).numpy()
+    own = np.clip(1 - ratio * n * inverse.diagonal() + 1 / n, None, 0.999)  # diagonal of the hat matrix
+    knots = np.unique(np.quantile(y, np.linspace(0, 1, 8)))[:, None]
+    curve = SplineTransformer(knots=knots).fit_transform(y[:, None])
+    fit = np.linalg.solve(curve.T @ curve + 1e-3 * np.eye(curve.shape[1]), curve.T)
+    target = (y - y.mean()) / y.std()
+    for _ in range(n_rounds):
+        index = target - ratio * n * (inverse @ target)
+        index = (index - own * target) / (1 - own)
+        target = curve @ (fit @ index)
+        target = (target - target.mean()) / max(target.std(), 1e-12)
+    cells = inverse @ target
+    return [seen.numpy() @ cells for seen in others]
