@@ -108,9 +108,9 @@ class InteractionMatrix(LinearOperator):
     Parameters
     ----------
     basis
-        B = [L' R'], gene x 2 hid.
+        B = [L' R'], gene x 2 hid; of a solved model L', gene x hid, without the units that the output does not use.
     core
-        C, symmetric, 2 hid x 2 hid.
+        C, symmetric, as large as `basis` has columns.
     gene_names
         Names of the rows and columns (gene).
     thin
@@ -497,18 +497,32 @@ def interaction_matrices(
         basis = np.hstack([basis, unit, np.vstack([slope.T, np.zeros(len(slope))])])
         scale = np.append(scale, 1)
     basis = basis * scale[:, None]
-    thin = cache(lambda: np.linalg.qr(basis))
+    thins: dict[bytes, Callable[[], tuple[np.ndarray, np.ndarray]]] = {}
     matrices = []
     for output, mix in zip(outputs, weights, strict=True):
         half = np.diag(mix @ p) / 2
-        core = np.kron([[0, 1], [1, 0]], half)
+        core, own = np.kron([[0, 1], [1, 0]], half), basis
+        used = None if homogeneous else squares(model, output)
+        if used is not None:
+            core, own = 2 * half[np.ix_(used, used)], basis[:, used]
+        thin = thins.setdefault(b"" if used is None else used.tobytes(), cache(lambda own=own: np.linalg.qr(own)))
         if homogeneous:
             beside = np.zeros((1 + len(mix), 1 + len(mix)))
             beside[0, 0] = mix @ constant
             beside[0, 1:] = beside[1:, 0] = mix / 2
             core = block_diag(core, beside)
-        matrices.append(InteractionMatrix(basis, core, genes, thin, output))
+        matrices.append(InteractionMatrix(own, core, genes, thin, output))
     return matrices
+
+
+def squares(model: Model, output: Output) -> np.ndarray | None:
+    """Return which hidden units an output's matrix is made of, where both branches are alike, as in a solved model.
+
+    Its basis are then the weights of these units alone.
+    """
+    if not torch.equal(model.w_l, model.w_r):
+        return None
+    return np.flatnonzero(direction(model, output) @ _float64(model.w_p)[0])
 
 
 def _float64(*tensors: Any) -> tuple[np.ndarray, ...]:
@@ -871,10 +885,12 @@ class _Form:
         matrix, axis = interaction_matrix(model, output), linear_axis(model, output, mean).to_numpy()
         self.core, self.diagonal = matrix.core, matrix.diagonal()
         if d is None:
-            self.axis, self.basis, self.s_basis = axis, matrix.basis, model.statistics.covariance
+            covariance, used = model.statistics.covariance, squares(model, output)
+            self.axis, self.basis = axis, matrix.basis
+            self.s_basis = covariance if used is None else covariance[:, used]
             at_left, at_right = _at(model, mean)
             p = direction(model, output) @ _float64(model.w_p)[0]
-            self.s_axis = self.s_basis @ np.concatenate([p * at_right, p * at_left])
+            self.s_axis = covariance @ np.concatenate([p * at_right, p * at_left])
         else:
             self.axis = self.s_axis = d @ axis
             self.basis = self.s_basis = d @ matrix.basis
