@@ -9,7 +9,6 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-import scanpy
 import torch
 from anndata import AnnData
 from scipy import sparse, stats
@@ -23,7 +22,7 @@ from sklearn.preprocessing import SplineTransformer
 from tqdm.auto import tqdm
 
 from scbmlp import exact, nested
-from scbmlp.baselines import LARGE, Axes, LinearModel, accuracy, additive_features, logistic, ridge
+from scbmlp.baselines import LARGE, Axes, LinearModel, accuracy, additive_features, ridge
 from scbmlp.checks import check_class_weight, nearest, of_cells, whole_number
 from scbmlp.datasets import (
     ExpressionDataset,
@@ -46,6 +45,7 @@ from scbmlp.stores import BLOCK_CELLS
 
 Model = ScBMLPClassifier | ScBMLPRegressor
 Output = int | str | Mapping[int | str, float]
+RIVAL_CELLS = 3000  # that a rival without products is fitted to at most, drawn where there are more
 
 
 def direction(model: Model, output: Output) -> np.ndarray:
@@ -939,8 +939,8 @@ def gain(
 
     - ``without``, ``with``: R2 of either model; for classes log-loss in nats a cell.
     - ``gain``: how much better the latter is; 0 where products paid in no fold.
-    - ``standard_error``: of the gain, paired over cells, or over groups. ``p``: of no gain, one-sided, by t; 1 where the
-      gain is 0.
+    - ``standard_error``: of the gain, paired over cells, or over groups. ``p``: of no gain, one-sided, by t; 1
+      where the gain is 0.
     - ``gain_curved``: the gain after both went through a curve of one number, so that a link counts as no gain.
     - ``accuracy_without``, ``accuracy_with``: for classes.
 
@@ -986,22 +986,21 @@ def gain(
             f"there are {len(whole)} cells, {'all with the same target' if len(whole) >= 10 * n_folds else 'too few'} "
             f"for n_folds={n_folds}; pass more data sets, or other cells."
         )
-    fold, orders = nested.fold_of(whole, n_folds, groups), [np.random.default_rng(0) for _ in "1"]
-    orders = [orders[0].permutation(len(whole)) for _ in range(n_permutations)]
+    fold, rng = nested.fold_of(whole, n_folds, groups), np.random.default_rng(0)
+    orders = [rng.permutation(len(whole)) for _ in range(n_permutations)]
     outputs = np.empty((4, *y.shape))  # without and with products, and both through curves
     dealt = np.empty((2, n_permutations, *y.shape))
-    chosen, weight = [], np.ones(len(whole))
+    chosen, weight, names = [], np.ones(len(whole)), ["all"] if classes else list(whole.output_names)
     for i in tqdm(range(n_folds), "gain", delay=2, disable=not (progress and watched())):
         rest, there = whole.load(fold != i), fold == i
         weight[there] = exact.counts_of(whole.load(there), rest, class_weight)
         own = None if groups is None or len(set(groups[~there])) < 2 else groups[~there]
         inner = nested.fold_of(rest, 4 if own is None else min(4, len(set(own))), own)
         fit, val = rest.load(inner != 0), rest.load(inner == 0)
-        search = nested.Search([(fit, val)], class_weight)
-        trials = nested.with_products(search, nested.without_products(search))
-        chosen += [{"fold": i, "output": "all" if classes else whole.output_names[k], "rank": mixture.rank,
-                    **dict(mixture.weights), "penalty": ratio}
-                   for k, (mixture, ratio) in enumerate(zip(trials[1].mixtures, trials[1].ratios, strict=True))]  # fmt: skip
+        trials = nested.compared(fit, val, class_weight)
+        for name, mixture, ratio in zip(names, trials[1].mixtures, trials[1].ratios, strict=True):
+            one = {"fold": i, "output": name, "rank": mixture.rank, "penalty": ratio}
+            chosen.append(one | dict(mixture.weights))
         of_val = exact.counts_of(val, fit, class_weight)
         seen = _both(nested.kernels_of(fit, val.x, class_weight=class_weight), trials, classes)
         known = nested.kernels_of(rest, whole.x[there], class_weight=class_weight)
@@ -1014,7 +1013,6 @@ def gain(
             again = [nested.Trial("", one.mixtures * many, one.ratios * many, one.losses) for one in trials]
             found = _both((kernels, torch.cat(dealt_y, dim=1)), again, classes)
             dealt[:, first : first + many, there] = found.reshape(2, there.sum(), many, -1).transpose(0, 2, 1, 3)
-    names = ["all"] if classes else whole.output_names
     losses = _losses(outputs, y.numpy(), weight, classes)
     better = losses[0] - losses[1]
     error, freedom = _standard_error(better, groups)
@@ -1073,9 +1071,11 @@ def _one_depth(dataset: ExpressionDataset, counts: Any) -> tuple[ExpressionDatas
     counts = sparse.csr_matrix(counts)
     if counts.shape != dataset.x.shape or (counts.data < 0).any() or (counts.data % 1).any():
         raise ValueError(
-            f"counts has shape {counts.shape}, and the data sets have {dataset.x.shape} (cell x gene); pass raw counts, "
-            f"whole numbers, of the same cells and genes in order."
+            f"counts has shape {counts.shape}, and the data sets have {dataset.x.shape} (cell x gene); pass raw "
+            f"counts, whole numbers, of the same cells and genes in order."
         )
+    import scanpy  # it takes a second
+
     totals = np.asarray(counts.sum(axis=1)).ravel()
     depth = int(np.quantile(totals, 0.1))
     rows = np.flatnonzero(totals >= max(depth, 1))
@@ -1112,7 +1112,8 @@ def audit(
         cells in `dataset`; the mean of `dataset` if None.
     train, validation
         Cells that additive models are fitted on, and cells that choose their penalty and fit the curves; of stored
-        cells as many are drawn as 256 MB hold. Without both, ``interaction``, ``gain`` and what goes with them are NaN.
+        cells as many are drawn as 256 MB hold, and of any 3,000 for the rival of ``gain``. Without both,
+        ``interaction``, ``gain`` and what goes with them are NaN.
 
     Returns
     -------
@@ -1126,12 +1127,14 @@ def audit(
       does not depend on `reference`. It says what the model does, not whether the data ask for it.
     - ``interaction_curved``: the same after the additive predictor passes through one curve, fitted on `validation`:
       what neither a sum of single-gene functions nor a link of one can do.
-    - ``gain``: score less that of the best additive model of the *target*. It says whether what the model does pays.
-      An additive score through one curve, a link, gains as well.
+    - ``gain``: score less that of the best model of the *target* without products: of genes, of components, presence
+      1[x > 0], squares x^2, and depth, which may multiply components. `validation` chooses which of these. It says
+      whether what the model does pays. A sum of functions of genes through one curve, a link, gains as well.
     - ``gain_curved``: the same after either model's outputs pass through curves of one number each, fitted on
-      `validation`, so that a link is not taken for an interaction. Only a positive one supports interactions in the
-      data, and it is as noisy as a difference of two scores: look at several splits.
-    - ``score``: recall of the class, or R2 of the target; ``score_additive`` that of the additive model;
+      `validation`, so that a link is not taken for an interaction; where it is better there, the rival of a target is
+      fitted together with its link. It is 0 where the model has no pairs. Only a positive one supports interactions
+      in the data, and it is as noisy as a difference of two scores: look at several splits, or take :func:`gain`.
+    - ``score``: recall of the class, or R2 of the target; ``score_additive`` that of the rival;
       ``score_linear`` and ``score_quadratic`` what is left without the quadratic or the linear part, which were trained
       together: neither loss proves need.
     - ``rank_99``: number of modules, in metric ``identity``, from which on 99% of the score are kept.
@@ -1198,6 +1201,8 @@ def audit(
     unknown = np.full(len(table) + 1, np.nan)
     scores["gain"] = scores["score"] - scores.get("score_additive", unknown)
     scores["gain_curved"] = scores.pop("score_curved", unknown) - scores.pop("score_additive_curved", unknown)
+    if beside:  # curves differ by chance: without products there is nothing to gain
+        scores["gain_curved"][~np.append(beside["pairs"], beside["pairs"].any())] = 0.0
     scores.setdefault("score_additive", unknown)
     for name in ("gain", "gain_curved", "score", "score_additive", "score_linear", "score_quadratic"):
         table[name], table.attrs[name] = scores[name][:-1], float(scores[name][-1])
@@ -1206,7 +1211,8 @@ def audit(
         losses = {name: log_loss(target, softmax(outputs[name], axis=1), **options)
                   for name in ("score", "score_additive", "score_curved", "score_additive_curved")}  # fmt: skip
         table.attrs["gain_log_loss"] = losses["score_additive"] - losses["score"]
-        table.attrs["gain_log_loss_curved"] = losses["score_additive_curved"] - losses["score_curved"]
+        curved = losses["score_additive_curved"] - losses["score_curved"]
+        table.attrs["gain_log_loss_curved"] = curved if beside["pairs"].any() else 0.0
     needed = 0.99 * np.append(table["score"], table.attrs["score"])
     kept = np.array(
         [
@@ -1250,10 +1256,11 @@ def _additive(
     target: np.ndarray,
     outputs: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Return what additive models leave of the outputs (out), and what one makes of the target (cell x out).
+    """Return what additive models leave of the outputs (out), and what a rival makes of the target (cell x out).
 
-    ``interaction`` and ``interaction_curved``; then ``additive``, the outputs of the additive model of the target,
-    ``additive_curved``, the same through its curves, and ``curved``, the model's own outputs through theirs.
+    ``interaction`` and ``interaction_curved``; then ``additive``, the outputs of the best model without products,
+    ``additive_curved``, the same through its curves, and ``curved``, the model's own outputs through theirs; and which
+    outputs have ``pairs`` at all (out).
     """
     for dataset in (train, validation):
         model.check(dataset)
@@ -1276,17 +1283,45 @@ def _additive(
         result["interaction_curved"][varied] = (whole[2][:, varied] - curved).var(axis=0) / total[varied]
     for name in ("interaction", "interaction_curved"):  # a model without pairs has no interactions
         result[name][(np.ptp(of_pairs[0], axis=0) == 0) & (total > 0)] = 0.0
-    y, y_seen = train.y.numpy(), validation.y.numpy()
-    if y.ndim == 1:
-        of_class = model._counts(np.arange(len(directions)))
-        additive = logistic(axes, y, watched, y_seen, len(directions), exact=False, counts=of_class)
-    else:
-        additive = ridge(axes, y, watched, y_seen)
-    result["additive"] = _of_additive(additive, x)
-    counts, own = model._counts(y_seen), model.outputs(validation).astype(np.float64)
+    counts, y_seen = model._counts(validation.y.numpy()), validation.y.numpy()
+    own = model.outputs(validation).astype(np.float64)
+    seen, linked_seen, result["additive"], linked = _rival(model, train, validation, x)
     result["curved"] = _through_curves(own, y_seen, outputs, counts)
-    result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"], counts)
+    result["additive_curved"] = _through_curves(seen, y_seen, result["additive"], counts)
+    if linked is not None:  # index and link fitted together, where that is better on validation cells
+        fitted = [_through_curves(one, y_seen, one, counts) for one in (seen, linked_seen)]
+        error = [np.square(one - y_seen).mean(axis=0) for one in fitted]
+        again = _through_curves(linked_seen, y_seen, linked, counts)
+        result["additive_curved"] = np.where(error[1] < error[0], again, result["additive_curved"])
+    result["pairs"] = of_pairs[0].std(axis=0) > 1e-6 * whole[0].std(axis=0)
     return result
+
+
+def _rival(
+    model: Model, train: ExpressionDataset, validation: ExpressionDataset, x: Any
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]:
+    """Return outputs of the best model without products, and of targets an index fitted with its link.
+
+    For validation cells either, and then for others either (each cell x out).
+    """
+    kind, classes, few = model.cfg.class_weight, train.y.ndim == 1, []
+    for part in (train, validation):
+        few.append(part.load(some(len(part), RIVAL_CELLS)))
+        few[-1].x, few[-1].gene_names = match_genes(few[-1], model.gene_names), model.gene_names
+    trial, _ = nested.compared(*few, kind, products=False)
+    genes, found = model.gene_names, []
+    for i, (_, block) in enumerate(blocks(x, RIVAL_CELLS)):
+        others = (match_genes(validation, genes), block) if i == 0 else (block,)
+        kernels, y = nested.kernels_of(few[0], *others, class_weight=kind)
+        parts = nested.predicted(kernels, y, trial.mixtures, trial.ratios, classes)
+        index = [[None] * len(parts)] if classes else [
+            nested.linked(kernels, y[:, k].numpy(), mixture, ratio)
+            for k, (mixture, ratio) in enumerate(zip(trial.mixtures, trial.ratios, strict=True))
+        ]  # fmt: skip
+        indices = [None if classes else np.stack(one, axis=1) for one in zip(*index, strict=True)]
+        found += [*zip(parts, indices, strict=True)]
+    outputs, indices = zip(*found[1:], strict=True)
+    return *found[0], np.vstack(outputs), None if classes else np.vstack(indices)
 
 
 def _of_additive(model: LinearModel, x: Any) -> np.ndarray:

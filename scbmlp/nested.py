@@ -284,24 +284,45 @@ def fold_of(dataset: ExpressionDataset, n_folds: int, groups: np.ndarray | None 
     return fold
 
 
-def without_products(search: Search) -> Trial:
-    """Return the best model whose features are no products but those of depth: a block stays where it helps."""
-    trial = search.path("without products", Mixture())
+def compared(
+    train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None, *, products: bool = True
+) -> tuple[Trial, Trial]:
+    """Return the best model whose features are no products but those of depth, and the best with products on top.
+
+    A block stays where it helps; where products do not, both are the same. For classes, weights of blocks are searched
+    by squared error of their indicators, which is quick, and log-loss decides which of the blocks stay.
+    """
+    search = Search([(train, val)], class_weight)
+    quick = Search([(_graded(train), _graded(val))]) if search.classes else search
+    found = [quick.path("without products", Mixture())]
     for block in ("components", "presence", "squares", "depth"):
-        trial = search.add(trial.form, trial, block)
-    return trial
+        found.append(quick.add(found[0].form, found[-1], block))
+    rival, best = found[-1], quick.add("with products", found[-1], "products") if products else found[-1]
+    (mixture, ratio), more = leading(rival), leading(best)[0]
+    if search.classes:
+        few = dict.fromkeys(leading(found[i])[0] for i in (0, 1, -1))
+        trials = [search.path(rival.form, one) for one in few]
+        rival = min(trials, key=lambda one: one.loss)
+        (mixture, ratio), best = leading(rival), rival
+        if more.weight("products"):
+            best = search.path(
+                "with products", mixture.plus("products", more.weight("products"), rank=more.rank), ratio
+            )
+    if more.rank != mixture.rank and products:  # more components are no products
+        rival = rival.or_better(search.path(rival.form, mixture._replace(rank=more.rank), ratio))
+    return rival, replace(rival.or_better(best), form=best.form)
 
 
-def with_products(search: Search, rival: Trial) -> tuple[Trial, Trial]:
-    """Return the rival, at the rank of the products too, and the best with products on top, itself where none pays."""
-    found = search.add("with products", rival, "products")
-    (mixture, ratio), rank = leading(rival), leading(found)[0].rank
-    if rank != mixture.rank:  # more components are no products
-        rival = rival.or_better(search.path(rival.form, mixture._replace(rank=rank), ratio))
-    return rival, replace(rival.or_better(found), form=found.form)
+def _graded(dataset: ExpressionDataset) -> ExpressionDataset:
+    """Return a data set of classes with their indicators as targets."""
+    part = dataset.load()
+    part.y = torch.nn.functional.one_hot(dataset.y, len(dataset.output_names)).float()
+    return part
 
 
-def kernels_of(train: ExpressionDataset, *others: Matrix, class_weight: str | None = None) -> tuple[Kernels, torch.Tensor]:
+def kernels_of(
+    train: ExpressionDataset, *others: Matrix, class_weight: str | None = None
+) -> tuple[Kernels, torch.Tensor]:
     """Return the products of training cells, and of others with them, and the training cells' targets (cell x out)."""
     kernels = Kernels(train.x, *others, counts=counts_of(train, train, class_weight))
     return kernels, targets_of(train, len(train.output_names))
