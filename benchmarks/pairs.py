@@ -140,7 +140,8 @@ def main(n: int, cases: list[str]) -> None:
         for level, part in table.groupby("level"):
             mean, error = part.mean(numeric_only=True), 1.96 * part["fdp"].std() / np.sqrt(n)
             print(f"{case}, at {level}: FDR {mean['fdp']:.3f} +- {error:.3f}, power {mean['power']:.3f}, "
-                  f"{mean['found']:.1f} found, {mean['false']:.1f} false, AUPRC {mean['auprc']:.3f}, {n} data sets", flush=True)  # fmt: skip
+                  f"{mean['found']:.1f} found, {mean['false']:.1f} false, "
+                  f"AUPRC {mean['auprc']:.3f}, {n} data sets", flush=True)  # fmt: skip
         seconds = time.perf_counter() - start
         print(f"  {seconds / n:.1f} s a data set", flush=True)
         keep(

@@ -617,13 +617,14 @@ def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> G
     """Return the modules of the mean of several models, in metric ``covariance``.
 
     The mean function of replicas has the mean of their interaction matrices. Its modules need no matching: what one
-    seed makes up is averaged out, and modules that turn among each other, since their eigenvalues are close, add up.
+    draw of cells makes up is averaged out, and modules that turn among each other, since their eigenvalues are close,
+    add up.
     Each model enters with its leading modules, three times as many as are asked for and 20 at least.
 
     Parameters
     ----------
     models
-        Models of the same training cells, such as :func:`scbmlp.models.fit_replicas` returns.
+        Models of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns.
     output
         As in :func:`scbmlp.interactions.direction`.
     n_modules
@@ -719,7 +720,7 @@ def _of_each(models: Sequence[Model], output: Output, n_modules: int) -> list[Ge
     """Return the leading modules of every model in metric ``covariance``."""
     n_modules, models = whole_number(n_modules, "n_modules"), list(models)
     if len(models) < 2:
-        raise ValueError(f"models has {len(models)}; two or more are needed to compare: scbmlp.models.fit_replicas.")
+        raise ValueError(f"models has {len(models)}; two or more are needed to compare: scbmlp.models.solve_replicas.")
     first = models[0]
     for name in ("gene_names", "output_names"):
         if not all(getattr(model, name).equals(getattr(first, name)) for model in models):
