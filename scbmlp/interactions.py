@@ -1008,7 +1008,7 @@ def gain(
         for k in range(2):
             outputs[2 + k, there] = _through_curves(seen[k], val.y.numpy(), outputs[k, there], of_val)
         kernels, many = known[0], 1 if classes else n_permutations
-        for first in range(0, n_permutations, many):  # targets are solved all at once
+        for first in range(0, n_permutations, max(many, 1)):  # targets are solved all at once
             dealt_y = [y[order][~there] for order in orders[first : first + many]]
             again = [nested.Trial("", one.mixtures * many, one.ratios * many, one.losses) for one in trials]
             found = _both((kernels, torch.cat(dealt_y, dim=1)), again, classes)
