@@ -57,7 +57,8 @@ def direction(model: Model, output: Output) -> np.ndarray:
         A classifier or regressor.
     output
         An index or a name, or ``{name: weight, ...}`` for any mix. A softmax is blind to what is added to every
-        class alike, so one class of a classifier means that class minus the mean of all classes.
+        class alike, so one class of a classifier means that class minus the mean of all classes. Minus the mean by
+        shares of cells it is ``{**-shares, name: 1 - shares[name]}``, where `shares` is a Series of every class.
 
     Raises
     ------
@@ -960,9 +961,10 @@ def gain(
     output
     all         0.7   0.1   0.6
     """
-    parts = [held(part) for part in (train, *others)]
-    for i, (given, part) in enumerate(zip((train, *others), parts, strict=True)):
+    parts = []
+    for i, given in enumerate((train, *others)):
         check_dataset(given, f"data set {i}")
+        parts.append(part := held(given))
         if list(part.output_names) != list(train.output_names) or part.y.ndim != train.y.ndim:
             raise ValueError(f"data set {i} has other outputs than the first; pass parts of one AnnData.")
         if len(part) < len(given) and (groups is not None or counts is not None):
@@ -1007,9 +1009,12 @@ def gain(
         outputs[:2, there] = _both(known, trials, classes)
         for k in range(2):
             outputs[2 + k, there] = _through_curves(seen[k], val.y.numpy(), outputs[k, there], of_val)
-        kernels, many = known[0], 1 if classes else n_permutations
-        for first in range(0, n_permutations, max(many, 1)):  # targets are solved all at once
+        kernels, many = known[0], 1 if classes else max(n_permutations, 1)
+        for first in range(0, n_permutations, many):  # targets are solved all at once
             dealt_y = [y[order][~there] for order in orders[first : first + many]]
+            if class_weight is not None:
+                by_class = exact.counts_of(whole, rest, class_weight)[orders[first]]
+                kernels.counts = torch.as_tensor(by_class[~there])
             again = [nested.Trial("", one.mixtures * many, one.ratios * many, one.losses) for one in trials]
             found = _both((kernels, torch.cat(dealt_y, dim=1)), again, classes)
             dealt[:, first : first + many, there] = found.reshape(2, there.sum(), many, -1).transpose(0, 2, 1, 3)
