@@ -330,7 +330,8 @@ def _try_penalties(loss: Callable[[float], np.ndarray], penalties: np.ndarray) -
     ends = sorted(known)
     for end, beside, limit in ((ends[0], ends[1], ends[0] / BEYOND), (ends[-1], ends[-2], ends[-1] * BEYOND)):
         while (known[end] < (1 - 1e-3) * known[beside]).any():
-            if (beyond := end * end / beside) < limit if end < beside else beyond > limit:
+            beyond = end * end / beside
+            if (beyond < limit) if end < beside else (beyond > limit):
                 warn(
                     f"the best penalty of the linear baseline is the last of those tried, {end:.1e}: the baseline may "
                     f"be too weak; look at the scale of genes and targets."
