@@ -18,7 +18,7 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from tqdm.auto import tqdm
 
 from scbmlp.checks import plain_names, whole_number
-from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, match_genes, product
+from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, held, match_genes, product
 from scbmlp.display import as_html, listed, watched
 from scbmlp.exact import Kernels, Mixture, targets_of
 from scbmlp.interactions import Model, Output, decompose, direction, interaction_matrices, squares
@@ -848,9 +848,9 @@ def permutation_null(
 
     An eigenvalue says little here: a fit to noise has large ones. So a module is judged on cells that its weights were
     not fitted to, by the correlation of what it adds to the output with the target; of each permutation the best of
-    its modules counts. Mixture and penalty of the model are kept. Where products pay for no reason of their own, p is
-    uniform; where they do not pay there are no modules and no p: over data sets without signal p is at most uniform. It
-    says that a module is about the target, and not that it holds an interaction.
+    its modules counts. Mixture and penalty of the model are kept; for those that were fixed beforehand p is uniform
+    where nothing is. An output whose products do not pay has no modules and no p, so that over data sets without signal
+    p is at most uniform. It says that a module is about the target, and not that it holds an interaction.
 
     For classes the modules compared, the model's own too, are those of a surrogate: the squared error of the classes as
     0 and 1, with the same mixture, every cell counting once, and the model's penalty over the curvature of the log-loss
@@ -895,7 +895,8 @@ def permutation_null(
     Examples
     --------
     >>> table = modules.permutation_null(solved, train, validation, "on", 99)
-    >>> table.head(2).round(2)
+    >>> float(table["p"].min())
+    0.01
     """
     if metric not in ("sd", "identity", "covariance"):
         raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
@@ -934,7 +935,7 @@ class _Again:
 
     def __init__(self, model: Model, train: ExpressionDataset, val: ExpressionDataset, metric: str) -> None:
         self.model, self.metric = model, metric
-        self.kernels = Kernels(train.x, match_genes(val, train.gene_names))
+        self.kernels = Kernels(held(train).x, match_genes(held(val), train.gene_names))
         self.y, self.y_val = (targets_of(one, len(train.output_names)).numpy() for one in (train, val))
         self.recipe, shares = model.recipe * (len(self.y[0]) // len(model.recipe)), self.y.mean(axis=0)
         if train.y.ndim == 1:
@@ -946,9 +947,8 @@ class _Again:
         """Return what of the genes products are of (gene x comp)."""
         if mixture.space == "components":
             return self.kernels.axes(mixture.rank)
-        return (
-            torch.diag(1 / self.kernels.sd) if mixture.space == "sd" else torch.eye(self.kernels.d[0].shape[1]).double()
-        )
+        unit = self.kernels.sd if mixture.space == "sd" else torch.ones_like(self.kernels.sd)
+        return torch.diag(1 / unit)
 
     def _factor(self, mixture: Mixture, ratio: float) -> torch.Tensor:
         if (mixture, ratio) not in self._factors:
