@@ -1362,11 +1362,18 @@ def _truncated(model: Model, x: Any, *, batch_size: int = 1024) -> Iterator[np.n
     """Yield the outputs (cell x out) with no module of each output, with one, with two, and so on."""
     constant, linear, _ = decompose(model, x, model.origin)
     matrices = interaction_matrices(model)
-    u, _ = matrices[0]._thin()
-    thin = np.vstack([(dense_tensor(block).numpy() - model.origin) @ u for _, block in blocks(x, batch_size)])
-    pairs = [matrix._thin_eigh() for matrix in matrices]
+    thin = {}  # of a solved model, outputs may have hidden units of their own
+    for matrix in matrices:
+        if matrix._thin not in thin:
+            u, _ = matrix._thin()
+            parts = [(dense_tensor(block).numpy() - model.origin) @ u for _, block in blocks(x, batch_size)]
+            thin[matrix._thin] = np.vstack(parts)
+    pairs = [(thin[matrix._thin], *matrix._thin_eigh()) for matrix in matrices]
     outputs = (constant + linear) @ np.stack([direction(model, name) for name in model.output_names]).T
     yield outputs
-    for k in range(u.shape[1]):
-        outputs = outputs + np.stack([values[k] * (thin @ vectors[:, k]) ** 2 for values, vectors in pairs], axis=1)
+    for k in range(max(len(values) for _, values, _ in pairs)):
+        outputs = outputs.copy()
+        for i, (own, values, vectors) in enumerate(pairs):
+            if k < len(values):
+                outputs[:, i] += values[k] * (own @ vectors[:, k]) ** 2
         yield outputs

@@ -12,7 +12,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, r2_score
 from sklearn.model_selection import cross_val_predict
 
-from scbmlp import baselines, exact, interactions, nested, simulate
+from scbmlp import baselines, exact, interactions, models, nested, simulate
 from scbmlp.baselines import additive_features
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.interactions import (
@@ -784,3 +784,15 @@ def test_matrix_prints_itself_in_a_line_and_as_a_table():
     assert "&lt;b&gt;" in matrix._repr_html_() and "<b>" not in matrix._repr_html_()
     assert repr(matrix.scaled(np.ones(12))) == repr(matrix)
     assert "output" not in repr(InteractionMatrix(np.eye(3), np.eye(3), pd.RangeIndex(3)))
+
+
+def test_outputs_with_modules_of_their_own_are_cut_each_by_itself():
+    rng = np.random.default_rng(0)
+    x, names = rng.standard_normal((20, 6)).astype(np.float32), [f"g{i}" for i in range(6)]
+    cells = ExpressionDataset(x, rng.standard_normal((20, 2)).astype(np.float32), names, ["a", "b"])
+    power = np.array([[1, 2, 3, 0, 0], [0, 0, 0, 1, -2.0]])
+    found = exact.Solution(np.zeros(6), np.ones(2), np.zeros((2, 6)), rng.standard_normal((5, 6)), power)
+    model = models._solved(ScBMLPRegressor, Config(6, 1, 2, linear=True), found, cells)
+    none, *_, every = interactions._truncated(model, x)
+    np.testing.assert_allclose(none, 1)
+    np.testing.assert_allclose(every, 1 + (x @ found.hidden.T) ** 2 @ power.T, rtol=1e-4, atol=1e-4)
