@@ -1,8 +1,8 @@
 """The solved model beside a linear one, on real data with labels or graded targets: python benchmarks/exact.py.
 
 Needs SCBMLP_DATA_DIR. A row a data set, split and method: mean R2 of the targets, or log-loss in nats and accuracy of
-classes, on test cells; seconds of processor time, and the largest memory of the process so far. An argument is the number
-of splits, else three.
+classes, on test cells; seconds of processor time, and the largest memory of the process so far. An argument is the
+number of splits, else three.
 """
 
 import os
