@@ -383,7 +383,7 @@ def solution(
     y = targets_of(train, len(train.output_names))
     classes, n_outputs, n_genes = train.y.ndim == 1, y.shape[1], len(train.gene_names)
     constant, direct = np.zeros(n_outputs), np.zeros((n_outputs, n_genes))
-    hidden, power = [np.zeros((0, n_genes))], [np.zeros((n_outputs, 0))]
+    parts: list[tuple[list[int], np.ndarray, np.ndarray]] = []
     for mixture, ratio in dict.fromkeys(zip(mixtures, ratios, strict=True)):
         here = [i for i, pair in enumerate(zip(mixtures, ratios, strict=True)) if pair == (mixture, ratio)]
         here = list(range(n_outputs)) if classes else here
@@ -406,13 +406,18 @@ def solution(
             else:
                 units, factors, means = _squares(kernels, mixture, cells_of)
                 constant[here] -= means
-                hidden.append(units)
-                power.append(np.zeros((n_outputs, len(units))))
-                power[-1][here] = factors
-    hidden, power = np.vstack(hidden), np.hstack(power)
-    if not len(hidden):  # no product pays: one hidden unit that adds nothing
-        hidden, power = np.zeros((1, n_genes)), np.zeros((n_outputs, 1))
-    return Solution(kernels.mean.numpy(), constant, direct, hidden, power)
+                parts.append((here, units, factors))
+    return Solution(kernels.mean.numpy(), constant, direct, *together(n_outputs, n_genes, parts))
+
+
+def together(n_outputs: int, n_genes: int, parts: Sequence[tuple[Any, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
+    """Return hidden units (hid x gene) and their power (out x hid) of parts: some outputs, their units and power."""
+    if not parts:  # no product pays: one hidden unit that adds nothing
+        return [np.zeros((1, n_genes)), np.zeros((n_outputs, 1))]
+    power = [np.zeros((n_outputs, len(units))) for _, units, _ in parts]
+    for whole, (here, _, own) in zip(power, parts, strict=True):
+        whole[here] = own
+    return [np.vstack([units for _, units, _ in parts]), np.hstack(power)]
 
 
 def _squares(kernels: Kernels, mixture: Mixture, cells: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -15,7 +15,7 @@ from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 
 from scbmlp.datasets import ExpressionDataset, Matrix, blocks, dense_tensor, match_genes, some, take
-from scbmlp.exact import Mixture, Solution, counts_of, softmax, targets_of
+from scbmlp.exact import Mixture, Solution, counts_of, softmax, targets_of, together
 from scbmlp.nested import FORMS, SMALL, Search, Trial
 
 LARGE = 5_000  # training cells from which on sums are taken, and no products of cells
@@ -359,7 +359,7 @@ def solution(
     known = Moments(train, counts, device=device) if known is None else known
     n_outputs, n_genes = len(train.output_names), len(train.gene_names)
     constant, direct = known.target.clone().numpy(), np.zeros((n_outputs, n_genes))
-    hidden, power = [np.zeros((0, n_genes))], [np.zeros((n_outputs, 0))]
+    parts = []
     for mixture, ratio in dict.fromkeys(zip(mixtures, ratios, strict=True)):
         here = [i for i, pair in enumerate(zip(mixtures, ratios, strict=True)) if pair == (mixture, ratio)]
         if train.y.ndim == 1:
@@ -372,10 +372,6 @@ def solution(
             linear, products = (part[:, here] for part in known.ridge(mixture, ratio))
         less, direct[here], units, powers = known.form(linear, products)
         constant[here] += less
-        hidden.append(units)
-        power.append(np.zeros((n_outputs, len(units))))
-        power[-1][here] = powers
-    hidden, power = np.vstack(hidden), np.hstack(power)
-    if not len(hidden):  # no product pays: one hidden unit that adds nothing
-        hidden, power = np.zeros((1, n_genes)), np.zeros((n_outputs, 1))
-    return Solution(known.mean.numpy(), constant, direct, hidden, power)
+        if len(units):
+            parts.append((here, units, powers))
+    return Solution(known.mean.numpy(), constant, direct, *together(n_outputs, n_genes, parts))

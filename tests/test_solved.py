@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.special import log_softmax, softmax
 
-from scbmlp import models, nested, simulate
+from scbmlp import models, simulate
 from scbmlp.datasets import get_classification_datasets, get_regression_datasets
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import interaction_matrix
@@ -74,20 +74,3 @@ def test_classes_are_logistic_regression_on_explicit_features(cells):
     centred = outputs - outputs.mean(axis=0)
     np.testing.assert_allclose(phi @ weights, centred, atol=1e-2 * np.abs(centred).max())
     assert np.abs(left.sum(axis=0)).max() < 1e-3 and -log_softmax(outputs, axis=1)[y > 0].mean() < np.log(2)
-
-
-def test_first_form_within_a_standard_error_of_the_best_is_chosen():
-    """eq-choice: paired over cells, so that a form is not excused by what all forms find hard."""
-    rng = np.random.default_rng(0)
-    hard = rng.exponential(10, (400, 1))
-    better = hard - 0.1 + rng.normal(0, 0.5, hard.shape)
-    noise = rng.normal(0, 0.5, hard.shape)
-    alike = better + noise - noise.mean() - 1e-3  # ahead by less than its noise
-    trials = [nested.Trial("", (), (), losses) for losses in (hard, better, alike)]
-    chosen, behind, error = nested.choose(trials)
-    best = min((better, alike), key=np.mean)
-    for i, one in enumerate((hard, better, alike)):
-        difference = (one - best)[:, 0]
-        assert behind[i, 0] == pytest.approx(difference.mean())
-        assert error[i, 0] == pytest.approx(difference.std(ddof=1) / 20)
-    assert chosen[0] == 1 and behind[0, 0] > error[0, 0]
