@@ -17,14 +17,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, r2_score, recall_score
 from threadpoolctl import threadpool_limits
 
-from scbmlp.checks import check_class_weight
+from scbmlp.checks import check_class_weight, warn
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, held, match_genes, product, some
 
 MOST = 8000  # cells, where features are more than that too
 LARGE = 3000  # cells and features from which on a Cholesky decomposition a penalty is quicker than all eigenvectors
-# Penalties, in units of the mean eigenvalue of the cells' scatter.
+# Penalties, in units of the mean eigenvalue of the cells' scatter; more are tried while the best is an end.
 RIDGE, QUICK_RIDGE = np.logspace(-8, 3, 23), np.logspace(-1.5, 1, 5)
 LOGISTIC, QUICK_LOGISTIC = np.logspace(-2.5, 0.5, 7), np.logspace(-2, 0, 3)
+BEYOND = 1e4  # how far beyond an end
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ def linear_baseline(
     """Fit ridge regression, or multinomial logistic regression for classes, with the penalty best on validation cells.
 
     Whatever a bilinear model claims, it claims against this. Penalties are a grid around the mean eigenvalue of the
-    cells' scatter; validation cells choose one for each target by squared error, or one for all classes by log-loss.
+    cells' scatter, which grows while the best is an end of it; validation cells choose one for each target by squared
+    error, or one for all classes by log-loss.
 
     Parameters
     ----------
@@ -305,13 +307,38 @@ def _best(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the coefficients (comp x out), the mean and the penalty (out) of least squared error for each target."""
     best, error, chosen = None, np.full(y_val.shape[1], np.inf), np.zeros(y_val.shape[1])
-    for penalty in penalties:
+
+    def loss(penalty: float) -> np.ndarray:
+        nonlocal best, error, chosen
         found, predicted = fit(penalty)
         here = ((predicted - y_val) ** 2).mean(axis=0)
         better = here < error
         best = found if best is None else np.where(better, found, best)
         error, chosen = np.minimum(here, error), np.where(better, penalty, chosen)
+        return here
+
+    _try_penalties(loss, penalties)
     return best, mean, chosen
+
+
+def _try_penalties(loss: Callable[[float], np.ndarray], penalties: np.ndarray) -> None:
+    """Try penalties from the largest on, and more beyond an end that is ahead of the next to it for any output (out).
+
+    An end that is ahead by less than a thousandth is level: more would change nothing.
+    """
+    known = {penalty: np.atleast_1d(loss(penalty)) for penalty in np.sort(penalties)[::-1]}
+    ends = sorted(known)
+    for end, beside, limit in ((ends[0], ends[1], ends[0] / BEYOND), (ends[-1], ends[-2], ends[-1] * BEYOND)):
+        while (known[end] < (1 - 1e-3) * known[beside]).any():
+            beyond = end * end / beside
+            if (beyond < limit) if end < beside else (beyond > limit):
+                warn(
+                    f"the best penalty of the linear baseline is the last of those tried, {end:.1e}: the baseline may "
+                    f"be too weak; look at the scale of genes and targets."
+                )
+                break
+            end, beside = beyond, end
+            known[end] = np.atleast_1d(loss(end))
 
 
 def logistic(
@@ -321,7 +348,6 @@ def logistic(
     y_val: np.ndarray,
     n_classes: int,
     *,
-    exact: bool = True,
     counts: np.ndarray | None = None,
 ) -> LinearModel:
     """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
@@ -336,8 +362,6 @@ def logistic(
         Features (cell x gene) and class codes (cell) of the validation cells.
     n_classes
         Number of classes, those without a training cell included.
-    exact
-        Whether to try a fine grid of penalties, else a coarse one.
     counts
         How often a cell of each class counts, in training and validation (out); all alike if None.
 
@@ -349,8 +373,7 @@ def logistic(
     y = y[axes.rows]
     if axes.large:
         return _quick_logistic(axes.x, y, x_val, y_val, n_classes, counts)
-    grid, tol = (LOGISTIC, 5e-4) if exact else (QUICK_LOGISTIC, 1e-3)
-    found = _logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * grid, tol, counts)
+    found = _logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * LOGISTIC, 5e-4, counts)
     return axes.model(*found)
 
 
@@ -390,7 +413,9 @@ def _logistic(
     fit = LogisticRegression(warm_start=True, max_iter=1000, tol=tol)
     best, error = None, np.inf
     own, own_val = (None if counts is None else counts[codes] for codes in (y, y_val))
-    for penalty in np.sort(penalties)[::-1]:
+
+    def loss(penalty: float) -> float:
+        nonlocal best, error
         # Many small products: threads would wait for each other, on a busy machine for most of the time.
         with threadpool_limits(1):
             fit.set_params(C=1 / penalty).fit(x, y, own)
@@ -403,6 +428,9 @@ def _logistic(
         here = log_loss(y_val, shares, labels=range(n_classes), sample_weight=own_val)
         if here < error:
             best, error = (weights, constant, np.float64(penalty)), here
+        return here
+
+    _try_penalties(loss, penalties)
     return best
 
 

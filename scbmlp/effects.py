@@ -12,6 +12,8 @@ from sklearn.linear_model import LinearRegression
 
 from scbmlp.checks import by_cell, control_labels, obs_column, obs_labels, positions, strata_of, whole_number
 
+AGREE = 0.2  # correlation of halves from which on they say the same
+
 
 def response_directions(
     adata: AnnData,
@@ -226,7 +228,8 @@ def additivity(
     - ``r_halves``: the same between halves, so that no cell is in both.
     - ``ceiling``: geometric mean of the correlations between halves of the double's effect with itself and of the sum
       with itself, 0 where either is not positive. Additive effects reach it; near 0, nothing can be said.
-    - ``slope``: length of the double's effect along the sum, in lengths of the sum; 1 if effects add up.
+    - ``slope``: length of the double's effect along the sum, in lengths of the sum; 1 if effects add up, and NaN where
+      halves of the sum correlate by less than 0.2: it would be a ratio of noise.
 
     Raises
     ------
@@ -277,7 +280,7 @@ def additivity(
             "r": np.corrcoef(effect, total)[0, 1],
             "r_halves": between,
             "ceiling": np.sqrt(max(of_double, 0) * max(of_sum, 0)),
-            "slope": along / length,
+            "slope": along / length if of_sum >= AGREE else np.nan,
         }
     return pd.DataFrame(table).T.astype({"n_cells": int})
 

@@ -186,7 +186,7 @@ def trust(
     modules
         Modules of one output of a model, or of a consensus; or of several outputs by name.
     models
-        Replicas of the model, as from :func:`scbmlp.models.fit_replicas`.
+        Replicas of the model, as from :func:`scbmlp.models.solve_replicas`.
     val
         Cells that no weight was fitted to, those of `null`.
     null
@@ -201,7 +201,7 @@ def trust(
     The modules, whose ``trust`` has a row a module.
 
     - ``eigenvalue``, ``stability``, ``low``: as from :func:`scbmlp.modules.stability`.
-    - ``r``, ``p``: as from ``permutation_null``, for these modules against the best modules of the null fits; these
+    - ``r``, ``p``: as from ``permutation_null``, for these modules against the best modules of the permutations; these
       were selected and the modules at hand were not, so that ``p`` is on the safe side.
     - ``similarity``: mean over pairs of at most six replicas of what all of the output has in common, as a function.
     - ``interaction``, ``gain_curved``: of the output, as from ``audit``.
@@ -213,7 +213,7 @@ def trust(
     Raises
     ------
     ValueError
-        As for ``stability``.
+        As for ``stability``, or `null` is of modules in another metric.
     KeyError
         `null` or `audit` lacks the output.
 
@@ -241,6 +241,11 @@ def trust(
         best = null.attrs["null"]
         if str(output) not in best:
             raise KeyError(f"null has no fits read for {output!r}; it has {', '.join(best)}.")
+        if modules.metric not in (None, null.attrs.get("metric", modules.metric)):
+            raise ValueError(
+                f"null is of modules in metric {null.attrs['metric']!r}, these are in metric {modules.metric!r}; pass "
+                f"permutation_null(..., metric={modules.metric!r})."
+            )
         table["r"] = follows_target(modules, models[0], val)
         beaten = (np.array(best[str(output)]) >= table["r"].to_numpy()[:, None]).sum(axis=1)
         table["p"] = (1 + beaten) / (1 + len(best[str(output)]))

@@ -22,7 +22,7 @@ from sklearn.preprocessing import SplineTransformer
 from tqdm.auto import tqdm
 
 from scbmlp import exact, nested
-from scbmlp.baselines import LARGE, Axes, LinearModel, accuracy, additive_features, logistic, ridge
+from scbmlp.baselines import LARGE, Axes, LinearModel, accuracy, additive_features, ridge
 from scbmlp.checks import check_class_weight, nearest, of_cells, whole_number
 from scbmlp.datasets import (
     ExpressionDataset,
@@ -45,6 +45,7 @@ from scbmlp.stores import BLOCK_CELLS
 
 Model = ScBMLPClassifier | ScBMLPRegressor
 Output = int | str | Mapping[int | str, float]
+RIVAL_CELLS = 3000  # that a rival without products is fitted to at most, drawn where there are more
 
 
 def direction(model: Model, output: Output) -> np.ndarray:
@@ -56,7 +57,8 @@ def direction(model: Model, output: Output) -> np.ndarray:
         A classifier or regressor.
     output
         An index or a name, or ``{name: weight, ...}`` for any mix. A softmax is blind to what is added to every
-        class alike, so one class of a classifier means that class minus the mean of all classes.
+        class alike, so one class of a classifier means that class minus the mean of all classes. Minus the mean by
+        shares of cells it is ``{**-shares, name: 1 - shares[name]}``, where `shares` is a Series of every class.
 
     Raises
     ------
@@ -107,9 +109,9 @@ class InteractionMatrix(LinearOperator):
     Parameters
     ----------
     basis
-        B = [L' R'], gene x 2 hid.
+        B = [L' R'], gene x 2 hid; of a solved model L', gene x hid, without the units that the output does not use.
     core
-        C, symmetric, 2 hid x 2 hid.
+        C, symmetric, as large as `basis` has columns.
     gene_names
         Names of the rows and columns (gene).
     thin
@@ -496,18 +498,32 @@ def interaction_matrices(
         basis = np.hstack([basis, unit, np.vstack([slope.T, np.zeros(len(slope))])])
         scale = np.append(scale, 1)
     basis = basis * scale[:, None]
-    thin = cache(lambda: np.linalg.qr(basis))
+    thins: dict[bytes, Callable[[], tuple[np.ndarray, np.ndarray]]] = {}
     matrices = []
     for output, mix in zip(outputs, weights, strict=True):
         half = np.diag(mix @ p) / 2
-        core = np.kron([[0, 1], [1, 0]], half)
+        core, own = np.kron([[0, 1], [1, 0]], half), basis
+        used = None if homogeneous else squares(model, output)
+        if used is not None:
+            core, own = 2 * half[np.ix_(used, used)], basis[:, used]
+        thin = thins.setdefault(b"" if used is None else used.tobytes(), cache(lambda own=own: np.linalg.qr(own)))
         if homogeneous:
             beside = np.zeros((1 + len(mix), 1 + len(mix)))
             beside[0, 0] = mix @ constant
             beside[0, 1:] = beside[1:, 0] = mix / 2
             core = block_diag(core, beside)
-        matrices.append(InteractionMatrix(basis, core, genes, thin, output))
+        matrices.append(InteractionMatrix(own, core, genes, thin, output))
     return matrices
+
+
+def squares(model: Model, output: Output) -> np.ndarray | None:
+    """Return which hidden units an output's matrix is made of, where both branches are alike, as in a solved model.
+
+    Its basis are then the weights of these units alone.
+    """
+    if not torch.equal(model.w_l, model.w_r):
+        return None
+    return np.flatnonzero(direction(model, output) @ _float64(model.w_p)[0])
 
 
 def _float64(*tensors: Any) -> tuple[np.ndarray, ...]:
@@ -870,10 +886,12 @@ class _Form:
         matrix, axis = interaction_matrix(model, output), linear_axis(model, output, mean).to_numpy()
         self.core, self.diagonal = matrix.core, matrix.diagonal()
         if d is None:
-            self.axis, self.basis, self.s_basis = axis, matrix.basis, model.statistics.covariance
+            covariance, used = model.statistics.covariance, squares(model, output)
+            self.axis, self.basis = axis, matrix.basis
+            self.s_basis = covariance if used is None else covariance[:, used]
             at_left, at_right = _at(model, mean)
             p = direction(model, output) @ _float64(model.w_p)[0]
-            self.s_axis = self.s_basis @ np.concatenate([p * at_right, p * at_left])
+            self.s_axis = covariance @ np.concatenate([p * at_right, p * at_left])
         else:
             self.axis = self.s_axis = d @ axis
             self.basis = self.s_basis = d @ matrix.basis
@@ -938,8 +956,10 @@ def gain(
     Examples
     --------
     >>> table = interactions.gain(train, validation, test)
-    >>> bool(table.loc["all", "gain"] > 0.2)
-    True
+    >>> table[["without", "with", "gain"]].round(1)
+            without  with  gain
+    output
+    all         0.7   0.1   0.6
     """
     parts = []
     for i, given in enumerate((train, *others)):
@@ -1097,7 +1117,8 @@ def audit(
         cells in `dataset`; the mean of `dataset` if None.
     train, validation
         Cells that additive models are fitted on, and cells that choose their penalty and fit the curves; of stored
-        cells as many are drawn as 256 MB hold. Without both, ``interaction``, ``gain`` and what goes with them are NaN.
+        cells as many are drawn as 256 MB hold, and of any 3,000 for the rival of ``gain``. Without both,
+        ``interaction``, ``gain`` and what goes with them are NaN.
 
     Returns
     -------
@@ -1111,12 +1132,14 @@ def audit(
       does not depend on `reference`. It says what the model does, not whether the data ask for it.
     - ``interaction_curved``: the same after the additive predictor passes through one curve, fitted on `validation`:
       what neither a sum of single-gene functions nor a link of one can do.
-    - ``gain``: score less that of the best additive model of the *target*. It says whether what the model does pays.
-      An additive score through one curve, a link, gains as well.
+    - ``gain``: score less that of the best model of the *target* without products: of genes, of components, presence
+      1[x > 0], squares x^2, and depth, which may multiply components. `validation` chooses which of these. It says
+      whether what the model does pays. A sum of functions of genes through one curve, a link, gains as well.
     - ``gain_curved``: the same after either model's outputs pass through curves of one number each, fitted on
-      `validation`, so that a link is not taken for an interaction. Only a positive one supports interactions in the
-      data, and it is as noisy as a difference of two scores: look at several splits.
-    - ``score``: recall of the class, or R2 of the target; ``score_additive`` that of the additive model;
+      `validation`, so that a link is not taken for an interaction; where it is better there, the rival of a target is
+      fitted together with its link. It is 0 where the model has no pairs. Only a positive one supports interactions
+      in the data, and it is as noisy as a difference of two scores: look at several splits, or take :func:`gain`.
+    - ``score``: recall of the class, or R2 of the target; ``score_additive`` that of the rival;
       ``score_linear`` and ``score_quadratic`` what is left without the quadratic or the linear part, which were trained
       together: neither loss proves need.
     - ``rank_99``: number of modules, in metric ``identity``, from which on 99% of the score are kept.
@@ -1183,6 +1206,8 @@ def audit(
     unknown = np.full(len(table) + 1, np.nan)
     scores["gain"] = scores["score"] - scores.get("score_additive", unknown)
     scores["gain_curved"] = scores.pop("score_curved", unknown) - scores.pop("score_additive_curved", unknown)
+    if beside:  # curves differ by chance: without products there is nothing to gain
+        scores["gain_curved"][~np.append(beside["pairs"], beside["pairs"].any())] = 0.0
     scores.setdefault("score_additive", unknown)
     for name in ("gain", "gain_curved", "score", "score_additive", "score_linear", "score_quadratic"):
         table[name], table.attrs[name] = scores[name][:-1], float(scores[name][-1])
@@ -1191,7 +1216,8 @@ def audit(
         losses = {name: log_loss(target, softmax(outputs[name], axis=1), **options)
                   for name in ("score", "score_additive", "score_curved", "score_additive_curved")}  # fmt: skip
         table.attrs["gain_log_loss"] = losses["score_additive"] - losses["score"]
-        table.attrs["gain_log_loss_curved"] = losses["score_additive_curved"] - losses["score_curved"]
+        curved = losses["score_additive_curved"] - losses["score_curved"]
+        table.attrs["gain_log_loss_curved"] = curved if beside["pairs"].any() else 0.0
     needed = 0.99 * np.append(table["score"], table.attrs["score"])
     kept = np.array(
         [
@@ -1235,10 +1261,11 @@ def _additive(
     target: np.ndarray,
     outputs: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """Return what additive models leave of the outputs (out), and what one makes of the target (cell x out).
+    """Return what additive models leave of the outputs (out), and what a rival makes of the target (cell x out).
 
-    ``interaction`` and ``interaction_curved``; then ``additive``, the outputs of the additive model of the target,
-    ``additive_curved``, the same through its curves, and ``curved``, the model's own outputs through theirs.
+    ``interaction`` and ``interaction_curved``; then ``additive``, the outputs of the best model without products,
+    ``additive_curved``, the same through its curves, and ``curved``, the model's own outputs through theirs; and which
+    outputs have ``pairs`` at all (out).
     """
     for dataset in (train, validation):
         model.check(dataset)
@@ -1261,17 +1288,45 @@ def _additive(
         result["interaction_curved"][varied] = (whole[2][:, varied] - curved).var(axis=0) / total[varied]
     for name in ("interaction", "interaction_curved"):  # a model without pairs has no interactions
         result[name][(np.ptp(of_pairs[0], axis=0) == 0) & (total > 0)] = 0.0
-    y, y_seen = train.y.numpy(), validation.y.numpy()
-    if y.ndim == 1:
-        of_class = model._counts(np.arange(len(directions)))
-        additive = logistic(axes, y, watched, y_seen, len(directions), exact=False, counts=of_class)
-    else:
-        additive = ridge(axes, y, watched, y_seen)
-    result["additive"] = _of_additive(additive, x)
-    counts, own = model._counts(y_seen), model.outputs(validation).astype(np.float64)
+    counts, y_seen = model._counts(validation.y.numpy()), validation.y.numpy()
+    own = model.outputs(validation).astype(np.float64)
+    seen, linked_seen, result["additive"], linked = _rival(model, train, validation, x)
     result["curved"] = _through_curves(own, y_seen, outputs, counts)
-    result["additive_curved"] = _through_curves(additive.outputs(watched), y_seen, result["additive"], counts)
+    result["additive_curved"] = _through_curves(seen, y_seen, result["additive"], counts)
+    if linked is not None:  # index and link fitted together, where that is better on validation cells
+        fitted = [_through_curves(one, y_seen, one, counts) for one in (seen, linked_seen)]
+        error = [np.square(one - y_seen).mean(axis=0) for one in fitted]
+        again = _through_curves(linked_seen, y_seen, linked, counts)
+        result["additive_curved"] = np.where(error[1] < error[0], again, result["additive_curved"])
+    result["pairs"] = of_pairs[0].std(axis=0) > 1e-6 * whole[0].std(axis=0)
     return result
+
+
+def _rival(
+    model: Model, train: ExpressionDataset, validation: ExpressionDataset, x: Any
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray, np.ndarray | None]:
+    """Return outputs of the best model without products, and of targets an index fitted with its link.
+
+    For validation cells either, and then for others either (each cell x out).
+    """
+    kind, classes, few = model.cfg.class_weight, train.y.ndim == 1, []
+    for part in (train, validation):
+        few.append(part.load(some(len(part), RIVAL_CELLS)))
+        few[-1].x, few[-1].gene_names = match_genes(few[-1], model.gene_names), model.gene_names
+    trial, _ = nested.compared(*few, kind, products=False)
+    genes, found = model.gene_names, []
+    for i, (_, block) in enumerate(blocks(x, RIVAL_CELLS)):
+        others = (match_genes(validation, genes), block) if i == 0 else (block,)
+        kernels, y = nested.kernels_of(few[0], *others, class_weight=kind)
+        parts = nested.predicted(kernels, y, trial.mixtures, trial.ratios, classes)
+        index = [[None] * len(parts)] if classes else [
+            nested.linked(kernels, y[:, k].numpy(), mixture, ratio)
+            for k, (mixture, ratio) in enumerate(zip(trial.mixtures, trial.ratios, strict=True))
+        ]  # fmt: skip
+        indices = [None if classes else np.stack(one, axis=1) for one in zip(*index, strict=True)]
+        found += [*zip(parts, indices, strict=True)]
+    outputs, indices = zip(*found[1:], strict=True)
+    return *found[0], np.vstack(outputs), None if classes else np.vstack(indices)
 
 
 def _of_additive(model: LinearModel, x: Any) -> np.ndarray:
@@ -1307,11 +1362,18 @@ def _truncated(model: Model, x: Any, *, batch_size: int = 1024) -> Iterator[np.n
     """Yield the outputs (cell x out) with no module of each output, with one, with two, and so on."""
     constant, linear, _ = decompose(model, x, model.origin)
     matrices = interaction_matrices(model)
-    u, _ = matrices[0]._thin()
-    thin = np.vstack([(dense_tensor(block).numpy() - model.origin) @ u for _, block in blocks(x, batch_size)])
-    pairs = [matrix._thin_eigh() for matrix in matrices]
+    thin = {}  # of a solved model, outputs may have hidden units of their own
+    for matrix in matrices:
+        if matrix._thin not in thin:
+            u, _ = matrix._thin()
+            parts = [(dense_tensor(block).numpy() - model.origin) @ u for _, block in blocks(x, batch_size)]
+            thin[matrix._thin] = np.vstack(parts)
+    pairs = [(thin[matrix._thin], *matrix._thin_eigh()) for matrix in matrices]
     outputs = (constant + linear) @ np.stack([direction(model, name) for name in model.output_names]).T
     yield outputs
-    for k in range(u.shape[1]):
-        outputs = outputs + np.stack([values[k] * (thin @ vectors[:, k]) ** 2 for values, vectors in pairs], axis=1)
+    for k in range(max(len(values) for _, values, _ in pairs)):
+        outputs = outputs.copy()
+        for i, (own, values, vectors) in enumerate(pairs):
+            if k < len(values):
+                outputs[:, i] += values[k] * (own @ vectors[:, k]) ** 2
         yield outputs

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import sparse
-from scipy.linalg import block_diag, cholesky
+from scipy.linalg import cholesky
 from scipy.special import ndtr, ndtri
 
 from scbmlp.checks import whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, standard_deviation
-from scbmlp.interactions import InteractionMatrix, Output, direction, interaction_matrix
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_replicas
+from scbmlp.exact import Mixture, counts_of, solution
+from scbmlp.interactions import InteractionMatrix, Output, direction
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.nested import Search, leading
 
+WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of products beside genes, that are tried
 SWEEPS = 5  # over all genes, in which the scores of tied cells and the correlations are found from one another
 # At most so many float64 arrays of gene x gene, and of cell x gene, are held at a time (measured).
 ARRAYS = {"gaussian": (10, 5), "permuted": (0, 3)}
@@ -180,7 +182,6 @@ def _draw(scores: np.ndarray, law: _Law, rng: np.random.Generator) -> np.ndarray
 
 def pair_discoveries(
     ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
-    cfg: Config,
     train: ExpressionDataset,
     val: ExpressionDataset,
     output: Output,
@@ -188,32 +189,28 @@ def pair_discoveries(
     kind: Literal["gaussian", "permuted"] = "gaussian",
     n: int = 2000,
     clump: float = 0.2,
-    n_replicas: int = 5,
     random_state: int = 0,
     max_gb: float = 4.0,
-    progress: bool = True,
-    **options: Any,
+    class_weight: Literal["balanced"] | None = None,
 ) -> pd.DataFrame:
     """Return pairs of genes that interact, with the false discovery rate of each list of the strongest.
 
-    The model is fitted on the genes and their knock-offs, which it cannot tell apart. Pairs with a knock-off in them
-    then show how strong pairs come out that do not interact, as decoys do for peptides
-    :cite:p:`walzthoeni2012` and knock-offs for interactions :cite:p:`chen2025diamond`.
+    The second-order model of all genes and their knock-offs, which it cannot tell apart, in units of their standard
+    deviation, is solved as by :func:`scbmlp.models.solve`. Pairs with a knock-off in them then show how strong pairs
+    come out that do not interact, as decoys do for peptides :cite:p:`walzthoeni2012` and knock-offs for interactions
+    :cite:p:`chen2025diamond`.
 
-    Strength is that of ``top_pairs(dataset=train)``, with what functions of either gene can do taken off, of the mean
-    of several replicas: one fit is too noisy. It is compared with the noise around it, the root of the product of both
-    genes' median strengths, since pairs of a gene that the model uses are all stronger. A pair next to a stronger one,
-    whose genes go along with its own, is left out, be it of genes or of knock-offs: the stronger one stands for both.
+    Strength is that of ``top_pairs(dataset=train)``, with what functions of either gene can do taken off. It is
+    compared with the noise around it, the root of the product of both genes' median strengths, since pairs of a gene
+    that the model uses are all stronger. A pair next to a stronger one, whose genes go along with its own, is left out,
+    be it of genes or of knock-offs: the stronger one stands for both.
 
     Parameters
     ----------
     ModelClass
         ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
-    cfg
-        Size and training, for the genes without knock-offs. With ``linear=True`` single genes have weights
-        of their own.
     train, val
-        As in ``fit``.
+        Cells to fit, and cells that choose the weight of the products and the penalty.
     output
         As in :func:`scbmlp.interactions.direction`.
     kind, random_state, max_gb
@@ -222,8 +219,8 @@ def pair_discoveries(
         Number of strongest pairs to look at, those with knock-offs included.
     clump
         Correlation over the training cells from which on genes go along with each other; 1 for none but themselves.
-    n_replicas, progress, options
-        As in :func:`scbmlp.models.fit_replicas`.
+    class_weight
+        As in :class:`scbmlp.models.Config`.
 
     Returns
     -------
@@ -234,7 +231,7 @@ def pair_discoveries(
     Raises
     ------
     ValueError
-        An argument is out of its range, or the data do not fit `cfg`, or as in :func:`knockoffs`.
+        An argument is out of its range, the data do not fit `ModelClass`, or as in :func:`knockoffs`.
     KeyError
         `output` is unknown.
 
@@ -252,31 +249,25 @@ def pair_discoveries(
 
     Examples
     --------
-    >>> table = knockoffs.pair_discoveries(
-    ...     ScBMLPClassifier, cfg, train, validation, "on", n_replicas=2
-    ... )
+    >>> table = knockoffs.pair_discoveries(ScBMLPClassifier, train, validation, "on")
     >>> {*table.loc[0, ["gene_a", "gene_b"]]} <= {*truth["genes"]}
     True
     """
-    n, n_replicas = whole_number(n, "n"), whole_number(n_replicas, "n_replicas", 2)
+    n = whole_number(n, "n")
     if not (isinstance(clump, Real) and 0 < clump <= 1):
         raise ValueError(
             f"clump={clump!r} is no correlation; a number above 0 and at most 1 is needed: pass 1 for no clumps."
         )
     check_dataset(train, "train")
+    check_dataset(val, "val")
     genes, n_genes = train.gene_names, len(train.gene_names)
-    if cfg.d_input != n_genes:
-        raise ValueError(
-            f"Config(d_input={cfg.d_input}) does not match train, which has {n_genes} genes; pass "
-            f"Config(d_input={n_genes}): their knock-offs are added here."
-        )
-    probe = ModelClass(cfg, **options)
+    probe = ModelClass(Config(n_genes, 1, len(train.output_names), class_weight=class_weight))
     probe.output_names = train.output_names
-    direction(probe, output)  # an unknown output is told before the fit
+    for one in (train, val):
+        probe.check(one)
+    mix = direction(probe, output)  # an unknown output is told before the fit
     train, val = knockoffs(train, val, kind=kind, random_state=random_state, max_gb=max_gb)
-    cfg = replace(cfg, d_input=2 * n_genes)
-    models = fit_replicas(ModelClass, cfg, train, val, n_replicas, progress=progress, **options)
-    top = _strongest(models, train, output, n)
+    top = _strongest(_solved(train, val, mix, class_weight), train, n)
     top = top[(top["contrast"] > 0) & (top["gene_a"] % n_genes != top["gene_b"] % n_genes)]
     top = top[_leading(top["gene_a"].to_numpy(), top["gene_b"].to_numpy(), train.x, clump)]
     i, j = top["gene_a"].to_numpy(), top["gene_b"].to_numpy()
@@ -284,13 +275,27 @@ def pair_discoveries(
     return top[(i < n_genes) & (j < n_genes)].reset_index(drop=True)
 
 
-def _strongest(models: list[Any], dataset: ExpressionDataset, output: Output, n: int) -> pd.DataFrame:
-    """Return the `n` pairs of largest contrast in the mean of the models' matrices, genes by position."""
-    matrices = [interaction_matrix(model, output) for model in models]
-    basis, cores = np.hstack([matrix.basis for matrix in matrices]), [matrix.core for matrix in matrices]
-    mean = InteractionMatrix(basis, block_diag(*cores) / len(models), pd.RangeIndex(len(basis)))
-    unit = np.sqrt(_noise(mean, standard_deviation(dataset.x)))
-    scaled = mean.scaled(np.divide(1, unit, out=np.zeros(len(unit)), where=unit > 0))
+def _solved(
+    train: ExpressionDataset, val: ExpressionDataset, mix: np.ndarray, class_weight: str | None
+) -> InteractionMatrix:
+    """Return the interaction matrix of a mix of outputs, products of genes in units of their sd, genes by position."""
+    search = Search([(train, val)], class_weight)
+    linear = search.path("", Mixture(space="sd"))
+    trials = [search.path("", linear.mixtures[0].plus("products", weight), leading(linear)[1]) for weight in WEIGHTS]
+    best = trials[0]
+    for trial in trials[1:]:
+        best = best.or_better(trial)
+    counts = None if class_weight is None else counts_of(train, train, class_weight)
+    found = solution(train, best.mixtures, best.ratios, counts=counts)
+    power = mix @ found.power
+    used = np.flatnonzero(power)
+    return InteractionMatrix(found.hidden[used].T, np.diag(power[used]), pd.RangeIndex(len(train.gene_names)))
+
+
+def _strongest(matrix: InteractionMatrix, dataset: ExpressionDataset, n: int) -> pd.DataFrame:
+    """Return the `n` pairs of largest contrast, genes by position."""
+    unit = np.sqrt(_noise(matrix, standard_deviation(dataset.x)))
+    scaled = matrix.scaled(np.divide(1, unit, out=np.zeros(len(unit)), where=unit > 0))
     top = scaled.top_pairs(n, dataset=dataset)
     back = unit[top["gene_a"]] * unit[top["gene_b"]]
     top["interaction"] *= back

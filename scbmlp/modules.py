@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 from pathlib import Path
@@ -14,13 +14,20 @@ import torch
 from anndata import AnnData
 from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
+from scipy.sparse.linalg import LinearOperator, eigsh
+from tqdm.auto import tqdm
 
 from scbmlp.checks import plain_names, whole_number
-from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, match_genes, product
-from scbmlp.display import as_html, listed
-from scbmlp.interactions import Model, Output, decompose, direction, interaction_matrices
-from scbmlp.models import Config, Statistics, fit_permuted, statistics
+from scbmlp.datasets import ExpressionDataset, cell_names, check_dataset, held, match_genes, product
+from scbmlp.display import as_html, listed, watched
+from scbmlp.exact import Kernels, Mixture, targets_of
+from scbmlp.interactions import Model, Output, decompose, direction, interaction_matrices, squares
+from scbmlp.models import Statistics, statistics
 from scbmlp.storage import read_file, write_file
+
+CHUNK = 50  # permutations at a time
+# Components up to which all products of two are taken through a system once, and genes up to which matrices are formed.
+PAIRED, DENSE = 128, 400
 
 
 @dataclass(frozen=True)
@@ -273,7 +280,8 @@ class GeneModules:
     def _name(self, module: int | str) -> str:
         names = list(self.loadings.columns)
         if module not in names and module not in range(len(names)):
-            raise KeyError(f"module={module!r} is unknown; there are {len(names)}, {names[0]!r} to {names[-1]!r}.")
+            known = f", {names[0]!r} to {names[-1]!r}" if names else ": the model has no products for this output"
+            raise KeyError(f"module={module!r} is unknown; there are {len(names)}{known}.")
         return module if module in names else names[module]
 
     def to_adata(self, adata: AnnData, *, key: str | None = None, layer: str | None = None) -> None:
@@ -494,16 +502,20 @@ def _modules(
         )
     unit = np.ones(len(model.gene_names)) if metric == "identity" else known.sd
     matrices = interaction_matrices(model, outputs, scale=unit if metric == "sd" else None)
-    if metric == "covariance":
-        basis = matrices[0].basis
-        white = _whitened(basis, known.covariance)
+    white: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
     found = []
     for output, matrix in zip(outputs, matrices, strict=True):
+        n = n_modules if matrix.basis.shape[1] else None  # no products, no modules
         if metric == "covariance":
-            values, in_basis = _uncorrelated(matrix.core, *white, n_modules)
-            parts = values, basis @ in_basis, known.covariance @ in_basis
+            used = squares(model, output)
+            used = np.arange(known.covariance.shape[1]) if used is None else used
+            covariance = known.covariance[:, used]
+            if used.tobytes() not in white:
+                white[used.tobytes()] = _whitened(matrix.basis, covariance)
+            values, in_basis = _uncorrelated(matrix.core, *white[used.tobytes()], n)
+            parts = values, matrix.basis @ in_basis, covariance @ in_basis
         else:
-            values, vectors = matrix.eigh(n_modules)
+            values, vectors = matrix.eigh(n)
             parts = values, _over(vectors, unit), vectors * unit[:, None]
         found.append(_signed(model, output, known, unit, *parts, metric))
     return found
@@ -552,7 +564,7 @@ def _whitened(basis: np.ndarray, with_genes: np.ndarray) -> tuple[np.ndarray, np
     """
     hidden = basis.T @ with_genes
     variance, axes = np.linalg.eigh((hidden + hidden.T) / 2)
-    kept = variance > 1e-10 * variance.max()
+    kept = variance > 1e-10 * variance.max(initial=0)
     return axes[:, kept], np.sqrt(variance[kept])
 
 
@@ -605,13 +617,14 @@ def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> G
     """Return the modules of the mean of several models, in metric ``covariance``.
 
     The mean function of replicas has the mean of their interaction matrices. Its modules need no matching: what one
-    seed makes up is averaged out, and modules that turn among each other, since their eigenvalues are close, add up.
+    draw of cells makes up is averaged out, and modules that turn among each other, since their eigenvalues are close,
+    add up.
     Each model enters with its leading modules, three times as many as are asked for and 20 at least.
 
     Parameters
     ----------
     models
-        Models of the same training cells, such as :func:`scbmlp.models.fit_replicas` returns.
+        Models of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns.
     output
         As in :func:`scbmlp.interactions.direction`.
     n_modules
@@ -707,7 +720,7 @@ def _of_each(models: Sequence[Model], output: Output, n_modules: int) -> list[Ge
     """Return the leading modules of every model in metric ``covariance``."""
     n_modules, models = whole_number(n_modules, "n_modules"), list(models)
     if len(models) < 2:
-        raise ValueError(f"models has {len(models)}; two or more are needed to compare: scbmlp.models.fit_replicas.")
+        raise ValueError(f"models has {len(models)}; two or more are needed to compare: scbmlp.models.solve_replicas.")
     first = models[0]
     for name in ("gene_names", "output_names"):
         if not all(getattr(model, name).equals(getattr(first, name)) for model in models):
@@ -819,82 +832,245 @@ def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDatase
 
 
 def permutation_null(
-    ModelClass: type[Model],
-    cfg: Config,
+    model: Model,
     train: ExpressionDataset,
     val: ExpressionDataset,
     output: Output | list[Output],
-    n_permutations: int = 20,
+    n_permutations: int = 999,
     strata: Any = None,
     *,
     n_modules: int = 5,
     metric: Literal["sd", "identity", "covariance"] = "covariance",
-    n_jobs: int | None = None,
+    seed: int = 0,
     progress: bool = True,
-    **options: Any,
 ) -> pd.DataFrame:
-    """Compare the modules of a fit with those of fits on targets dealt out to the wrong cells.
+    """Compare the modules of a solved model with those solved for targets that are dealt out to the wrong cells.
 
     An eigenvalue says little here: a fit to noise has large ones. So a module is judged on cells that its weights were
-    not fitted to, by the correlation of what it adds to the output with the target; of each null fit the best of its
-    modules counts. The same procedure makes all fits, so p-values are uniform where targets have nothing to do with
-    expression. They say that a module is about the target, and not that it holds an interaction.
+    not fitted to, by the correlation of what it adds to the output with the target; of each permutation the best of
+    its modules counts. Mixture and penalty of the model are kept; for those that were fixed beforehand p is uniform
+    where nothing is. An output whose products do not pay has no modules and no p, so that over data sets without signal
+    p is at most uniform. It says that a module is about the target, and not that it holds an interaction.
+
+    For classes the modules compared, the model's own too, are those of a surrogate: the squared error of the classes as
+    0 and 1, with the same mixture, every cell counting once, and the model's penalty over the curvature of the log-loss
+    at the shares of the classes. All cells may differ from batch to batch, or donor to donor, and classes with them:
+    where `obs` has such a column, give it as `strata`.
 
     Parameters
     ----------
-    ModelClass, cfg, train, val, n_permutations, strata, n_jobs, progress, options
-        As in :func:`scbmlp.models.fit_permuted`.
+    model
+        What :func:`scbmlp.models.solve` returned.
+    train, val
+        Its training cells, and cells that no weight was fitted to. The targets of both are permuted.
     output
-        As in :func:`scbmlp.interactions.direction`; or a list, all read from the same fits.
+        As in :func:`scbmlp.interactions.direction`; or a list of them.
+    n_permutations
+        Number of permutations.
+    strata
+        Label of every cell of the AnnData that `train` and `val` were cut from, such as ``adata.obs["donor"]``: targets
+        are permuted within a stratum, so that what differs from stratum to stratum is kept. All cells are one if None.
     n_modules, metric
-        As in :func:`gene_modules`; the leading modules of a null fit are the competitors.
+        As in :func:`gene_modules`; the leading modules of a permutation are the competitors.
+    seed
+        Of the permutations.
+    progress
+        Show how many are done and the time left, in a terminal or a notebook.
 
     Returns
     -------
     A row a module, ``(output, module)`` for a list of outputs: ``eigenvalue``, ``r`` (the correlation), ``null`` (what
-    nine of ten null fits stay below) and ``p``, at least 1 / (n_permutations + 1), for any of the modules to be as good
-    by chance. ``attrs["null"]`` has the best ``r`` of every null fit, by output.
+    nine of ten permutations stay below) and ``p``, at least 1 / (n_permutations + 1), for any of the modules to be as
+    good by chance; no row for an output without products. ``attrs["null"]`` has the best ``r`` of every permutation, by
+    output, and ``attrs["metric"]`` the metric.
 
     Raises
     ------
     ValueError
-        As for :func:`scbmlp.models.fit_permuted`, and if there are no validation cells or the target is constant.
+        The model was trained and not solved, the data do not fit it, there are no validation cells, the target is
+        constant, `strata` are not one a cell, or a stratum has a single cell in one of the two sets.
     KeyError
         The output is unknown.
 
     Examples
     --------
-    >>> table = modules.permutation_null(
-    ...     ScBMLPClassifier, cfg, train, validation, "on", 9
-    ... )
-    >>> table.head(2).round(2)
-              eigenvalue     r  null    p
-    module_1        0.40  0.84  0.14  0.1
-    module_2       -0.24  0.78  0.14  0.1
+    >>> table = modules.permutation_null(solved, train, validation, "on", 99)
+    >>> float(table["p"].min())
+    0.01
     """
+    if metric not in ("sd", "identity", "covariance"):
+        raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
+    n_modules, n_permutations = whole_number(n_modules, "n_modules"), whole_number(n_permutations, "n_permutations")
+    check_dataset(train, "train")
     check_dataset(val, "val")
-    outputs = output if isinstance(output, list) else [output]
-    n_modules = whole_number(n_modules, "n_modules")
-    models, vals = fit_permuted(
-        ModelClass, cfg, train, val, n_permutations, strata, n_jobs=n_jobs, progress=progress, **options
-    )
-    tables, null = {}, {}
-    fits = [
-        [
-            (modules, follows_target(modules, model, own))
-            for modules in _modules(model, outputs, n_modules, metric, None)
-        ]
-        for model, own in zip(models, vals, strict=True)
-    ]
-    for name, *found in zip(outputs, *fits, strict=True):
-        key, (modules, r) = str(name), found[0]
-        null[key] = np.array([other.max() for _, other in found[1:]])
-        p = (1 + (null[key] >= r[:, None]).sum(axis=1)) / (1 + len(null[key]))
-        columns = {"eigenvalue": modules.eigenvalues, "r": r, "null": np.quantile(null[key], 0.9), "p": p}
-        tables[key] = pd.DataFrame(columns)
+    if model.recipe is None:
+        raise ValueError(
+            "the model was trained, not solved: it has no mixture to solve again; pass one of scbmlp.models.solve."
+        )
+    rng, orders = np.random.default_rng(seed), []
+    for name, dataset in {"train": train, "val": val}.items():
+        model.check(dataset)
+        stratum, order = _strata(strata, dataset, name), np.tile(np.arange(len(dataset)), (n_permutations + 1, 1))
+        for rows in pd.Series(order[0]).groupby(stratum).indices.values():
+            order[1:, rows] = rng.permuted(order[1:, rows], axis=1)
+        orders.append(order)
+    outputs, tables, null = output if isinstance(output, list) else [output], {}, {}
+    again = _Again(model, train, val, metric)
+    size = len(outputs) * (n_permutations + 1)
+    with tqdm(total=size, desc="permutations", unit="fit", delay=2, disable=not (progress and watched())) as bar:
+        for name in outputs:
+            values, r = again.read(name, n_modules, *orders, bar.update)
+            best, key = r[1:].max(axis=1, initial=-1), str(name)
+            null[key] = best.tolist() if len(values) else []
+            p = (1 + (best >= r[0][:, None]).sum(axis=1)) / (1 + len(best))
+            columns = {"eigenvalue": values, "r": r[0], "null": np.quantile(best, 0.9), "p": p}
+            tables[key] = pd.DataFrame(columns, [f"module_{i}" for i in range(1, len(values) + 1)])
     table = pd.concat(tables, names=["output", "module"]) if outputs is output else tables[str(output)]
-    table.attrs["null"] = {key: best.tolist() for key, best in null.items()}
+    table.attrs |= {"null": null, "metric": metric}
     return table
+
+
+class _Again:
+    """A solved model, solved again for permuted targets: one factor of the system of a mixture serves all of them."""
+
+    def __init__(self, model: Model, train: ExpressionDataset, val: ExpressionDataset, metric: str) -> None:
+        self.model, self.metric = model, metric
+        self.kernels = Kernels(held(train).x, match_genes(held(val), train.gene_names))
+        self.y, self.y_val = (targets_of(one, len(train.output_names)).numpy() for one in (train, val))
+        self.recipe, shares = model.recipe * (len(self.y[0]) // len(model.recipe)), self.y.mean(axis=0)
+        if train.y.ndim == 1:
+            curvature = float((shares * (1 - shares)).mean())
+            self.recipe = [(mixture, ratio / curvature) for mixture, ratio in self.recipe]
+        self._factors: dict[tuple[Mixture, float], torch.Tensor] = {}
+
+    def _basis(self, mixture: Mixture) -> torch.Tensor:
+        """Return what of the genes products are of (gene x comp)."""
+        if mixture.space == "components":
+            return self.kernels.axes(mixture.rank)
+        unit = self.kernels.sd if mixture.space == "sd" else torch.ones_like(self.kernels.sd)
+        return torch.diag(1 / unit)
+
+    def _factor(self, mixture: Mixture, ratio: float) -> torch.Tensor:
+        if (mixture, ratio) not in self._factors:
+            system = self.kernels.mixed(mixture)[0].clone()
+            system.diagonal().add_(ratio * len(system))
+            self._factors[mixture, ratio] = torch.linalg.cholesky(system)
+        return self._factors[mixture, ratio]
+
+    def read(
+        self, output: Output, n_modules: int, order: np.ndarray, order_val: np.ndarray, done: Callable[[int], Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return eigenvalues for the first order of the cells (comp), and correlations for each (order x comp)."""
+        mix = direction(self.model, output)
+        target, y = self.y_val @ mix, self.y - self.y.mean(axis=0)
+        if np.ptp(target) == 0:
+            raise ValueError(f"val has the same target of {output!r} in every cell; take more cells.")
+        paying = [i for i in np.flatnonzero(mix) if self.recipe[i][0].weight("products")]
+        parts = [(pair, y[:, own] @ mix[own]) for pair in dict.fromkeys(self.recipe[i] for i in paying)
+                 for own in [[i for i in paying if self.recipe[i] == pair]]]  # fmt: skip
+        parts = [(pair, torch.as_tensor(one)) for pair, one in parts if np.ptp(one) > 0]
+        if not parts:
+            done(len(order))
+            return np.zeros(0), np.zeros((len(order), 0))
+        # Q = B C B' with C = (D B)' diag(a) D B. In the metric M, with B'MB = A R^2 A', it has the eigenvalues of
+        # W' diag(a) W, W = D B A R, and D B A / R turns eigenvectors into scores.
+        basis = [self._basis(mixture) for (mixture, _), _ in parts]
+        whole = torch.cat(basis, dim=1)
+        if self.metric == "covariance":
+            gram = self.kernels.d[0] @ whole
+            gram = gram.T @ gram / len(gram)
+        else:
+            gram = whole.T @ (whole if self.metric == "identity" else whole * self.kernels.sd[:, None] ** 2)
+        variance, axes = torch.linalg.eigh(gram)
+        kept = variance > 1e-10 * variance.max()
+        axes, root = axes[:, kept], variance[kept].sqrt()
+        seen = (self.kernels.d[1] @ whole @ axes / root).numpy()
+        turned, at = [], 0
+        for one in basis:
+            turned.append(self.kernels.d[0] @ one @ axes[at : at + one.shape[1]] * root)
+            at += one.shape[1]
+        solvers = []
+        for ((mixture, ratio), own), w in zip(parts, turned, strict=True):
+            scale = mixture.weight("products") / self.kernels.block("products", mixture.rank, mixture.space)[1]
+            solvers.append((self._factor(mixture, ratio), own * scale, w))
+        matrices = _matrices(solvers)
+        n, found, first = min(n_modules, len(root)), [], None
+        centred = target - target.mean()
+        for start in range(0, len(order), CHUNK):
+            rows = slice(start, start + CHUNK)
+            values, vectors = _largest(matrices(order[rows]), n)
+            added = (seen @ vectors) ** 2
+            added -= added.mean(axis=1, keepdims=True)
+            along = np.einsum("bvc,bv->bc", added, centred[order_val[rows]])
+            scale = np.linalg.norm(added, axis=1) * np.linalg.norm(centred)
+            found.append(np.sign(values) * np.divide(along, scale, out=np.zeros_like(along), where=scale > 0))
+            first = values[0] if first is None else first
+            done(len(values))
+        return first, np.vstack(found)
+
+
+def _matrices(solvers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Callable[[np.ndarray], Any]:
+    """Return what gives W' diag(a) W, added up, for targets in other orders (order x cell), a being what is solved.
+
+    From the factor of a system, a target (cell) and W (cell x comp), each.
+    """
+    size = solvers[0][2].shape[1]
+    i, j = np.triu_indices(size)
+    if size <= PAIRED:  # of every pair of components what the system makes of it, so that a target is one product
+        through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in solvers]
+
+        def matrices(order: np.ndarray) -> np.ndarray:
+            flat = sum(one[1].numpy()[order] @ part for one, part in zip(solvers, through, strict=True))
+            found = np.empty((len(order), size, size))
+            found[:, i, j] = found[:, j, i] = flat
+            return found
+
+        return matrices
+
+    def operators(order: np.ndarray) -> list[Any]:
+        cells = [(torch.cholesky_solve(y[order].T, factor).numpy().T, w.numpy()) for factor, y, w in solvers]
+        if size <= DENSE:
+            return np.stack([sum(w.T @ (a[b][:, None] * w) for a, w in cells) for b in range(len(order))])
+        return [
+            LinearOperator(
+                (size, size), lambda v, b=b: sum(w.T @ (a[b] * (w @ v.ravel())) for a, w in cells), dtype=float
+            )
+            for b in range(len(order))
+        ]
+
+    return operators
+
+
+def _largest(matrices: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the leading eigenvalues (each x comp) and eigenvectors of symmetric matrices, or operators."""
+    if isinstance(matrices, np.ndarray):
+        values, vectors = np.linalg.eigh(matrices)
+    else:
+        start = np.random.default_rng(0).standard_normal(matrices[0].shape[0])
+        values, vectors = map(np.stack, zip(*(eigsh(one, n, v0=start, tol=1e-5) for one in matrices), strict=True))
+    order = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
+    return np.take_along_axis(values, order, 1), np.take_along_axis(vectors, order[:, None], 2)
+
+
+def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
+    """Return the code of every cell's stratum."""
+    if strata is None:
+        return np.zeros(len(dataset), int)
+    if len(strata) <= dataset.indices.max(initial=-1):
+        raise ValueError(
+            f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one label "
+            f'for every cell of the AnnData that the sets were cut from, such as adata.obs["donor"].'
+        )
+    codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
+    if -1 in codes:
+        raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them.")
+    alone = np.flatnonzero(np.bincount(codes) == 1)
+    if len(alone):
+        raise ValueError(
+            f"strata has {len(alone)} labels with a single cell in {name}, whose target cannot be permuted; merge them "
+            f"with others, or drop these cells."
+        )
+    return codes
 
 
 def truncation_curve(

@@ -10,13 +10,14 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.stats import chisquare, pearsonr
 
-from scbmlp import simulate
+from scbmlp import models, modules, simulate
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.enrichment import enrich, gsea
 from scbmlp.evidence import ablation, random_directions, trust, without_pairs
+from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import attributions, audit, decompose, direction, group_means, interaction_matrix, pair_effects
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, fit_replicas
-from scbmlp.modules import consensus, gene_modules, permutation_null, stability
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.modules import consensus, follows_target, gene_modules, permutation_null, stability
 from tests.test_interactions import random_model
 
 
@@ -169,81 +170,121 @@ def noise(seed, n=160, n_genes=12, kind=ScBMLPClassifier):
     return [ExpressionDataset(x[part], y[part], genes, outputs) for part in parts]
 
 
-QUICK = {"n_epochs": 3, "batch_size": 32, "lr": 1e-2, "device": "cpu"}
+def solved_with(recipe, train, kind=ScBMLPRegressor):
+    """A model whose mixtures and penalties are given, products that do not pay among them."""
+    cfg = Config(len(train.gene_names), 1, len(train.output_names), linear=True, device="cpu")
+    model = models._solved(kind, cfg, solution(train, *zip(*recipe, strict=True)), train)
+    model.recipe = recipe
+    return model
 
 
-def test_p_values_are_uniform_where_nothing_is():
+PRODUCTS = Mixture(rank=8).plus("products", 1.0)
+RECIPE = [(PRODUCTS, 1e-2), (Mixture(rank=5).plus("components", 2.0).plus("products", 0.5), 1e-1)]
+
+
+@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+def test_p_values_are_uniform_where_nothing_is_and_products_are_forced(kind):
     """eq-permutation."""
     p = []
-    for seed in range(40):
-        table = permutation_null(
-            ScBMLPClassifier, Config(12, 4, 2, seed=seed, **QUICK), *noise(seed), "a", 4, n_modules=2, progress=False
-        )
-        p.append(table["p"].min())
-    values, counts = np.unique(np.round(p, 6), return_counts=True)
-    np.testing.assert_allclose(values, [0.2, 0.4, 0.6, 0.8, 1.0])
-    assert chisquare(counts).pvalue > 1e-3, counts
+    for seed in range(60):
+        train, val = noise(seed, kind=kind)
+        model = solved_with(RECIPE[:1] if kind is ScBMLPClassifier else RECIPE, train, kind)
+        p.append(permutation_null(model, train, val, "a", 19, seed=seed, progress=False)["p"].min())
+    assert chisquare(np.histogram(p, [0, 0.21, 0.41, 0.61, 0.81, 1])[0]).pvalue > 1e-3, p
+    assert abs(np.mean(p) - 0.525) < 0.12
+
+
+@pytest.mark.parametrize("metric", ["sd", "identity", "covariance"])
+@pytest.mark.parametrize("space", ["components", "genes", "sd"])
+@pytest.mark.parametrize("sizes", [(128, 400), (2, 400), (2, 2)], ids=["pairs", "dense", "operators"])
+def test_a_permutation_is_the_model_solved_again(metric, space, sizes, monkeypatch):
+    """For an output, and for a mix of outputs of different mixtures."""
+    monkeypatch.setattr(modules, "PAIRED", sizes[0])
+    monkeypatch.setattr(modules, "DENSE", sizes[1])
+    train, val = noise(1, kind=ScBMLPRegressor)
+    recipe = [(RECIPE[0][0]._replace(space=space), 1e-2), RECIPE[1]]
+    again = modules._Again(solved_with(recipe, train), train, val, metric)
+    rng = np.random.default_rng(0)
+    orders = [np.stack([np.arange(n), rng.permutation(n)]) for n in (len(train), len(val))]
+    for output in ("a", {"a": 1.0, "b": -0.5}):
+        first, r = again.read(output, 4, *orders, lambda n: None)
+        for order, order_val, found in zip(*orders, r, strict=True):
+            dealt = [replaced(one, own) for one, own in ((train, order), (val, order_val))]
+            model = solved_with(recipe, dealt[0])
+            known = gene_modules(model, output, 4, metric)
+            if order[0] == 0 and (order == np.arange(len(order))).all():
+                np.testing.assert_allclose(first, known.eigenvalues, rtol=1e-3)
+            np.testing.assert_allclose(found, follows_target(known, model, dealt[1]), atol=2e-4)
+
+
+def replaced(dataset, order):
+    names = dataset.gene_names, dataset.output_names
+    return ExpressionDataset(dataset.x, dataset.y[order].numpy(), *names, dataset.indices)
+
+
+def test_classes_are_judged_by_squared_errors():
+    train, val = noise(4)
+    table = permutation_null(solved_with(RECIPE[:1], train, ScBMLPClassifier), train, val, "b", 9, progress=False)
+    shares = np.bincount(train.y) / len(train)
+    both = [ExpressionDataset(one.x, np.eye(2)[one.y], *[one.gene_names, one.output_names]) for one in (train, val)]
+    model = solved_with([(PRODUCTS, 1e-2 / np.mean(shares * (1 - shares)))] * 2, both[0])
+    known = gene_modules(model, {"b": 0.5, "a": -0.5}, 5, "covariance")
+    np.testing.assert_allclose(table["eigenvalue"], known.eigenvalues, rtol=1e-4)
+    np.testing.assert_allclose(table["r"], follows_target(known, model, both[1]), atol=1e-4)
 
 
 def test_p_values_are_small_where_something_is():
     rng = np.random.default_rng(0)
     x = rng.standard_normal((400, 6)).astype(np.float32)
-    y = (x[:, :1] * x[:, 1:2] + 0.2 * rng.standard_normal((400, 1))).astype(np.float32)
-    parts = [
-        ExpressionDataset(x[i], y[i], pd.Index(list("abcdef")), pd.Index(["y"])) for i in np.split(np.arange(400), 2)
-    ]
-    cfg = Config(6, 8, 1, n_epochs=40, batch_size=20, lr=1e-2, device="cpu")
-    table = permutation_null(ScBMLPRegressor, cfg, *parts, "y", 9, n_modules=2, progress=False)
-    assert (table["p"] == 0.1).all() and (table["r"] > table["null"]).all(), table
-    models, vals = fit_permuted(ScBMLPRegressor, cfg, *parts, 9, progress=False)
-    modules = gene_modules(models[3], "y", 2, "covariance")
-    r = [pearsonr(part, vals[3].y.numpy()[:, 0])[0] for part in modules.contributions(vals[3]).to_numpy().T]
-    np.testing.assert_allclose(table.attrs["null"]["y"][2], max(r), rtol=1e-6)
-    by_list = permutation_null(ScBMLPRegressor, cfg, *parts, ["y"], 9, n_modules=2, progress=False)
-    np.testing.assert_array_equal(by_list.loc["y", "p"], table["p"])
-
-
-def test_permuted_fits_are_those_of_permuted_targets():
-    """Side by side as one by one, without dropout; and each has statistics of its own targets."""
-    train, val = noise(1, kind=ScBMLPRegressor)
-    cfg = Config(12, 4, 2, linear=True, **(QUICK | {"n_epochs": 5}), dropout_rate=0.0)
-    models, vals = fit_permuted(ScBMLPRegressor, cfg, train, val, 2, progress=False)
-    assert torch.equal(vals[0].y, val.y) and not torch.equal(vals[1].y, val.y)
-    np.testing.assert_allclose(np.sort(vals[1].y, axis=0), np.sort(val.y, axis=0))
-    alone = ScBMLPRegressor(cfg)
-    alone.fit(train, val, enable_progress_bar=False)
-    np.testing.assert_allclose(models[0].outputs(val), alone.outputs(val), rtol=1e-3, atol=1e-4)
-    assert not np.allclose(models[1].statistics.target, models[0].statistics.target)
-    np.testing.assert_allclose(models[1].score(vals[1]), models[1].history["val_r2"].max(), atol=0.02)
+    y = np.stack([x[:, 0] * x[:, 1], x[:, 2]], axis=1) + 0.2 * rng.standard_normal((400, 2))
+    names = pd.Index(list("abcdef")), pd.Index(["y", "z"])
+    parts = [ExpressionDataset(x[i], y[i], *names) for i in np.split(np.arange(400), 2)]
+    model = models.solve(ScBMLPRegressor, *parts, progress=False)
+    table = permutation_null(model, *parts, "y", n_modules=2, progress=False)
+    assert (table["p"] == 0.001).all() and (table["r"] > table["null"]).all() and len(table.attrs["null"]["y"]) == 999
+    both = permutation_null(model, *parts, ["y", "z"], n_modules=2, metric="sd", progress=False)
+    assert (both.loc["y", "p"] == 0.001).all() and both.attrs["metric"] == "sd"
+    # Nothing is read where products do not pay.
+    assert model.recipe[1][0].weight("products") == 0 and "z" not in both.index and both.attrs["null"]["z"] == []
+    nothing = permutation_null(model, *parts, "z", 9, progress=False)
+    assert nothing.empty and list(nothing) == ["eigenvalue", "r", "null", "p"]
+    assert len(gene_modules(model, "z").eigenvalues) == 0
 
 
 def test_targets_are_permuted_within_strata():
-    train, val = noise(2)
+    train, val = noise(2, kind=ScBMLPRegressor)
     donors = np.where(np.arange(160) % 4 == 0, "one", "two")
     train.indices, val.indices = np.arange(100), np.arange(100, 160)
-    train.y[donors[:100] == "one"], train.y[donors[:100] == "two"] = 0, 1
-    val.y[donors[100:] == "one"], val.y[donors[100:] == "two"] = 0, 1
-    models, vals = fit_permuted(ScBMLPClassifier, Config(12, 4, 2, **QUICK), train, val, 2, donors, progress=False)
     # The target is the stratum, and stays.
-    assert all(torch.equal(one.y, val.y) for one in vals)
+    for one in (train, val):
+        one.y[:] = torch.as_tensor(donors[one.indices] == "one").float()[:, None]
+    model = solved_with(RECIPE, train)
+    table = permutation_null(model, train, val, "a", 3, donors, progress=False)
+    np.testing.assert_allclose(table.attrs["null"]["a"], table["r"].max(), rtol=1e-6)
+    assert np.ptp(permutation_null(model, train, val, "a", 3, progress=False).attrs["null"]["a"]) > 0
     for broken, message in {
         tuple(donors[:120]): "strata has 120 labels, the last cell of val is cell 159; pass one label",
         (None, *donors[1:]): "strata has no label for 1 cells of train; drop them",
         ("alone", *donors[1:]): "strata has 1 labels with a single cell in train, whose target cannot be permuted",
     }.items():
         with pytest.raises(ValueError, match=message):
-            fit_permuted(ScBMLPClassifier, models[0].cfg, train, val, 2, list(broken), progress=False)
-    with pytest.raises(ValueError, match="n_permutations"):
-        fit_permuted(ScBMLPClassifier, models[0].cfg, train, val, 0, progress=False)
+            permutation_null(model, train, val, "a", 2, list(broken), progress=False)
 
 
-def test_a_null_needs_a_target_that_differs():
+def test_a_null_needs_a_solved_model_and_a_target_that_differs():
     train, val = noise(3)
-    val.y[:] = 1
-    with pytest.raises(ValueError, match="dataset has the same target of 'a' in every cell; take more cells"):
-        permutation_null(ScBMLPClassifier, Config(12, 4, 2, **QUICK), train, val, "a", 1, progress=False)
+    model = solved_with(RECIPE[:1], train, ScBMLPClassifier)
     with pytest.raises(ValueError, match="val is of type NoneType"):
-        permutation_null(ScBMLPClassifier, Config(12, 4, 2, **QUICK), train, None, "a", 1, progress=False)
+        permutation_null(model, train, None, "a", 1, progress=False)
+    val.y[:] = 1
+    with pytest.raises(ValueError, match="val has the same target of 'a' in every cell; take more cells"):
+        permutation_null(model, train, val, "a", 1, progress=False)
+    with pytest.raises(ValueError, match="the model was trained, not solved: .* pass one of scbmlp.models.solve"):
+        permutation_null(ScBMLPClassifier(model.cfg), train, val, "a", 1, progress=False)
+    with pytest.raises(ValueError, match="n_permutations=0"):
+        permutation_null(model, train, val, "a", 0, progress=False)
+    with pytest.raises(ValueError, match="metric='cosine' is unknown"):
+        permutation_null(model, train, val, "a", 1, metric="cosine", progress=False)
 
 
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
@@ -278,61 +319,64 @@ def test_without_pairs_each_gene_keeps_its_target_and_loses_the_others(form):
 def planted():
     adata = simulate.planted_interactions(seed=3, n_cells=1600, n_genes=120, n_programs=3, genes_per_program=20)
     train, val, test = get_classification_datasets(adata, "label")
-    cfg = Config(120, 8, 2, linear=True, n_epochs=15, batch_size=32, device="cpu")
-    models = fit_replicas(ScBMLPClassifier, cfg, train, val, 4, progress=False)
-    null = permutation_null(ScBMLPClassifier, cfg, train, val, "on", 19, progress=False)
+    solved = models.solve(ScBMLPClassifier, train, val, progress=False)
+    replicas = models.solve_replicas(solved, train, 4, progress=False)
+    null = permutation_null(solved, train, val, "on", 99, progress=False)
     sets = adata.uns["truth"]["programs"] | {
         f"noise{i}": [f"Sim{i * 7 + j:04d}" for j in range(1, 7)] for i in range(9)
     }
-    return adata, train, val, test, cfg, models, null, sets
+    return adata, train, val, test, replicas, null, sets
 
 
 def test_trust_is_earned_by_the_modules_of_the_planted_pair_alone(planted):
-    adata, train, val, test, cfg, models, null, sets = planted
-    modules = consensus(models, "on", 5)
-    table = audit(models[0], test, train=train, validation=val)
+    adata, train, val, test, replicas, null, sets = planted
+    modules = consensus(replicas, "on", 5)
+    table = audit(replicas[0], test, train=train, validation=val)
     drawn = random_directions(modules, train)
     found = [enrich(one, sets, n_top=20) for one in (modules, drawn)]
-    believed = trust(modules, models, val, null=null, audit=table, enriched=found[0], enriched_random=found[1])
+    believed = trust(modules, replicas, val, null=null, audit=table, enriched=found[0], enriched_random=found[1])
     rows = believed.trust
     assert list(rows["trusted"]) == [True, True, False, False, False], rows.T
-    assert (rows["p"][:2] == 0.05).all() and (rows["stability"][:2] > 0.9).all()
+    assert (rows["p"][:2] == 0.01).all() and (rows["stability"][:2] > 0.9).all()
     assert (rows["gain_curved"] == table.loc["on", "gain_curved"]).all() and rows["gain_curved"].iloc[0] > 0.1
     pd.testing.assert_frame_equal(
-        rows[["stability", "low"]], stability(models, "on", modules=modules, dataset=val)[["stability", "low"]]
+        rows[["stability", "low"]], stability(replicas, "on", modules=modules, dataset=val)[["stability", "low"]]
     )
     assert modules.trust is None
-    both = trust({"on": modules}, models, val, null=null)
+    both = trust({"on": modules}, replicas, val, null=null)
     assert list(both["on"].trust.columns) == ["eigenvalue", "stability", "low", "r", "p", "similarity", "trusted"]
     cells = adata.copy()
     believed.to_adata(cells)
     pd.testing.assert_frame_equal(cells.uns["modules_on"]["trust"], rows)
     # Modules that other fits do not have are not trusted, however well they follow the target.
-    strangers, _ = fit_permuted(ScBMLPClassifier, cfg, train, val, 2, progress=False)
-    alone = trust(modules, strangers[1:], val, null=null).trust
-    assert (alone["p"][:2] == 0.05).all() and not alone["trusted"].any(), alone.T
+    dealt = replaced(train, np.random.default_rng(0).permutation(len(train)))
+    strangers = models.solve_replicas(replicas[0], dealt, 2, progress=False)
+    alone = trust(modules, strangers, val, null=null).trust
+    assert (alone["p"][:2] == 0.01).all() and not alone["trusted"].any(), alone.T
     with pytest.raises(KeyError, match="null has no fits read for 'off'; it has on"):
-        trust(consensus(models, "off", 2), models, val, null=null)
+        trust(consensus(replicas, "off", 2), replicas, val, null=null)
+    with pytest.raises(ValueError, match=r"null is of modules in metric 'covariance', .*null\(..., metric='sd'\)"):
+        trust(gene_modules(replicas[0], "on", 2), replicas, val, null=null)
     with pytest.raises(KeyError, match="audit has no row 'on'; it has off"):
-        trust(modules, models, val, audit=table.drop("on"))
+        trust(modules, replicas, val, audit=table.drop("on"))
     with pytest.raises(ValueError, match="modules= and dataset= together"):
-        stability(models, "on", modules=modules)
+        stability(replicas, "on", modules=modules)
 
 
 def test_stability_of_given_modules_is_their_best_match_in_every_model(planted):
-    _, _, val, _, _, models, _, _ = planted
-    modules = gene_modules(models[0], "on", 2, "covariance")
-    table, scores = stability(models, "on", modules=modules, dataset=val), modules.scores(val).to_numpy()
+    _, _, val, _, replicas, _, _ = planted
+    modules = gene_modules(replicas[0], "on", 2, "covariance")
+    table, scores = stability(replicas, "on", modules=modules, dataset=val), modules.scores(val).to_numpy()
     by_hand = []
-    for model in models:
+    for model in replicas:
         other = gene_modules(model, "on", 2, "covariance").scores(val).to_numpy()
         by_hand.append(np.abs(np.corrcoef(scores.T, other.T)[:2, 2:]).max(axis=1))
     np.testing.assert_allclose(table["stability"], np.mean(by_hand, axis=0), atol=1e-6)
 
 
 def test_random_directions_have_the_correlations_of_the_cells(planted):
-    _, train, *_, models, _, _ = planted
-    modules = consensus(models, "on", 5)
+    _, train, *_, replicas, _, _ = planted
+    modules = consensus(replicas, "on", 5)
     drawn = pd.concat([random_directions(modules, train, random_state=i).loadings for i in range(60)], axis=1)
     np.testing.assert_allclose(
         np.linalg.norm(drawn.iloc[:, :5], axis=0), np.linalg.norm(modules.loadings, axis=0), rtol=1e-6
@@ -345,8 +389,8 @@ def test_random_directions_have_the_correlations_of_the_cells(planted):
 
 
 def test_gsea_finds_the_sets_at_their_poles_and_agrees_with_a_count(planted, caplog):
-    *_, models, _, sets = planted
-    modules = consensus(models, "on", 2)
+    *_, replicas, _, sets = planted
+    modules = consensus(replicas, "on", 2)
     table = gsea(modules, sets, n_permutations=200, random_state=1)
     loading = modules.loadings["module_1"]
     rows = table[table["module"] == "module_1"].set_index("term")

@@ -1,5 +1,4 @@
 import warnings
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -10,9 +9,7 @@ from scipy.stats import norm, spearmanr
 from scbmlp import knockoffs as module
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.knockoffs import _leading, _q_values, knockoffs, pair_discoveries
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-
-CFG = Config(30, 64, 1, linear=True, n_epochs=15, batch_size=128, lr=2e-3, weight_decay=1e-2, device="cpu")
+from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
 
 def dataset(x, y=None):
@@ -156,11 +153,11 @@ def test_a_pair_is_left_out_next_to_a_stronger_one_of_genes_that_go_along_with_i
 
 def test_planted_pairs_are_found_and_false_ones_are_rare():
     shares, power = [], []
-    for seed in range(5):
-        train, val, truth = planted(seed)
+    for seed in range(3):
+        train, val, truth = planted(seed, n=1000)
         kept = train.x.copy(), train.y.clone()
-        table = pair_discoveries(ScBMLPRegressor, CFG, train, val, "y", n_replicas=3, progress=False)
-        assert (train.x == kept[0]).all() and (train.y == kept[1]).all() and CFG.d_input == 30
+        table = pair_discoveries(ScBMLPRegressor, train, val, "y", n=400)
+        assert (train.x == kept[0]).all() and (train.y == kept[1]).all()
         assert list(table) == ["gene_a", "gene_b", "interaction", "strength", "contrast", "q"]
         assert table["q"].is_monotonic_increasing and table["contrast"].is_monotonic_decreasing
         assert set(table["gene_a"]) | set(table["gene_b"]) <= set(train.gene_names)
@@ -168,14 +165,14 @@ def test_planted_pairs_are_found_and_false_ones_are_rare():
         shares.append(np.mean([pair not in truth for pair in found]) if found else 0)
         power.append(np.mean([pair in found for pair in truth]))
     assert np.mean(shares) <= 0.25 and np.mean(power) > 0.5
-    again = pair_discoveries(ScBMLPRegressor, CFG, train, val, "y", n_replicas=3, progress=False)
+    again = pair_discoveries(ScBMLPRegressor, train, val, "y", n=400)
     pd.testing.assert_frame_equal(table, again, check_exact=True)
 
 
 def test_nothing_is_found_where_no_pair_is():
     for seed in range(3):
-        train, val, _ = planted(seed, n_pairs=0)
-        table = pair_discoveries(ScBMLPRegressor, CFG, train, val, "y", n_replicas=2, progress=False)
+        train, val, _ = planted(seed, n_pairs=0, n=1000)
+        table = pair_discoveries(ScBMLPRegressor, train, val, "y", n=400)
         assert (table["q"] > 0.2).all()
 
 
@@ -185,8 +182,7 @@ def test_classes_and_genes_that_nobody_named():
         ExpressionDataset(one.x, (one.y[:, 0] > 1).long().numpy(), pd.RangeIndex(30), pd.Index(["low", "high"]))
         for one in (train, val)
     ]
-    cfg = replace(CFG, d_output=2)
-    table = pair_discoveries(ScBMLPClassifier, cfg, *sets, "high", n=300, n_replicas=2, progress=False)
+    table = pair_discoveries(ScBMLPClassifier, *sets, "high", n=300)
     best = [frozenset(f"g{i}" for i in pair) for pair in table[["gene_a", "gene_b"]].to_numpy()[:4]]
     assert len(table) <= 300 and len(set(best) & truth) >= 2
 
@@ -204,17 +200,16 @@ def test_errors_say_what_is_wrong_and_what_to_do(monkeypatch):
             np.ones((5, 2)), np.zeros((5, 1)), pd.Index(["a", "a (knock-off)"]), train.output_names)),
          r"knock-offs already, such as 'a \(knock-off\)'; pass the data set without"),
         (lambda: knockoffs(train, max_gb=1e-5), r"30 genes, whose gaussian .* max_gb=1e-05; of 40 cells \d+ genes"),
-        (lambda: pair_discoveries(ScBMLPRegressor, replace(CFG, d_input=60), train, val, "y"),
-         r"Config\(d_input=60\) does not match train, which has 30 genes; pass Config\(d_input=30\)"),
-        (lambda: pair_discoveries(ScBMLPRegressor, CFG, train, val, "y", n=0), "n=0: a whole number of at least 1"),
-        (lambda: pair_discoveries(ScBMLPRegressor, CFG, train, val, "y", clump=0), "clump=0 is no correlation; a numb"),
-        (lambda: pair_discoveries(ScBMLPRegressor, CFG, train, val, "y", n_replicas=1), "n_replicas=1: a whole number"),
+        (lambda: pair_discoveries(ScBMLPClassifier, train, val, "y"), "the data have continuous targets, ScBMLPClass"),
+        (lambda: pair_discoveries(ScBMLPRegressor, train, None, "y"), "val is of type NoneType"),
+        (lambda: pair_discoveries(ScBMLPRegressor, train, val, "y", n=0), "n=0: a whole number of at least 1"),
+        (lambda: pair_discoveries(ScBMLPRegressor, train, val, "y", clump=0), "clump=0 is no correlation; a number"),
     ]  # fmt: skip
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(KeyError, match="output='z' is unknown"):
-        pair_discoveries(ScBMLPRegressor, CFG, train, val, "z", progress=False)
+        pair_discoveries(ScBMLPRegressor, train, val, "z")
 
 
 @pytest.mark.parametrize("kind", ["gaussian", "permuted"])

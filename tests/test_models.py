@@ -486,70 +486,6 @@ def test_dropout_rates_of_models_side_by_side_are_their_own(graded):
     assert losses[0][0] < losses[0][1]
 
 
-def test_tune_finds_an_interaction_and_says_what_it_tried(planted, tmp_path, capsys):
-    train, val, test = get_classification_datasets(planted, "label")
-    model = tune(ScBMLPClassifier, train, val, d_hidden=8, lr=0.01, device="cpu")
-    assert model.cfg.n_epochs == 138  # 1,500 steps of 64 of the 700 cells
-    assert model.score(test) > 0.9 > linear_baseline(train, val).score(test) + 0.2
-    trials = model.trials
-    assert list(trials.columns) == [
-        "form", "val_loss", "val_accuracy", "weight_decay", "dropout_rate", "weight_decay_linear", "best_epoch",
-        "behind", "standard_error", "chosen",
-    ]  # fmt: skip
-    assert trials["form"].tolist() == ["linear baseline", *["linear"] * 3, *["plain"] * 3]
-    (row,) = trials[trials["chosen"]].to_dict("records")
-    for name in ("weight_decay", "dropout_rate", "weight_decay_linear"):
-        assert row[name] == getattr(model.cfg, name)
-    assert row["val_accuracy"] == pytest.approx(model.score(val)) and row["best_epoch"] == model.best_epoch
-    assert row["val_loss"] == pytest.approx(log_loss(val.y, model.predict_proba(val)), rel=1e-4)
-    # The simplest that is not worse than the best beyond noise.
-    np.testing.assert_allclose(trials["behind"], trials["val_loss"] - trials["val_loss"].min(), atol=1e-4)
-    assert trials["chosen"].idxmax() == (trials["behind"] <= trials["standard_error"]).idxmax() > 0
-    assert capsys.readouterr() == ("", "")  # no terminal, no bar
-    model.save(tmp_path / "model.pt")
-    pd.testing.assert_frame_equal(ScBMLPClassifier.load(tmp_path / "model.pt").trials, trials)
-
-
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
-def test_tune_returns_the_linear_baseline_where_nothing_is_ahead_of_it(graded, kind):
-    train, val, test = sets_of(graded, kind)
-    # A rate that destroys whatever it touches.
-    model = tune(kind, train, val, d_hidden=4, n_epochs=2, lr=50.0, device="cpu", progress=False)
-    baseline = linear_baseline(train, val)
-    assert model.trials["chosen"].tolist() == [True, *[False] * 6] and model.best_epoch == 0
-    np.testing.assert_allclose(model.outputs(test), baseline.outputs(test), rtol=1e-4, atol=1e-2)
-    assert not model.w_p.any() and model.statistics is not None and not model.training
-    assert model.history.loc[0, f"val_{model.metric}"] == pytest.approx(baseline.score(val), abs=1e-6)
-
-
-def test_tune_compares_donor_by_donor_where_cells_come_in_donors(planted):
-    train, val, _ = get_classification_datasets(planted, "label")
-    donors = np.array(["a", "b", "c"])[np.minimum(np.arange(len(val)) % 7, 2)]  # unequal, and none counts for more
-    model = tune(ScBMLPClassifier, train, val, groups=donors, d_hidden=8, n_epochs=60, lr=0.01, device="cpu")
-    chosen = model.trials.set_index("chosen").loc[True]
-    assert chosen["behind"] == 0 and chosen["form"] == "linear"
-    rows, y = np.arange(len(val)), val.y.numpy()
-    losses = [-np.log(softmax(one.outputs(val), axis=1)[rows, y]) for one in (linear_baseline(train, val), model)]
-    by_donor = [np.mean((losses[0] - losses[1])[donors == donor]) for donor in "abc"]
-    baseline = model.trials.iloc[0]
-    assert baseline["behind"] == pytest.approx(np.mean(by_donor), rel=1e-3)
-    assert baseline["standard_error"] == pytest.approx(np.std(by_donor, ddof=1) / np.sqrt(3), rel=1e-3)
-
-
-@pytest.mark.parametrize("groups", [["a"], "one", "missing"])
-def test_tune_refuses_groups_that_cannot_be_compared(graded, groups):
-    train, val, _ = sets_of(graded, ScBMLPRegressor)
-    labels = {"one": ["a"] * len(val), "missing": [None, *"ab" * len(val)][: len(val)]}.get(str(groups), groups)
-    with pytest.raises(ValueError, match="groups has .* validation cells; pass one a cell of two groups or more"):
-        tune(ScBMLPRegressor, train, val, groups=labels, progress=False)
-
-
-def test_tune_hands_on_what_the_model_takes(planted):
-    train, val, _ = get_regression_datasets(planted, "target")
-    model = tune(ScBMLPRegressor, train, val, d_hidden=4, n_epochs=2, seed=3, progress=False, loss_fn="huber")
-    assert model.loss_fn == "huber" and model.cfg.seed == 3 and model.cfg.d_hidden == 4 and model.cfg.n_epochs == 2
-
-
 def test_solve_finds_an_interaction_and_says_what_it_tried(planted, tmp_path, capsys):
     train, val, test = get_classification_datasets(planted, "label")
     model = solve(ScBMLPClassifier, train, val, device="cpu")
@@ -607,6 +543,16 @@ def test_replicas_are_solved_on_the_cells_that_were_drawn(planted):
     for broken in ({"n_replicas": 1}, {"resample": "third"}, {"model": ScBMLPRegressor(model.cfg)}):
         with pytest.raises(ValueError, match="n_replicas|resample|the model was trained"):
             solve_replicas(**({"model": model, "train": train} | broken))
+
+
+def test_tune_trains_networks_where_it_is_asked_to(planted):
+    train, val, _ = get_regression_datasets(planted, "target")
+    options = {"d_hidden": 4, "n_epochs": 2, "lr": 50.0, "progress": False, "loss_fn": "huber"}
+    model = tune(ScBMLPRegressor, train, val, trained=True, **options)  # a rate that destroys whatever it touches
+    assert model.recipe is not None and model.loss_fn == "huber"
+    assert model.trials["form"].str.startswith("network").sum() == 6
+    assert model.trials.loc[model.trials["form"].str.startswith("network"), "chosen"].sum() == 0
+    assert model.trials.loc[6:, "behind"].min() > 0
 
 
 @pytest.mark.parametrize("groups", [["a"], "one", "missing"])
@@ -743,23 +689,6 @@ def test_replicas_and_permutations_start_at_balanced_baselines_of_their_own():
     for other in others:  # where genes say nothing, a class is as probable as it counts: the rare one as any
         assert torch.equal(other.class_weight, first.class_weight)
         np.testing.assert_allclose(start(other, None).mean(dim=0), 1 / 3, atol=0.05)
-
-
-def test_tune_weighs_what_it_compares():
-    train, val, _ = rare()
-    model = tune(ScBMLPClassifier, train, val, d_hidden=4, n_epochs=4, device="cpu", class_weight="balanced")
-    trials, linear_model = model.trials, linear_baseline(train, val, class_weight="balanced")
-    assert model.cfg.class_weight == "balanced" and "val_balanced_accuracy" in trials
-    assert trials.loc[0, "val_balanced_accuracy"] == pytest.approx(linear_model.score(val))
-    weight, rows = compute_class_weight("balanced", classes=np.arange(3), y=train.y.numpy())[val.y], np.arange(len(val))
-    losses = [-np.log(softmax(one.outputs(val), axis=1))[rows, val.y] * weight for one in (linear_model, model)]
-    chosen, target = trials["chosen"].idxmax(), val.y.numpy()
-    assert chosen == (trials["behind"] <= trials["standard_error"]).idxmax()
-    np.testing.assert_allclose(trials["behind"], trials["val_loss"] - trials["val_loss"].min(), atol=1e-4)
-    for row, loss, one in zip((0, chosen), losses, (linear_model, model), strict=True):
-        assert trials.loc[row, "val_loss"] == pytest.approx(loss.mean(), rel=1e-4)
-        balanced = balanced_accuracy_score(target, one.outputs(val).argmax(axis=1))
-        assert trials.loc[row, "val_balanced_accuracy"] == pytest.approx(balanced)
 
 
 def test_solve_weighs_classes():

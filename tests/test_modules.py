@@ -11,8 +11,9 @@ from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
 from scbmlp.datasets import ExpressionDataset, get_regression_datasets
-from scbmlp.interactions import decompose, interaction_matrix
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, fit_replicas
+from scbmlp.exact import Mixture, solution
+from scbmlp.interactions import decompose, interaction_matrices, interaction_matrix, similarity
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, _solved, solve_replicas
 from scbmlp.modules import (
     GeneModules,
     agreement,
@@ -355,8 +356,15 @@ def test_agreement_needs_fits_on_the_same_genes():
 @pytest.fixture(scope="module")
 def replicas(planted):
     train, *_ = get_regression_datasets(planted, "target")
-    cfg = Config(8, 8, 2, n_epochs=60, lr=0.01, device="cpu")
-    return fit_replicas(ScBMLPRegressor, cfg, train, None, 5, "bootstrap", progress=False)
+    return solve_replicas(solved(train), train, 5, progress=False)
+
+
+def solved(train):
+    """A model of all products of the genes."""
+    recipe = [(Mixture(space="genes").plus("products", 1.0), 1e-1)] * 2
+    model = _solved(ScBMLPRegressor, Config(8, 1, 2, linear=True), solution(train, *zip(*recipe, strict=True)), train)
+    model.recipe = recipe
+    return model
 
 
 def test_principal_angles_are_canonical_correlations(fitted):
@@ -409,15 +417,33 @@ def replicas_cells(replicas):
     return x
 
 
+def test_matrices_of_equal_branches_are_those_of_their_own_units_alone(replicas, planted):
+    """A solved model: one set of weights, and of that what the output uses."""
+    train, *_ = get_regression_datasets(planted, "target")
+    model, x = replicas[0], train.x.astype(np.float64) - replicas[0].origin
+    for output in ("product", {"product": 1.0, "difference": 2.0}):
+        left, power = (one.numpy().astype(np.float64) for one in (model.w_l, model.w_p))
+        used = power[0] if output == "product" else power[0] + 2 * power[1]
+        dense = left.T * used @ left
+        matrix = interaction_matrix(model, output)
+        assert matrix.basis.shape == (8, np.count_nonzero(used))
+        np.testing.assert_allclose(matrix.to_dense(), dense, atol=1e-12)
+        np.testing.assert_allclose(np.sort(matrix.eigh()[0]), np.linalg.eigvalsh(dense), atol=1e-10)
+        whole = interaction_matrix(model, output, homogeneous=True)
+        np.testing.assert_allclose(whole.to_dense()[:8, :8], dense, atol=1e-12)
+        np.testing.assert_allclose(matrix.quadratic_form(x), np.einsum("ci,ij,cj->c", x, dense, x), atol=1e-10)
+    assert [one.basis.shape[1] for one in interaction_matrices(model)] == [8, 8]
+    assert similarity(model, model, "product", dataset=train) == pytest.approx(1)
+
+
 def test_what_is_there_is_stable_and_noise_is_not(replicas, planted):
     found = stability(replicas, "product", 3)
     assert list(found.columns) == ["eigenvalue", "stability", "low", "high"]
     assert (found["low"] <= found["stability"]).all() and (found["stability"] <= found["high"]).all()
     noise = planted.copy()
     noise.obsm["target"] = np.random.default_rng(0).normal(size=(1000, 2))
-    cfg = Config(8, 8, 2, n_epochs=60, lr=0.01, device="cpu")
     train, *_ = get_regression_datasets(noise, "target")
-    of_noise = stability(fit_replicas(ScBMLPRegressor, cfg, train, None, 5, "half", progress=False), 0, 3)
+    of_noise = stability(solve_replicas(solved(train), train, 4, "half", progress=False), 0, 3)
     assert found["stability"].iloc[:2].min() > 0.95 > 0.9 > of_noise["stability"].iloc[:2].max()
 
 
@@ -431,8 +457,8 @@ def test_modules_of_equal_strength_may_turn_among_each_other(replicas):
             model.branches.weight.copy_(torch.tensor([one, two, one, two]))
             model.project.weight.fill_(1.0)
         model.gene_names, model.output_names = pd.Index(list("abc")), pd.Index(["y"])
-        basis = interaction_matrix(model, 0).basis
-        model.statistics = Statistics(np.zeros(3), np.ones(3), covariance @ basis, np.zeros((3, 1)))
+        both = model.branches.weight.detach().numpy().T
+        model.statistics = Statistics(np.zeros(3), np.ones(3), covariance @ both, np.zeros((3, 1)))
         models.append(model)
     found = stability(models, 0, 2)
     np.testing.assert_allclose(found["eigenvalue"], 1)
@@ -444,8 +470,7 @@ def test_models_that_cannot_be_compared_are_refused(replicas, planted):
         stability(replicas[:1], 0)
     with pytest.raises(ValueError, match="n_modules=0: a whole number of at least 1"):
         consensus(replicas, 0, 0)
-    other = ScBMLPRegressor(Config(8, 8, 2, n_epochs=1, device="cpu"))
-    other.fit(get_regression_datasets(planted, "target")[1], baseline=False, enable_progress_bar=False)
+    other = solved(get_regression_datasets(planted, "target")[1])
     with pytest.raises(ValueError, match="trained on different cells; fit replicas of one training set"):
         consensus([*replicas, other], 0)
     renamed = copy.deepcopy(replicas[0])

@@ -152,6 +152,7 @@ def test_penalties_grow_until_the_best_lies_within():
 
 
 def test_the_simplest_within_a_standard_error_is_chosen():
+    """eq-choice."""
     rng = np.random.default_rng(0)
     base = rng.exponential(size=(100, 3))
     better = base - [0.0, 0.01, 0.5] + 0.2 * rng.normal(size=(100, 3))

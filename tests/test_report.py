@@ -28,9 +28,12 @@ N, G = 240, 40
 
 
 def own_cells():
-    """Three classes, log-normalised; a drug; numbers in obsm; colours of scanpy's."""
+    """Three classes, two of them by the exclusive-or of two programs; a drug; numbers in obsm; colours of scanpy's."""
     rng, label = np.random.default_rng(0), np.arange(N) % 3
-    x = np.log1p(rng.poisson(np.exp(rng.normal(0.3, 0.9, (3, G)))[label]) / 1.7)
+    first = rng.integers(0, 2, N)
+    on = np.stack([first, first ^ (label == 1), label == 0], axis=1).repeat(10, axis=1)
+    rate = np.exp(0.3 + rng.normal(0, 0.3, G))[None] * np.exp(1.5 * np.pad(on, ((0, 0), (0, G - 30))))
+    x = np.log1p(rng.poisson(rate) / 1.7)
     obs = pd.DataFrame({"type": pd.Categorical(np.array(["a/b", "<b>", "c"])[label])}, [f"cell {i}" for i in range(N)])
     obs["drug"] = pd.Categorical(np.array(["vehicle", "one", "two"])[rng.integers(0, 3, N)])
     adata = AnnData(sparse.csr_matrix(x, dtype=np.float32), obs, pd.DataFrame(index=[f"gene{i}" for i in range(G)]))
@@ -83,6 +86,7 @@ def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, cap
     assert adata.shape == (N, G - 5) and adata.X.min() >= 0
     assert {"modules_a_b", "modules_<b>", "modules_c"} <= set(adata.varm)
     assert adata.uns["modules_c"]["trust"].shape[0] == 3 and adata.obsm["X_modules_c"].shape == (N, 3)
+    assert adata.varm["linear_axes"].shape == (G - 5, 3) and list(adata.uns["linear_axes"]) == ["a/b", "<b>", "c"]
 
     before = page.read_bytes()
     assert main(["report", str(path), "--class-key", "type", "--out", str(out)]) == 2
