@@ -264,7 +264,8 @@ def softmax(
     if gram is None:
         gram = products if dual else features.T @ (features * weight)
     bound = gram / 2
-    bound.diagonal().add_(penalty)
+    raised = penalty + torch.finfo(bound.dtype).eps * float(bound.diagonal().sum())  # above what rounding leaves
+    bound.diagonal().add_(raised)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).to(y)
     if start is None:
         start = Fit(y.new_zeros(len(bound), y.shape[1]), torch.log((weight * y).sum(dim=0).clamp_min(1e-3) / n))
@@ -289,7 +290,7 @@ def softmax(
             shares.append(scale * ((own * turn).sum() + d_c @ turn_c))
             turn, turn_c = turn - shares[-1] * d_slope, turn_c - shares[-1] * d_slope_c
         step, step_c = inverse @ turn, turn_c / (n / 2)
-        step_out = 2 * (turn - penalty * step) if dual else features @ step  # products @ step, without a product
+        step_out = 2 * (turn - raised * step) if dual else features @ step  # products @ step, without a product
         for (d_at, d_out, _, d_c, d_slope, d_slope_c, scale), share in zip(steps, reversed(shares), strict=True):
             more = share - scale * ((d_slope * (step_out if dual else step)).sum() + d_slope_c @ step_c)
             step, step_out, step_c = step + more * d_at, step_out + more * d_out, step_c + more * d_c
@@ -310,7 +311,7 @@ def softmax(
         own, d_slope, d_slope_c = d_out if dual else d_at, after[0] - slopes[0], after[1] - slopes[1]
         curvature = float((own * d_slope).sum() + d_c @ d_slope_c)
         if curvature > 0:
-            steps = [*steps[-9:], (d_at, d_out, own, d_c, d_slope, d_slope_c, 1 / curvature)]
+            steps = [*steps[-5:], (d_at, d_out, own, d_c, d_slope, d_slope_c, 1 / curvature)]
         (at, out, constant), slopes, here = new, after, there
     return Fit(at, constant)
 

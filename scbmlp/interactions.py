@@ -1313,7 +1313,7 @@ def _rival(
     for part in (train, validation):
         few.append(part.load(some(len(part), RIVAL_CELLS)))
         few[-1].x, few[-1].gene_names = match_genes(few[-1], model.gene_names), model.gene_names
-    trial, _ = nested.compared(*few, kind, products=False)
+    trial = nested.without_products(*few, kind)
     genes, found = model.gene_names, []
     for i, (_, block) in enumerate(blocks(x, RIVAL_CELLS)):
         others = (match_genes(validation, genes), block) if i == 0 else (block,)

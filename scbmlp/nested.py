@@ -89,9 +89,7 @@ class Search:
         for train, val in folds:
             own, of_val = (counts_of(one, train, class_weight) for one in (train, val))
             cells = train.x, match_genes(val, train.gene_names)
-            # Small sets in double precision, in which no tie is decided by rounding.
-            precise = torch.float64 if len(train) <= 500 else torch.float32
-            kernels = Kernels(*cells, counts=own, device=device, dtype=precise)
+            kernels = Kernels(*cells, counts=own, device=device, dtype=_precision(train))
             y, y_val = (targets_of(one, self.n_outputs) for one in (train, val))
             scale = (kernels.share @ (y - kernels.share @ y) ** 2).clamp_min(1e-30)
             self.folds.append((kernels, y, y_val, scale, torch.as_tensor(of_val)[:, None]))
@@ -140,7 +138,9 @@ class Search:
         losses = np.stack([known[ratios[i]][:, k] for k, i in enumerate(best)], axis=1)
         return Trial(form, (mixture,) * len(best), tuple(ratios[i] for i in best), losses)
 
-    def add(self, form: str, trial: Trial, block: str, *, beat: Trial | None = None, **changes: Any) -> Trial:
+    def add(
+        self, form: str, trial: Trial, block: str, *, beat: Trial | None = None, climb: bool = True, **changes: Any
+    ) -> Trial:
         """Return the best of a trial and of its leading mixture with a block more, climbing over ranks and weights.
 
         There is no climb where the first try does not `beat` a trial, the one before if there is no other.
@@ -160,8 +160,8 @@ class Search:
 
         here: list[Any] = [WEIGHTS[block], mixture.rank]
         grids = [[here[0] * 3.0**i for i in range(-3, 4)], RANKS]
-        climbs = [0]
-        if block in ("components", "products") and changes.get("space", "components") == "components":
+        climbs = [0] if climb else []
+        if climb and block in ("components", "products") and changes.get("space", "components") == "components":
             climbs = [1, 0]
         if at(*here).loss >= (beat or trial).loss:
             climbs = []
@@ -322,21 +322,31 @@ def fold_of(dataset: ExpressionDataset, n_folds: int, groups: np.ndarray | None 
     return fold
 
 
-def compared(
-    train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None, *, products: bool = True
-) -> tuple[Trial, Trial]:
+def without_products(train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None) -> Trial:
+    """Return the best model of genes, components, presence and squares, each block at one weight, for an audit.
+
+    Depth is no block of it: it is a sum of genes, so that its products hold some of theirs.
+    """
+    search = Search([(train, val)], class_weight)
+    best = search.path("without products", Mixture())
+    for block in ("components", "presence", "squares"):
+        best = search.add(best.form, best, block, climb=False)
+    return best
+
+
+def compared(train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None) -> tuple[Trial, Trial]:
     """Return the best model whose features are no products but those of depth, and the best with products on top.
 
     A block stays where it helps; where products do not, both are the same. For classes, weights of blocks are searched
-    by squared error of their indicators, which is quick, and log-loss decides which of the blocks stay.
+    by squared error of their indicators, which is quick, of presence, squares and depth two weights each; log-loss
+    decides which of the blocks stay.
     """
     search = Search([(train, val)], class_weight)
     quick = Search([(_graded(train), _graded(val))]) if search.classes else search
     found = [quick.path("without products", Mixture())]
-    # Depth is a sum of genes, so that its products hold some of theirs: an audit of a model counts these as products.
-    for block in ("components", "presence", "squares", "depth")[: 4 if products else 3]:
-        found.append(quick.add(found[0].form, found[-1], block))
-    rival, best = found[-1], quick.add("with products", found[-1], "products") if products else found[-1]
+    for block in ("components", "presence", "squares", "depth"):
+        found.append(quick.add(found[0].form, found[-1], block, climb=block == "components" or not search.classes))
+    rival, best = found[-1], quick.add("with products", found[-1], "products")
     (mixture, ratio), more = leading(rival), leading(best)[0]
     if search.classes:
         few = dict.fromkeys(leading(found[i])[0] for i in (0, 1, -1))
@@ -347,7 +357,7 @@ def compared(
             best = search.path(
                 "with products", mixture.plus("products", more.weight("products"), rank=more.rank), ratio
             )
-    if more.rank != mixture.rank and products:  # more components are no products
+    if more.rank != mixture.rank:  # more components are no products
         rival = rival.or_better(search.path(rival.form, mixture._replace(rank=more.rank), ratio))
     return rival, replace(rival.or_better(best), form=best.form)
 
@@ -363,8 +373,14 @@ def kernels_of(
     train: ExpressionDataset, *others: Matrix, class_weight: str | None = None
 ) -> tuple[Kernels, torch.Tensor]:
     """Return the products of training cells, and of others with them, and the training cells' targets (cell x out)."""
-    kernels = Kernels(train.x, *others, counts=counts_of(train, train, class_weight))
-    return kernels, targets_of(train, len(train.output_names))
+    precision = _precision(train) if train.y.ndim == 1 else torch.float64
+    kernels = Kernels(train.x, *others, counts=counts_of(train, train, class_weight), dtype=precision)
+    return kernels, targets_of(train, len(train.output_names)).to(precision)
+
+
+def _precision(train: ExpressionDataset) -> torch.dtype:
+    """Return double precision for small sets, in which no tie is decided by rounding, else single."""
+    return torch.float64 if len(train) <= 500 else torch.float32
 
 
 def predicted(
