@@ -134,9 +134,9 @@ def enrich(
                 table = _over_representation([gene for gene in top if gene in symbol], tested, list(symbol))
                 table["genes"] = [", ".join(symbol[gene] for gene in row) for row in table["genes"]]
                 tables.append(table.assign(output=output, module=module, pole=pole))
-    table = pd.concat(tables, ignore_index=True)
-    table["q"] = false_discovery_control(table["p"])
     columns = ["output", "module", "pole", "term", "overlap", "size", "odds_ratio", "p", "q", "genes"]
+    table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+    table["q"] = false_discovery_control(table["p"]) if len(table) else 0.0
     table = table.sort_values(["p", "output", "module", "pole", "term"], ignore_index=True)[columns]
     table.attrs = {"n_terms": len(terms), "n_unmatched": len(unmatched)}
     return table

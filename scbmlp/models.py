@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from scbmlp import exact, moments, nested
 from scbmlp.baselines import LinearModel, accuracy, class_counts, linear_baseline
-from scbmlp.checks import check_class_weight, plain_names, warn, whole_number
+from scbmlp.checks import check_class_weight, nearest, plain_names, warn, whole_number
 from scbmlp.datasets import (
     ExpressionDataset,
     blocks,
@@ -984,6 +984,7 @@ def solve(
     train: ExpressionDataset,
     val: ExpressionDataset | None = None,
     *,
+    form: str | None = None,
     groups: Any = None,
     class_weight: Literal["balanced"] | None = None,
     device: str = "auto",
@@ -1012,6 +1013,8 @@ def solve(
     train, val
         Cells to fit, and cells that choose. If there are fewer than 300 of the latter, or none, five folds of all cells
         choose, or of more than 5,000 a tenth of `train`; the model is fitted to `train` alone.
+    form
+        What to return whatever is best, such as ``"products of components"``; if None, the choice is as above.
     groups
         Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor.
     class_weight, device
@@ -1031,7 +1034,8 @@ def solve(
     Raises
     ------
     ValueError
-        There is one class, `groups` are not one a validation cell, or there are too many genes for so many cells.
+        There is one class, `form` is unknown, `groups` are not one a validation cell, or there are too many genes for
+        so many cells.
 
     Examples
     --------
@@ -1050,16 +1054,22 @@ def solve(
     ModelClass(cfg, **options).check(train, names=False)
     if train.y.ndim == 1 and len(train.y.unique()) < 2:
         raise ValueError("train has cells of 1 class alone; add cells of other classes.")
+    large = len(train) > moments.LARGE
+    names = ["linear in genes", *(name for name, *_ in nested.FORMS), *(() if large else nested.SPACES.values())]
+    if form is not None and form not in names:
+        raise ValueError(f"form={form!r} is unknown{nearest(form, names)}; choose one of {', '.join(names)}, or None.")
     groups = _groups(groups, val)
     kind = kind_of(device)
-    how = {"groups": groups, "class_weight": class_weight, "device": kind}
-    if large := len(train) > moments.LARGE:
+    how = {"must": form, "groups": groups, "class_weight": class_weight, "device": kind}
+    if large:
         (trials, known, groups), rivals = moments.search(train, val, **how), []
     else:
         trials, rival = nested.search(held(train), None if val is None else held(val), **how, progress=progress)
         known, rivals = None, [rival]
     _, behind, error = nested.choose([*trials, *rivals], groups)
     best, _, _ = nested.choose(trials, groups)
+    if form is not None:
+        best = np.full_like(best, names.index(form))
     mixtures, ratios = zip(*((trials[i].mixtures[k], trials[i].ratios[k]) for k, i in enumerate(best)), strict=True)
     counts = None if class_weight is None else exact.counts_of(train, train, class_weight)
     if large and known is None:  # cells that chose are in no sums yet

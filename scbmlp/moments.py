@@ -304,6 +304,7 @@ def search(
     train: ExpressionDataset,
     val: ExpressionDataset | None,
     *,
+    must: str | None = None,
     groups: np.ndarray | None = None,
     class_weight: str | None = None,
     device: str | torch.device = "cpu",
@@ -323,7 +324,7 @@ def search(
         val, groups = val.load(rows), None if groups is None else groups[rows]
     counts = None if class_weight is None else counts_of(fitted, train, class_weight)
     known = Moments(fitted, counts, device=device)
-    trials = SumSearch(known, fitted, val, class_weight).nested(FORMS)
+    trials = SumSearch(known, fitted, val, class_weight).nested(FORMS, must)
     if train.y.ndim == 1 and known.held < len(known.values):
         trials = [replace(one, form=f"{one.form}, by {known.held} leading components") for one in trials]
     return trials, None if few else known, groups

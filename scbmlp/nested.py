@@ -139,11 +139,20 @@ class Search:
         return Trial(form, (mixture,) * len(best), tuple(ratios[i] for i in best), losses)
 
     def add(
-        self, form: str, trial: Trial, block: str, *, beat: Trial | None = None, climb: bool = True, **changes: Any
+        self,
+        form: str,
+        trial: Trial,
+        block: str,
+        *,
+        beat: Trial | None = None,
+        climb: bool = True,
+        must: bool = False,
+        **changes: Any,
     ) -> Trial:
         """Return the best of a trial and of its leading mixture with a block more, climbing over ranks and weights.
 
-        There is no climb where the first try does not `beat` a trial, the one before if there is no other.
+        There is no climb where the first try does not `beat` a trial, the one before if there is no other. If it `must`
+        be, the block is there even if the trial does better without.
         """
         mixture, ratio = leading(trial)
         known: dict[tuple[float, int], Trial] = {}
@@ -181,21 +190,23 @@ class Search:
         best = at(*here)
         if self.classes and len(known) > 1 and best.loss < trial.loss:
             best = self.path(form, *best.mixtures, *best.ratios)
-        for one in (trial, *known.values()):
+        for one in (*(() if must else (trial,)), *known.values()):
             best = best.or_better(one)
         return replace(best, form=form)
 
-    def nested(self, forms: Sequence[tuple[str, str, dict[str, Any]]]) -> list[Trial]:
+    def nested(self, forms: Sequence[tuple[str, str, dict[str, Any]]], must: str | None = None) -> list[Trial]:
         """Return the best trial of a linear model, and of one block more at a time.
 
         Parameters
         ----------
         forms
             Name, block and other fields of the mixture, each on top of the one before.
+        must
+            Form whose block is there even if it does not help.
         """
         found = [self.path("linear in genes", Mixture())]
         for form, block, changes in forms:
-            found.append(self.add(form, found[-1], block, **changes))
+            found.append(self.add(form, found[-1], block, must=form == must, **changes))
         return found
 
 
@@ -247,6 +258,7 @@ FORMS = (
     ("linear in genes and components", "components", {}),
     ("products of components", "products", {}),
 )
+SPACES = {"genes": "products of genes", "sd": "products of genes in units of their sd"}
 SMALL = 300  # validation cells below which folds of all cells choose
 
 
@@ -254,6 +266,7 @@ def search(
     train: ExpressionDataset,
     val: ExpressionDataset | None,
     *,
+    must: str | None = None,
     groups: np.ndarray | None = None,
     class_weight: str | None = None,
     device: str | torch.device = "cpu",
@@ -265,6 +278,8 @@ def search(
     ----------
     train, val
         Cells to fit, and cells that choose; where these are few and in no `groups`, folds of all cells choose.
+    must
+        Form whose block is there even if it does not help.
     groups
         Donor or batch of every validation cell.
     class_weight
@@ -283,11 +298,11 @@ def search(
     few = val is None or (len(val) < SMALL and groups is None)
     compared = Search(folds_of(train, val) if few else [(train, val)], class_weight, device)
     with tqdm(total=6, desc="solve", unit="form", delay=2, disable=not (progress and watched())) as bar:
-        trials = compared.nested(FORMS)
+        trials = compared.nested(FORMS, must)
         bar.update(3)
         components = trials[1]
-        for space, name in (("genes", "products of genes"), ("sd", "products of genes in units of their sd")):
-            trials.append(compared.add(name, components, "products", beat=trials[2], space=space))
+        for space, name in SPACES.items():
+            trials.append(compared.add(name, components, "products", beat=trials[2], must=name == must, space=space))
             bar.update()
         rival = compared.add("with presence and squares", components, "presence")
         rival = compared.add(rival.form, rival, "squares")

@@ -116,6 +116,12 @@ def test_sets_of_other_sizes_are_not_tested_but_their_genes_are_known():
     assert set(enrich(modules_of(), sets, GENES[5:], min_size=5, max_size=21)["term"]) == {"large"}
 
 
+def test_a_model_without_products_has_no_modules_to_test():
+    table = enrich(modules_of(0), {"five": GENES[:5]})
+    assert len(table) == 0 and table.attrs["n_terms"] == 1
+    assert list(table.columns) == list(enrich(modules_of(), {"five": GENES[:5]}).columns)
+
+
 def test_no_set_of_the_right_size_is_an_error():
     with pytest.raises(ValueError, match="none of 2 gene sets has 5 to 500 of the 60 background genes; .*min_size=5"):
         enrich(modules_of(), {"fly": ["vg", "ap", "wg", "en", "hh"], "small": GENES[:4]})

@@ -555,6 +555,15 @@ def test_tune_trains_networks_where_it_is_asked_to(planted):
     assert model.trials.loc[6:, "behind"].min() > 0
 
 
+def test_a_form_may_be_asked_for(graded):
+    train, val, _ = sets_of(graded, ScBMLPRegressor)
+    model = solve(ScBMLPRegressor, train, val, form="products of components", device="cpu")
+    assert all(mixture.weight("products") > 0 for mixture, _ in model.recipe) and model.w_p.any()
+    assert model.trials.set_index("form").loc["products of components", "chosen"] == 2 == model.trials["chosen"].sum()
+    with pytest.raises(ValueError, match="form='product of components' is unknown; did you mean 'products of comp"):
+        solve(ScBMLPRegressor, train, val, form="product of components")
+
+
 @pytest.mark.parametrize("groups", [["a"], "one", "missing"])
 def test_solve_refuses_groups_that_cannot_be_compared(graded, groups):
     train, val, _ = sets_of(graded, ScBMLPRegressor)
