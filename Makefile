@@ -59,8 +59,8 @@ dist: $(INSTALLED) ## build sdist and wheel, and try each in an environment that
 	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check --force-reinstall --no-deps dist/*.tar.gz
 	$(TRY) "$(CURDIR)/.ci/installed.py"
 
-outputs: $(INSTALLED) ## store anew what the checked cells of the chapters print on simulated cells
-	SCBMLP_DATA_SOURCE=simulated $(BIN)/python .ci/maintain.py outputs
+outputs: $(INSTALLED) ## store anew what the checked cells of the chapters printed in the book built last, of simulated cells
+	$(BIN)/python .ci/maintain.py outputs
 
 figure: $(INSTALLED) ## take the figure of the README out of the book built last
 	$(BIN)/python .ci/maintain.py figure
