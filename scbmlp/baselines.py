@@ -324,12 +324,12 @@ def _best(
 def _try_penalties(loss: Callable[[float], np.ndarray], penalties: np.ndarray) -> None:
     """Try penalties from the largest on, and more beyond an end that is ahead of the next to it for any output (out).
 
-    An end that is ahead by less than a thousandth is level: more would change nothing.
+    An end that is ahead by less than a thousandth, or by next to nothing of the largest loss, is level.
     """
     known = {penalty: np.atleast_1d(loss(penalty)) for penalty in np.sort(penalties)[::-1]}
-    ends = sorted(known)
+    ends, nothing = sorted(known), 1e-5 * np.max([*known.values()], axis=0)
     for end, beside, limit in ((ends[0], ends[1], ends[0] / BEYOND), (ends[-1], ends[-2], ends[-1] * BEYOND)):
-        while (known[end] < (1 - 1e-3) * known[beside]).any():
+        while (known[beside] - known[end] > np.maximum(1e-3 * known[beside], nothing)).any():
             beyond = end * end / beside
             if (beyond < limit) if end < beside else (beyond > limit):
                 warn(

@@ -1319,11 +1319,12 @@ def _rival(
         others = (match_genes(validation, genes), block) if i == 0 else (block,)
         kernels, y = nested.kernels_of(few[0], *others, class_weight=kind)
         parts = nested.predicted(kernels, y, trial.mixtures, trial.ratios, classes)
-        index = [[None] * len(parts)] if classes else [
-            nested.linked(kernels, y[:, k].numpy(), mixture, ratio)
-            for k, (mixture, ratio) in enumerate(zip(trial.mixtures, trial.ratios, strict=True))
-        ]  # fmt: skip
-        indices = [None if classes else np.stack(one, axis=1) for one in zip(*index, strict=True)]
+        indices = [None if classes else np.empty(part.shape) for part in parts]
+        pairs = [] if classes else [*zip(trial.mixtures, trial.ratios, strict=True)]
+        for pair in dict.fromkeys(pairs):
+            here = [k for k, own in enumerate(pairs) if own == pair]
+            for index, one in zip(indices, nested.linked(kernels, y[:, here].numpy(), *pair), strict=True):
+                index[:, here] = one
         found += [*zip(parts, indices, strict=True)]
     outputs, indices = zip(*found[1:], strict=True)
     return *found[0], np.vstack(outputs), None if classes else np.vstack(indices)

@@ -416,6 +416,9 @@ class _BilinearMLP(nn.Module):
             mixture = self.recipe[0][0]
             of = f"{mixture.rank} components" if mixture.space == "components" else "genes"
             rows["Form"] = f"solved, {f'products of {of}' if mixture.weight('products') else 'no products'}"
+            chosen = None if self.trials is None else self.trials[self.trials["chosen"] > 0]
+            if chosen is not None and (chosen["behind"] > chosen["standard_error"]).all():
+                rows["Better"] = f"the rival {self.trials['form'].iloc[-1]}, without products"
             return rows
         if self.statistics is None and history.empty:
             return rows | {"Training": "not fitted"}
@@ -1057,7 +1060,7 @@ def solve(
     large = len(train) > moments.LARGE
     names = ["linear in genes", *(name for name, *_ in nested.FORMS), *(() if large else nested.SPACES.values())]
     if form is not None and form not in names:
-        raise ValueError(f"form={form!r} is unknown{nearest(form, names)}; choose one of {', '.join(names)}, or None.")
+        raise ValueError(f"form={form!r} is unknown; choose one of {', '.join(names)}, or None{nearest(form, names)}.")
     groups = _groups(groups, val)
     kind = kind_of(device)
     how = {"must": form, "groups": groups, "class_weight": class_weight, "device": kind}

@@ -417,27 +417,32 @@ def predicted(
 
 
 def linked(kernels: Kernels, y: np.ndarray, mixture: Mixture, ratio: float, n_rounds: int = 8) -> list[np.ndarray]:
-    """Return an index of the other cells (each cell) that is fitted together with its link to one target (cell).
+    """Return indices of the other cells (each cell x out) that are fitted together with their links to targets.
 
-    Ridge regression and a curve of the target take turns, as in ACE: each follows the other. A cell's own target has no
-    part in its index while the curve is fitted.
+    Ridge regression and a curve of the target (cell x out) take turns, as in ACE: each follows the other. A cell's own
+    target has no part in its index while the curve is fitted.
     """
     products, *others = kernels.mixed(mixture)
-    if np.ptp(y) == 0:
-        return [np.zeros(len(seen)) for seen in others]
-    n = len(y)
+    n, cells = len(y), np.zeros(y.shape)
     system = products.clone()
     system.diagonal().add_(ratio * n)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(system)).numpy()
     own = np.clip(1 - ratio * n * inverse.diagonal() + 1 / n, None, 0.999)  # diagonal of the hat matrix
-    knots = np.unique(np.quantile(y, np.linspace(0, 1, 8)))[:, None]
-    curve = SplineTransformer(knots=knots).fit_transform(y[:, None])
-    fit = np.linalg.solve(curve.T @ curve + 1e-3 * np.eye(curve.shape[1]), curve.T)
-    target = (y - y.mean()) / y.std()
+    varied = np.flatnonzero(np.ptp(y, axis=0) > 0)
+    curves = [_curve(y[:, k]) for k in varied]
+    target = (y[:, varied] - y[:, varied].mean(axis=0)) / y[:, varied].std(axis=0)
     for _ in range(n_rounds):
         index = target - ratio * n * (inverse @ target)
-        index = (index - own * target) / (1 - own)
-        target = curve @ (fit @ index)
-        target = (target - target.mean()) / max(target.std(), 1e-12)
-    cells = inverse @ target
+        index = (index - own[:, None] * target) / (1 - own[:, None])
+        bent = [curve @ (fit @ index[:, k]) for k, (curve, fit) in enumerate(curves)]
+        target = np.stack(bent, axis=1) if bent else target
+        target = (target - target.mean(axis=0)) / np.maximum(target.std(axis=0), 1e-12)
+    cells[:, varied] = inverse @ target
     return [seen.numpy() @ cells for seen in others]
+
+
+def _curve(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a spline basis of one target (cell x comp), and what fits it (comp x cell)."""
+    knots = np.unique(np.quantile(y, np.linspace(0, 1, 8)))[:, None]
+    curve = SplineTransformer(knots=knots).fit_transform(y[:, None])
+    return curve, np.linalg.solve(curve.T @ curve + 1e-3 * np.eye(curve.shape[1]), curve.T)

@@ -555,12 +555,21 @@ def test_tune_trains_networks_where_it_is_asked_to(planted):
     assert model.trials.loc[6:, "behind"].min() > 0
 
 
+def test_a_model_says_that_a_rival_without_products_is_ahead():
+    rng = np.random.default_rng(0)
+    x = (rng.gamma(1.0, size=(500, 12)) * (rng.random((500, 12)) < 0.8)).astype(np.float32)
+    y = (x > 0).sum(axis=1, keepdims=True).astype(np.float32)  # additive, and neither linear nor a product
+    cells = ExpressionDataset(x, y, pd.RangeIndex(12), pd.Index(["y"]))
+    model = solve(ScBMLPRegressor, cells.load(slice(200)), cells.load(slice(200, None)), device="cpu", progress=False)
+    assert "better the rival with presence and squares, without products" in repr(model)
+
+
 def test_a_form_may_be_asked_for(graded):
     train, val, _ = sets_of(graded, ScBMLPRegressor)
     model = solve(ScBMLPRegressor, train, val, form="products of components", device="cpu")
     assert all(mixture.weight("products") > 0 for mixture, _ in model.recipe) and model.w_p.any()
     assert model.trials.set_index("form").loc["products of components", "chosen"] == 2 == model.trials["chosen"].sum()
-    with pytest.raises(ValueError, match="form='product of components' is unknown; did you mean 'products of comp"):
+    with pytest.raises(ValueError, match="form='product of components' is unknown; .*did you mean products of comp"):
         solve(ScBMLPRegressor, train, val, form="product of components")
 
 
@@ -642,7 +651,7 @@ def test_history_baseline_and_best_epoch_are_of_the_weighted_loss(linear):
     for epoch, outputs in ((0, linear_model.outputs(val)), (model.best_epoch, model.outputs(val))):
         loss, target = -np.log(softmax(outputs, axis=1))[np.arange(len(val)), val.y], val.y.numpy()
         assert history.loc[epoch, "val_loss"] == pytest.approx((weight[target] * loss).mean(), rel=1e-4)
-        assert abs(history.loc[epoch, "val_loss"] - loss.mean()) > 0.02  # another number
+        assert abs(history.loc[epoch, "val_loss"] - loss.mean()) > 0.01  # another number
         balanced = balanced_accuracy_score(target, outputs.argmax(axis=1))
         assert history.loc[epoch, "val_balanced_accuracy"] == pytest.approx(balanced)
     assert model.best_epoch == (history["val_loss"].idxmin() if linear else 15) > 0
