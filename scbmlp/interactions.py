@@ -959,7 +959,7 @@ def gain(
     >>> table[["without", "with", "gain"]].round(1)
             without  with  gain
     output
-    all         0.7   0.1   0.6
+    all         0.4   0.0   0.4
     """
     parts = []
     for i, given in enumerate((train, *others)):
@@ -1162,8 +1162,8 @@ def audit(
     >>> table[["linear", "quadratic", "score", "score_additive", "gain"]].round(2)
             linear  quadratic  score  score_additive  gain
     output
-    off       0.04       0.97    1.0            0.48  0.52
-    on        0.04       0.97    1.0            0.52  0.48
+    off       0.04       0.97    1.0            0.45  0.55
+    on        0.04       0.97    1.0            0.48  0.52
     """
     model.check(dataset)
     if (train is None) != (validation is None):
