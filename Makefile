@@ -23,8 +23,8 @@ pdf: $(INSTALLED) ## print the site that make book left anew, to _build/html/scb
 	$(BIN)/python .ci/book_browser.py
 
 test: lint ## lint, unit tests, and every chapter on simulated cells against its stored results
-	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest tests chapters \
-	  -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
+	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest chapters tests \
+	  -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax --nbval-current-env --nbval-cell-timeout=1800
 
 lint: $(INSTALLED) ## style, spelling, the workflow's security, and the house by the Scientific Python guide
 	$(BIN)/ruff check .
