@@ -234,6 +234,8 @@ def trust(
             done[name] = trust(one, models, val, null=null, audit=audit, **own)
         return done
     output = modules.output
+    if not len(modules.eigenvalues):  # no products, so there is nothing to trust
+        return replace(modules, trust=pd.DataFrame({"trusted": np.zeros(0, bool)}))
     table = stability(models, output, modules=modules, dataset=val)[["eigenvalue", "stability", "low"]]
     alike = [similarity(a, b, output, dataset=val) for a, b in combinations(models[:6], 2)]
     trusted = table["stability"] >= STABLE

@@ -17,7 +17,7 @@ from scbmlp.evidence import ablation, random_directions, trust, without_pairs
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import attributions, audit, decompose, direction, group_means, interaction_matrix, pair_effects
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.modules import consensus, follows_target, gene_modules, permutation_null, stability
+from scbmlp.modules import GeneModules, consensus, follows_target, gene_modules, permutation_null, stability
 from tests.test_interactions import random_model
 
 
@@ -326,6 +326,13 @@ def planted():
         f"noise{i}": [f"Sim{i * 7 + j:04d}" for j in range(1, 7)] for i in range(9)
     }
     return adata, train, val, test, replicas, null, sets
+
+
+def test_a_model_without_products_has_nothing_to_trust():
+    genes = pd.Index(["a", "b"])
+    none = GeneModules(pd.Series(dtype=float), *2 * [pd.DataFrame(index=genes)], *2 * [pd.Series(1.0, genes)], "y")
+    table = trust(none, [], None).trust
+    assert len(table) == 0 and list(table.columns) == ["trusted"]
 
 
 def test_trust_is_earned_by_the_modules_of_the_planted_pair_alone(planted):
