@@ -14,6 +14,7 @@ from scbmlp.baselines import class_counts
 from scbmlp.datasets import ExpressionDataset, Matrix, dense_tensor
 
 CURVATURE = 0.1  # of the log-loss, where a fit starts to learn it
+KEPT = 8  # blocks, whose products take much memory
 FEATURES = 250  # of each block, that a search among models of classes makes do with
 
 
@@ -147,7 +148,8 @@ class Kernels:
     def block(self, name: str, rank: int, space: str) -> tuple[list[Tensor], float]:
         """Return the products of all cells with the training cells, and the scale that was taken off."""
         key = name if name in ("genes", "presence", "squares") else f"{name} {rank if space == 'components' else space}"
-        if key not in self._known:
+        known = self._known.pop(key, None)
+        if known is None:
             features, squared = self._features(name, rank, space)
             features = [part.to(**self.to) for part in features]
             share = self.share.to(**self.to)
@@ -156,8 +158,11 @@ class Kernels:
             mean = found[0] @ share
             found = [part - (part @ share)[:, None] - mean + share @ mean for part in found]
             scale = float(share @ found[0].diagonal()) or 1.0
-            self._known[key] = [part / scale for part in found], scale
-        return self._known[key]
+            known = [part / scale for part in found], scale
+        self._known[key] = known  # at the end: what was not used for longest goes first
+        if len(self._known) > KEPT:
+            del self._known[next(iter(self._known))]
+        return known
 
     def leading_features(self, mixture: Mixture) -> list[Tensor]:
         """Return the leading features of every block of a mixture (each cell x feature), for a search among many."""

@@ -954,6 +954,7 @@ class _Again:
         if (mixture, ratio) not in self._factors:
             system = self.kernels.mixed(mixture)[0].clone()
             system.diagonal().add_(ratio * len(system))
+            self._factors.clear()  # outputs come one by one, and a factor is as large as all pairs of cells
             self._factors[mixture, ratio] = torch.linalg.cholesky(system)
         return self._factors[mixture, ratio]
 

@@ -86,7 +86,7 @@ def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, cap
     assert adata.shape == (N, G - 5) and adata.X.min() >= 0
     assert {"modules_a_b", "modules_<b>", "modules_c"} <= set(adata.varm)
     assert adata.uns["modules_c"]["trust"].shape[0] == 3 and adata.obsm["X_modules_c"].shape == (N, 3)
-    assert adata.varm["linear_axes"].shape == (G - 5, 3) and list(adata.uns["linear_axes"]) == ["a/b", "<b>", "c"]
+    assert adata.varm["linear_axes"].shape == (G - 5, 3) and list(adata.uns["linear_axes"]) == ["<b>", "a/b", "c"]
 
     before = page.read_bytes()
     assert main(["report", str(path), "--class-key", "type", "--out", str(out)]) == 2
