@@ -45,7 +45,7 @@ from scbmlp.interactions import (
     pair_effects,
 )
 from scbmlp.knockoffs import knockoffs
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, tune
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve, tune
 from scbmlp.modules import agreement, gene_modules, permutation_null, truncation_curve
 from scbmlp.plotting import category_colors
 from scbmlp.report import prepare
@@ -98,6 +98,7 @@ def fitted(tmp_path_factory):
     layered, *_ = get_classification_datasets(adata, "type", layer="log")
     world["layered"] = ScBMLPClassifier(Config(G, 4, 3, n_epochs=1, device="cpu"))
     world["layered"].fit(layered, **QUIET)
+    world["solved"] = solve(ScBMLPClassifier, *sets[:2], device="cpu", progress=False)
     world["modules"] = gene_modules(world["classifier"], "T0", 3)
 
     def disk(cells):
@@ -366,15 +367,15 @@ BAD = {
     "modules of another model": (lambda a, w: ablation(w.regressor, w.modules, w.graded[2]), KeyError, "modules.output='T0' is not one output of the model; they are up, down"),
     "AnnData to deal out": (lambda a, w: without_pairs(a), ValueError, "of type AnnData"),
     "more groups than cells": (lambda a, w: without_pairs(w.sets[2], n_groups=999), ValueError, "n_groups=999"),
-    "one replica": (lambda a, w: trust(w.modules, [w.classifier], w.sets[1]), ValueError, "models has 1; two or more .*fit_replicas"),
+    "one replica": (lambda a, w: trust(w.modules, [w.classifier], w.sets[1]), ValueError, "models has 1; two or more .*solve_replicas"),
     "replicas of other outputs": (lambda a, w: trust(w.modules, [w.classifier, w.lettered], w.sets[1]), ValueError, "models have different output_names"),
     "directions of other genes": (lambda a, w: random_directions(w.modules, own(w)), KeyError, "lacks 20 of the 20 genes"),
-    "strata of few": (lambda a, w: fit_permuted(ScBMLPClassifier, config(), *w.sets[:2], 1, ["a"]), ValueError, "strata has 1 labels, the last cell of train is cell"),
-    "stratum of one cell": (lambda a, w: fit_permuted(ScBMLPClassifier, config(), *w.sets[:2], 1, np.arange(N)), ValueError, "labels with a single cell in train, .*merge them"),
-    "no permutation": (lambda a, w: permutation_null(ScBMLPClassifier, config(), *w.sets[:2], "T0", 0), ValueError, "n_permutations=0: a whole number"),
-    "half a permutation": (lambda a, w: permutation_null(ScBMLPClassifier, config(), *w.sets[:2], "T0", 1.5), ValueError, "n_permutations=1.5"),
-    "no module of a null": (lambda a, w: permutation_null(ScBMLPClassifier, config(), *w.sets[:2], "T0", 1, n_modules=0), ValueError, "n_modules=0"),
-    "null without validation": (lambda a, w: permutation_null(ScBMLPClassifier, config(), w.sets[0], None, "T0"), ValueError, "val is of type NoneType"),
+    "strata of few": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1, ["a"]), ValueError, "strata has 1 labels, the last cell of train is cell"),
+    "stratum of one cell": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1, np.arange(N)), ValueError, "labels with a single cell in train, .*merge them"),
+    "no permutation": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 0), ValueError, "n_permutations=0: a whole number"),
+    "half a permutation": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1.5), ValueError, "n_permutations=1.5"),
+    "no module of a null": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1, n_modules=0), ValueError, "n_modules=0"),
+    "null without validation": (lambda a, w: permutation_null(w.solved, w.sets[0], None, "T0"), ValueError, "val is of type NoneType"),
     "pair of one gene": (lambda a, w: pair_effects(w.classifier, "T0", a, [("G1", "G1")], np.zeros(G)), ValueError, "pairs has 'G1' with itself; name two"),
     "pair of an unknown gene": (lambda a, w: pair_effects(w.classifier, "T0", a, [("G1", "G99")], np.zeros(G)), KeyError, "not the model's: G99"),
     "attributions around few genes": (lambda a, w: attributions(w.classifier, "T0", a, np.zeros(3)), ValueError, "reference has"),
