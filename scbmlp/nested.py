@@ -338,8 +338,9 @@ def fold_of(dataset: ExpressionDataset, n_folds: int, groups: np.ndarray | None 
 
 
 def without_products(train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None) -> Trial:
-    """Return the best model of genes, components, presence and squares, each block at one weight, for an audit.
+    """Return the best model of genes, components, presence and squares, for an audit that has to be quick.
 
+    Each block has the first weight that is tried; one that does not help is tried with lower ones.
     Depth is no block of it: it is a sum of genes, so that its products hold some of theirs.
     """
     search = Search([(train, val)], class_weight)
@@ -353,8 +354,8 @@ def compared(train: ExpressionDataset, val: ExpressionDataset, class_weight: str
     """Return the best model whose features are no products but those of depth, and the best with products on top.
 
     A block stays where it helps; where products do not, both are the same. For classes, weights of blocks are searched
-    by squared error of their indicators, which is quick, of presence, squares and depth two weights each; log-loss
-    decides which of the blocks stay.
+    by squared error of their indicators, which is quick. Presence, squares and depth have the first weight that is
+    tried, or a lower one if that does not help. Log-loss decides which of the blocks stay.
     """
     search = Search([(train, val)], class_weight)
     quick = Search([(_graded(train), _graded(val))]) if search.classes else search
