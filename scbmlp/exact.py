@@ -94,6 +94,7 @@ class Kernels:
         self._known: dict[str, tuple[list[Tensor], float]] = {}
         self._leading: dict[str, list[Tensor]] = {}
         self._axes: Tensor | None = None
+        self._mixed: tuple[Mixture, list[Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.d[0])
@@ -199,8 +200,17 @@ class Kernels:
 
     def mixed(self, mixture: Mixture) -> list[Tensor]:
         """Return the products of all cells with the training cells (each cell x cell) in a mixture of blocks."""
-        blocks = [(self.block(name, *mixture[1:])[0], weight) for name, weight in mixture.weights if weight]
-        return [sum(weight * parts[i] for parts, weight in blocks) for i in range(len(self.d))]
+        if self._mixed is None or self._mixed[0] != mixture:  # the last one is kept for the next penalty
+            self._mixed = None
+            blocks = [(self.block(name, *mixture[1:])[0], weight) for name, weight in mixture.weights if weight]
+            found = []
+            for i in range(len(self.d)):
+                whole = blocks[0][0][i] * blocks[0][1]
+                for parts, weight in blocks[1:]:
+                    whole.add_(parts[i], alpha=weight)
+                found.append(whole)
+            self._mixed = mixture, found
+        return self._mixed[1]
 
 
 class Fit(NamedTuple):

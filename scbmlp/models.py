@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from numbers import Real
@@ -17,7 +15,6 @@ import numpy as np
 import pandas as pd
 import torch
 from anndata import AnnData
-from joblib import Parallel, delayed, effective_n_jobs
 from scipy.special import log_softmax
 from sklearn.metrics import mean_absolute_error, r2_score, recall_score
 from torch import Tensor, nn
@@ -35,12 +32,10 @@ from scbmlp.datasets import (
     match_genes,
     mean,
     standard_deviation,
-    take,
 )
 from scbmlp.display import as_html, listed, watched
 from scbmlp.storage import read_file, write_file
 from scbmlp.training import (
-    Batches,
     Training,
     accelerator,
     check_trainer,
@@ -298,7 +293,7 @@ class _BilinearMLP(nn.Module):
         2          0.66          0.69
         3          0.66          0.70
         """
-        _fit([self], train, val, baseline, ckpt_path, trainer_kwargs)
+        _fit(self, train, val, baseline, ckpt_path, trainer_kwargs)
         return self.history
 
     def _begin(self, train: ExpressionDataset, baseline: LinearModel | None, units: tuple | None) -> None:
@@ -855,26 +850,18 @@ def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDat
 
 
 def _fit(
-    models: Sequence[_BilinearMLP],
+    model: _BilinearMLP,
     train: ExpressionDataset,
     val: ExpressionDataset | None,
-    baseline: bool | LinearModel | Sequence[LinearModel],
+    baseline: bool | LinearModel,
     ckpt_path: str | Path | None,
     trainer_kwargs: dict[str, Any],
-    counts: np.ndarray | None = None,
-    orders: tuple[np.ndarray, np.ndarray | None] | None = None,
-    seed: int | None = None,
-) -> list[_BilinearMLP]:
-    """Fit one model, or several of one form, size and number of epochs on the same batches, and return them.
-
-    Several may have a baseline each, and count the training cells differently (cell x model), or have their targets in
-    other `orders`, of the training and the validation cells (each cell x model). The order of the cells is that of the
-    first model's seed, or of another `seed`.
-    """
+) -> None:
+    """Fit a model as ``fit`` says."""
     check_trainer(trainer_kwargs)
-    first, cfg = models[0], models[0].cfg
+    cfg = model.cfg
     for dataset in (train,) if val is None else (train, val):
-        first.check(dataset, names=False)
+        model.check(dataset, names=False)
     if val is not None and not (
         val.gene_names.equals(train.gene_names) and val.output_names.equals(train.output_names)
     ):
@@ -892,42 +879,25 @@ def _fit(
         )
     if val is not None and val.stored and len(val) <= val.x.holds():
         val = val.load()  # from all over a file, they would cost reading it anew after every epoch
-    trains, vals = [train] * len(models), [val] * len(models)
-    if orders is not None:
-        trains = [_other_targets(train, order) for order in orders[0].T]
-        vals = vals if val is None else [_other_targets(val, order) for order in orders[1].T]
-    linear_models, quick = [None] * len(models), {"exact": False, "class_weight": cfg.class_weight}
-    if orders is not None and baseline is True and val is not None:
-        linear_models = [linear_baseline(*both, **quick) for both in zip(trains, vals, strict=True)]
-    elif isinstance(baseline, LinearModel) or (baseline is True and val is not None):
-        shared = baseline if isinstance(baseline, LinearModel) else linear_baseline(train, val, **quick)
-        linear_models = [shared] * len(models)
-    elif not isinstance(baseline, bool):
-        linear_models = list(baseline)
+    linear_model = baseline if isinstance(baseline, LinearModel) else None
+    if baseline is True and val is not None:
+        linear_model = linear_baseline(train, val, exact=False, class_weight=cfg.class_weight)
     units = None
     if cfg.linear and train.y.ndim == 2:
         target = train.y.numpy().astype(np.float64)
         units = target.mean(axis=0), np.where(np.ptp(target, axis=0) > 0, target.std(axis=0), 1.0)
-    each = [None] * len(models) if counts is None else counts.T
-    for model, linear_model, own, own_val, own_counts in zip(models, linear_models, trains, vals, each, strict=True):
-        model._begin(train, linear_model, units)
-        if cfg.class_weight is not None:
-            of_class = class_counts(cfg.class_weight, own.y.numpy(), cfg.d_output, own_counts)
-            model.class_weight.copy_(torch.as_tensor(of_class))
-        if linear_model is not None:
-            sets = {"train": own} if val is None else {"train": own, "val": own_val}
-            model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
+    model._begin(train, linear_model, units)
+    if cfg.class_weight is not None:
+        model.class_weight.copy_(torch.as_tensor(class_counts(cfg.class_weight, train.y.numpy(), cfg.d_output)))
+    if linear_model is not None:
+        sets = {"train": train} if val is None else {"train": train, "val": val}
+        model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
     best = val is not None and (cfg.linear or cfg.patience is not None)
-    generator = torch.Generator().manual_seed(cfg.seed if seed is None else seed)
-    starts = None
-    if best:
-        starts = [model._start(*one, units) for model, *one in zip(models, vals, linear_models, strict=True)]
-    training = Training(models, units, starts, generator, orders is not None)
-    dense = kind_of(cfg.device) != "cpu" or "mixed" in str(trainer_kwargs.get("precision"))
-    orders = (None, None) if orders is None else orders
-    loaders = [loader(Batches(train, counts, orders[0], dense), cfg.batch_size, generator)]
+    order = torch.Generator().manual_seed(cfg.seed)
+    training = Training(model, units, model._start(val, linear_model, units) if best else None, order)
+    loaders = [loader(train, cfg.batch_size, order)]
     if val is not None:
-        loaders.append(loader(Batches(val, None, orders[1], dense), max(cfg.batch_size, 1024)))
+        loaders.append(loader(val, max(cfg.batch_size, 1024)))
     defaults = {
         "max_epochs": cfg.n_epochs,
         "logger": False,
@@ -946,31 +916,22 @@ def _fit(
             trainer.fit(training, *loaders, ckpt_path=ckpt_path)
     finally:
         training.finish()
-        for model, own in zip(models, trains, strict=True):
-            model.statistics = statistics(model, own)
-    if linear_models[0] is not None and val is not None and len(models) == 1:
-        name = f"val_{first.metric}"
-        score, least = first.score(val), first._baseline[name]
-        margin = MARGIN
-        if cfg.class_weight is not None:  # nor is one cell of the rarest class more than noise
-            sizes = np.unique(val.y, return_counts=True)[1]
-            margin += 1 / (len(sizes) * sizes.min())
-        if score < least - margin:
-            remedy = "scbmlp.models.tune searches form and penalties"
-            if not cfg.linear:
-                remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
-            warn(
-                f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
-                f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
-            )
-    return list(models)
-
-
-def _other_targets(dataset: ExpressionDataset, order: np.ndarray) -> ExpressionDataset:
-    """Return the same cells with the targets of others."""
-    other = copy(dataset)
-    other.y = dataset.y[order]
-    return other
+        model.statistics = statistics(model, train)
+    if linear_model is None or val is None:
+        return
+    name = f"val_{model.metric}"
+    score, least, margin = model.score(val), model._baseline[name], MARGIN
+    if cfg.class_weight is not None:  # nor is one cell of the rarest class more than noise
+        sizes = np.unique(val.y, return_counts=True)[1]
+        margin += 1 / (len(sizes) * sizes.min())
+    if score < least - margin:
+        remedy = "scbmlp.models.solve is never below it beyond noise"
+        if not cfg.linear:
+            remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
+        warn(
+            f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
+            f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
+        )
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:
@@ -1278,16 +1239,11 @@ def tune(
     shared = {"n_epochs": n_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
     shared |= {"class_weight": class_weight, "patience": n_epochs}  # none stops before the end, each keeps its best
     models = []
-    with _progress("tune", 2 * n_epochs, progress) as options_of_trainer:
-        for linear in (True, False):
-            form = [
-                ModelClass(
-                    Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c),
-                    **options,
-                )
-                for a, b, c in SETTINGS
-            ]
-            models += _fit(form, train, val, baseline, None, options_of_trainer)
+    settings = [(linear, *one) for linear in (True, False) for one in SETTINGS]
+    for linear, a, b, c in tqdm(settings, "tune", delay=2, disable=not (progress and watched())):
+        cfg = Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c)
+        models.append(ModelClass(cfg, **options))
+        _fit(models[-1], train, val, baseline, None, {"enable_progress_bar": False})
     losses = [model._cell_losses(model.outputs(val), val.y.numpy())[:, None] for model in (solved, *models)]
     compared = [nested.Trial("", (), (), one) for one in losses]
     (best,), behind, error = nested.choose(compared, _groups(groups, val))
@@ -1307,220 +1263,3 @@ def tune(
     model = [solved, *models][best]
     model.trials = trials
     return model
-
-
-def fit_replicas(
-    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
-    cfg: Config,
-    train: ExpressionDataset,
-    val: ExpressionDataset | None = None,
-    n_replicas: int = 20,
-    resample: Literal["bootstrap", "half"] | None = None,
-    *,
-    n_jobs: int | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> list[ScBMLPClassifier | ScBMLPRegressor]:
-    """Fit one model from several seeds, and on resampled cells, at once: what is the same in all is no accident.
-
-    Replicas see the same batches and differ in their initial weights, in dropout and, if asked for, in how often each
-    counts a training cell. With a linear part, each starts at the linear baseline of its own cells.
-
-    Parameters
-    ----------
-    ModelClass
-        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
-    cfg
-        Size and training of every replica; their seeds count up from its seed.
-    train, val
-        As in ``fit``. Validation cells are never resampled.
-    n_replicas
-        Number of models.
-    resample
-        Draw as many training cells as there are, with replacement, or a random half of them, anew for each replica; all
-        of them if None, and then replicas tell of the seed alone.
-    n_jobs
-        Processes to share the replicas out among, as joblib has it: -1 for all cores; if None one, or what a
-        ``joblib.parallel_config`` around says, whose backends reach other machines, too. Dropout is drawn anew in
-        each, so that replicas with dropout depend on their number.
-    progress
-        Show how many epochs are done and the time left, in a terminal or a notebook; of several processes nothing.
-    options
-        Handed to `ModelClass`, such as ``loss_fn="huber"``.
-
-    Returns
-    -------
-    The fitted models. Their ``statistics`` are of all training cells, so that they can be compared.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than two replicas, `resample` is unknown, or the data do not fit `cfg`.
-
-    Examples
-    --------
-    >>> replicas = models.fit_replicas(ScBMLPClassifier, cfg, train, validation, 3)
-    >>> [round(replica.score(test), 2) for replica in replicas]
-    [1.0, 0.98, 0.98]
-    """
-    n_replicas = whole_number(n_replicas, "n_replicas", 2)
-    if resample not in (None, "bootstrap", "half"):
-        raise ValueError(f"resample={resample!r} is unknown; choose 'bootstrap', 'half' or None.")
-    models = [ModelClass(replace(cfg, seed=cfg.seed + i), **options) for i in range(n_replicas)]
-    check_dataset(train, "train")
-    counts, quick = None, {"exact": False, "class_weight": cfg.class_weight}
-    baseline = val is not None and cfg.linear and linear_baseline(train, val, **quick)
-    if resample is not None:
-        n, rng = len(train), np.random.default_rng(cfg.seed)
-        drawn = [rng.choice(n, n if resample == "bootstrap" else n // 2, resample == "bootstrap") for _ in models]
-        counts = np.stack([np.bincount(rows, minlength=n) for rows in drawn], axis=1) * n / len(drawn[0])
-        if baseline:
-            parts = [
-                ExpressionDataset(take(train.x, rows), train.y[rows], train.gene_names, train.output_names)
-                for rows in map(np.sort, drawn)
-            ]
-            baseline = [linear_baseline(part, val, **quick) for part in parts]
-    return _fit_all("replicas", models, train, val, baseline, counts=counts, progress=progress, n_jobs=n_jobs)
-
-
-def fit_permuted(
-    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
-    cfg: Config,
-    train: ExpressionDataset,
-    val: ExpressionDataset | None = None,
-    n_permutations: int = 20,
-    strata: Any = None,
-    *,
-    n_jobs: int | None = None,
-    progress: bool = True,
-    **options: Any,
-) -> tuple[list[ScBMLPClassifier | ScBMLPRegressor], list[ExpressionDataset | None]]:
-    """Fit a model, and the same on targets dealt out to the wrong cells, at once: what a fit finds where nothing is.
-
-    All start from the same weights and see the same batches. With a linear part, each starts at the linear baseline of
-    its own targets. Validation targets are permuted too, since they choose the epoch.
-
-    Parameters
-    ----------
-    ModelClass
-        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
-    cfg
-        Size and training of every model.
-    train, val
-        As in ``fit``.
-    n_permutations
-        Number of permutations.
-    strata
-        Label of every cell of the AnnData that `train` and `val` were cut from, such as ``adata.obs["donor"]``: targets
-        are permuted within a stratum, so that what differs from stratum to stratum is kept. All cells are one if None.
-    n_jobs, progress
-        As in :func:`fit_replicas`.
-    options
-        Handed to `ModelClass`, such as ``loss_fn="huber"``.
-
-    Returns
-    -------
-    The model of the targets as they are, then one a permutation; and for each the validation cells with the targets
-    that chose its epoch.
-
-    Raises
-    ------
-    ValueError
-        `strata` are not one a cell, a label is missing, or a stratum has a single cell in one of the two sets.
-
-    Examples
-    --------
-    >>> fits, _ = models.fit_permuted(ScBMLPClassifier, cfg, train, validation, 2)
-    >>> [round(fit.score(test), 2) for fit in fits]
-    [1.0, 0.53, 0.5]
-    """
-    n_permutations = whole_number(n_permutations, "n_permutations")
-    rng, orders = np.random.default_rng(cfg.seed), []
-    for name, dataset in {"train": train, "val": val}.items():
-        if dataset is None:
-            orders.append(None)
-            continue
-        check_dataset(dataset, name)
-        stratum = _strata(strata, dataset, name)
-        order = np.tile(np.arange(len(dataset))[:, None], n_permutations + 1)
-        for rows in pd.Series(order[:, 0]).groupby(stratum).indices.values():
-            order[rows, 1:] = rng.permuted(order[rows, 1:], axis=0)
-        orders.append(order)
-    models = [ModelClass(cfg, **options) for _ in range(n_permutations + 1)]
-    baseline = val is not None and cfg.linear
-    models = _fit_all(
-        "permutations", models, train, val, baseline, orders=tuple(orders), progress=progress, n_jobs=n_jobs
-    )
-    return models, [None] * len(models) if val is None else [_other_targets(val, order) for order in orders[1].T]
-
-
-def _fit_all(
-    what: str,
-    models: list[_BilinearMLP],
-    train: ExpressionDataset,
-    val: ExpressionDataset | None,
-    baseline: bool | LinearModel | list[LinearModel],
-    *,
-    counts: np.ndarray | None = None,
-    orders: tuple[np.ndarray, np.ndarray | None] | None = None,
-    progress: bool,
-    n_jobs: int | None,
-) -> list[_BilinearMLP]:
-    """Fit models as :func:`_fit` does, all at once or some in each of several processes, and return them."""
-    groups = np.array_split(np.arange(len(models)), min(effective_n_jobs(n_jobs), len(models)))
-    if len(groups) == 1:
-        with _progress(what, models[0].cfg.n_epochs, progress) as options:
-            return _fit(models, train, val, baseline, None, options, counts, orders)
-    of_group = (
-        (
-            [models[i] for i in group],
-            train,
-            val,
-            [baseline[i] for i in group] if isinstance(baseline, list) else baseline,
-            None,
-            {"enable_progress_bar": False},
-            None if counts is None else counts[:, group],
-            None if orders is None else tuple(order if order is None else order[:, group] for order in orders),
-            models[0].cfg.seed,
-        )
-        for group in groups
-    )
-    return sum(Parallel(n_jobs=n_jobs)(delayed(_fit)(*arguments) for arguments in of_group), [])
-
-
-def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
-    """Return the code of every cell's stratum."""
-    if strata is None:
-        return np.zeros(len(dataset), int)
-    if len(strata) <= dataset.indices.max(initial=-1):
-        raise ValueError(
-            f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one label "
-            f'for every cell of the AnnData that the sets were cut from, such as adata.obs["donor"].'
-        )
-    codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
-    if -1 in codes:
-        raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them.")
-    alone = np.flatnonzero(np.bincount(codes) == 1)
-    if len(alone):
-        raise ValueError(
-            f"strata has {len(alone)} labels with a single cell in {name}, whose target cannot be permuted; merge them "
-            f"with others, or drop these cells."
-        )
-    return codes
-
-
-@contextlib.contextmanager
-def _progress(what: str, n_epochs: int, shown: bool) -> Iterator[dict[str, Any]]:
-    """Give the trainer's options for one bar over all fits inside, in place of a bar for each."""
-    with tqdm(total=n_epochs, desc=what, unit="epoch", delay=2, disable=not (shown and watched())) as bar:
-        yield {"enable_progress_bar": False, "callbacks": [_Advance(bar)]}
-
-
-class _Advance(lightning.Callback):
-    """Move a progress bar on, an epoch at a time."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self.bar = bar
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.bar.update()

@@ -17,6 +17,7 @@ from scbmlp.display import watched
 from scbmlp.exact import Fit, Kernels, Mixture, counts_of, ridge, softmax, targets_of
 
 TIE = 1e-5  # a share of the loss that is no difference
+FLAT, WORTH = 1e-3, 5e-3  # shares of it: a grid of penalties ends where less is won, and so does a climb
 RATIOS = 1e-7, 1e4  # between which penalties are searched, in units of the mean squared norm of all cells
 START, STEP = 1e-3, 10**0.5  # where the first search starts, and between two penalties
 RANKS = (10, 20, 30, 50, 100)  # of the components that are tried, from the middle on
@@ -125,8 +126,9 @@ class Search:
         for step in (1 / STEP, STEP):
             ratio = start
             while True:
-                best = np.min([losses.mean(axis=0) for losses in known.values()], axis=0)
-                at_edge = (known[ratio].mean(axis=0) <= best).any()
+                others = [losses.mean(axis=0) for other, losses in known.items() if other != ratio]
+                bar = np.min(others, axis=0) if others else np.inf
+                at_edge = (known[ratio].mean(axis=0) <= (1 - FLAT) * bar).any()
                 ratio *= step
                 if not (at_edge and RATIOS[0] < ratio < RATIOS[1]):
                     break
@@ -184,7 +186,7 @@ class Search:
                 while 0 <= place + direction < len(grid):
                     other = [*here]
                     other[which] = grid[place + direction]
-                    if at(*other).loss >= (1 - TIE) * at(*here).loss:
+                    if at(*other).loss >= (1 - WORTH) * at(*here).loss:
                         break
                     here, place = other, place + direction
         best = at(*here)

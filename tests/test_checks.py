@@ -45,7 +45,7 @@ from scbmlp.interactions import (
     pair_effects,
 )
 from scbmlp.knockoffs import knockoffs
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, solve, tune
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve, tune
 from scbmlp.modules import agreement, gene_modules, permutation_null, truncation_curve
 from scbmlp.plotting import category_colors
 from scbmlp.report import prepare
@@ -370,8 +370,8 @@ BAD = {
     "one replica": (lambda a, w: trust(w.modules, [w.classifier], w.sets[1]), ValueError, "models has 1; two or more .*solve_replicas"),
     "replicas of other outputs": (lambda a, w: trust(w.modules, [w.classifier, w.lettered], w.sets[1]), ValueError, "models have different output_names"),
     "directions of other genes": (lambda a, w: random_directions(w.modules, own(w)), KeyError, "lacks 20 of the 20 genes"),
-    "strata of few": (lambda a, w: fit_permuted(ScBMLPClassifier, config(), *w.sets[:2], 1, ["a"]), ValueError, "strata has 1 labels, the last cell of train is cell"),
-    "stratum of one cell": (lambda a, w: fit_permuted(ScBMLPClassifier, config(), *w.sets[:2], 1, np.arange(N)), ValueError, "labels with a single cell in train, .*merge them"),
+    "strata of few": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1, ["a"]), ValueError, "strata has 1 labels, the last cell of train is cell"),
+    "stratum of one cell": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1, np.arange(N)), ValueError, "labels with a single cell in train, .*merge them"),
     "null of a network": (lambda a, w: permutation_null(w.classifier, *w.sets[:2], "T0", 1), ValueError, "trained, not solved"),
     "no permutation": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 0), ValueError, "n_permutations=0: a whole number"),
     "half a permutation": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1.5), ValueError, "n_permutations=1.5"),

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import warnings
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import lightning
@@ -45,8 +45,6 @@ from scbmlp.models import (
     Config,
     ScBMLPClassifier,
     ScBMLPRegressor,
-    fit_permuted,
-    fit_replicas,
     solve,
     solve_replicas,
     statistics,
@@ -457,35 +455,6 @@ def test_statistics_are_those_of_the_training_cells(sets, tmp_path):
         statistics(model, toy())
 
 
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
-def test_models_side_by_side_learn_as_if_alone(graded, kind, linear, bias):
-    train, val, _ = sets_of(graded, kind)
-    cfg = {"linear": linear, "bias": bias, "n_epochs": 3, "dropout_rate": 0.0, "lr": 0.01, "device": "cpu"}
-    changes = [{"weight_decay": 0.0, "weight_decay_linear": 0.3}, {"weight_decay": 0.1}, {"weight_decay": 1.0}]
-    together = [kind(Config(150, 6, 2, **cfg, **change)) for change in changes]
-    models._fit(together, train, val, False, None, QUIET)
-    for change, model in zip(changes, together, strict=True):
-        alone = kind(Config(150, 6, 2, **cfg, **change))
-        alone.fit(train, val, baseline=False, **QUIET)
-        np.testing.assert_allclose(model.history, alone.history, rtol=2e-3, atol=1e-4)
-        assert model.best_epoch == alone.best_epoch and not model.training
-        tolerance = 1e-2 * np.abs(alone.outputs(val)).max()
-        np.testing.assert_allclose(model.outputs(val), alone.outputs(val), atol=tolerance)
-
-
-def test_dropout_rates_of_models_side_by_side_are_their_own(graded):
-    train, val, _ = sets_of(graded, ScBMLPRegressor)
-    losses = []
-    for rates in ((0.0, 0.9), (0.9, 0.0)):
-        together = [ScBMLPRegressor(Config(150, 6, 2, linear=True, n_epochs=2, dropout_rate=rate)) for rate in rates]
-        models._fit(together, train, val, True, None, QUIET)
-        losses.append([model.history["train_loss"].iloc[-1] for model in together])
-    np.testing.assert_allclose(losses[0][0], losses[1][1], rtol=1e-5)  # without dropout nothing is drawn
-    assert losses[0][0] < losses[0][1]
-
-
 def test_solve_finds_an_interaction_and_says_what_it_tried(planted, tmp_path, capsys):
     train, val, test = get_classification_datasets(planted, "label")
     model = solve(ScBMLPClassifier, train, val, device="cpu")
@@ -680,33 +649,6 @@ def test_one_cell_of_the_rarest_class_is_no_reason_to_warn(monkeypatch):
             warnings.simplefilter("always")
             model.fit(train, val, **QUIET)
         assert any("ends below a linear one" in str(warning.message) for warning in record) == caught
-
-
-def test_replicas_and_permutations_start_at_balanced_baselines_of_their_own():
-    train, val, _ = rare()
-    cfg = Config(**RARE | {"n_epochs": 1, "lr": 1e-9}, linear=True, class_weight="balanced")
-
-    def start(fit, own):
-        """The linear part, which has not moved, is `own`, and row 0 of the history its loss on validation cells."""
-        with torch.no_grad():
-            outputs = fit.project.bias + (torch.as_tensor(val.x) - fit.center) @ fit.direct.weight.T
-        if own is not None:
-            np.testing.assert_allclose(outputs, own.outputs(val), rtol=1e-3, atol=1e-3)
-            assert fit.history.loc[0, "val_loss"] == pytest.approx(fit.loss(outputs, val.y).item(), rel=1e-3)
-        return outputs.softmax(dim=1)
-
-    rng = np.random.default_rng(cfg.seed)
-    for replica in fit_replicas(ScBMLPClassifier, cfg, train, val, 2, "half", progress=False):
-        rows = np.sort(rng.choice(len(train), len(train) // 2, replace=False))
-        part = ExpressionDataset(train.x[rows], train.y[rows], train.gene_names, train.output_names)
-        start(replica, linear_baseline(part, val, exact=False, class_weight="balanced"))
-        weight = compute_class_weight("balanced", classes=np.arange(3), y=part.y.numpy())
-        np.testing.assert_allclose(replica.class_weight, weight, rtol=1e-6)
-    (first, *others), _ = fit_permuted(ScBMLPClassifier, cfg, train, val, 2, progress=False)
-    start(first, linear_baseline(train, val, exact=False, class_weight="balanced"))
-    for other in others:  # where genes say nothing, a class is as probable as it counts: the rare one as any
-        assert torch.equal(other.class_weight, first.class_weight)
-        np.testing.assert_allclose(start(other, None).mean(dim=0), 1 / 3, atol=0.05)
 
 
 def test_solve_weighs_classes():
@@ -1046,79 +988,6 @@ def test_a_drug_is_told_in_the_tumour_of_a_patient_that_was_left_out(monkeypatch
 # ------------------------------------------------------------------------------------------------------- replicas
 
 
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
-@pytest.mark.parametrize("linear", [False, True])
-def test_replicas_are_the_models_of_their_seeds(graded, kind, linear):
-    train, val, _ = sets_of(graded, kind)
-    cfg = Config(len(train.gene_names), 4, len(train.output_names), linear=linear, n_epochs=3, dropout_rate=0.0,
-                 seed=5, device="cpu")  # fmt: skip
-    replicas = fit_replicas(kind, cfg, train, val, 3, progress=False)
-    assert [model.cfg.seed for model in replicas] == [5, 6, 7]
-    alone = kind(cfg)
-    alone.fit(train, val, baseline=linear, **QUIET)
-    assert_same_weights(replicas[0], alone, rtol=2e-3, atol=2e-5)
-    assert linear or not torch.allclose(replicas[0].w_p, replicas[1].w_p)
-    assert all(model.statistics is not None for model in replicas)
-    assert not any(model.training for model in replicas)
-
-
-def test_processes_of_joblib_share_replicas_and_permutations(graded):
-    train, val, _ = sets_of(graded, ScBMLPRegressor)
-    cfg = Config(len(train.gene_names), 4, len(train.output_names), linear=True, n_epochs=2, dropout_rate=0.0,
-                 device="cpu")  # fmt: skip
-    fits = [
-        (
-            *fit_replicas(ScBMLPRegressor, cfg, train, val, 3, "half", n_jobs=n, progress=False),
-            *fit_permuted(ScBMLPRegressor, cfg, train, val, 2, n_jobs=n, progress=False)[0],
-        )
-        for n in (1, 2)
-    ]
-    for one, other in zip(*fits, strict=True):
-        assert one.cfg == other.cfg
-        assert_same_weights(one, other, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("class_weight", [None, "balanced"])
-@pytest.mark.parametrize("resample", ["half", "bootstrap"])
-def test_resampled_replicas_learn_from_their_own_cells(resample, class_weight):
-    """One step on all cells, counted as they were drawn, is one on the drawn cells alone."""
-    data, n = toy(n_cells=40), 40
-    cfg = Config(**(TOY | {"n_epochs": 1, "batch_size": 40, "dropout_rate": 0.0, "class_weight": class_weight}))
-    replicas = fit_replicas(ScBMLPClassifier, cfg, data, None, 2, resample, progress=False)
-    rng = np.random.default_rng(cfg.seed)
-    for seed, replica in enumerate(replicas):
-        rows = rng.choice(n, n if resample == "bootstrap" else n // 2, resample == "bootstrap")
-        part = ExpressionDataset(data.x[rows], data.y[rows], data.gene_names, data.output_names)
-        alone = ScBMLPClassifier(replace(cfg, seed=seed))
-        alone.fit(part, baseline=False, **QUIET)
-        assert_same_weights(replica, alone, rtol=1e-3, atol=1e-5)
-    np.testing.assert_array_equal(replicas[0].statistics.mean, replicas[1].statistics.mean)
-
-
-def test_resampled_replicas_of_the_linear_form_start_at_their_own_baseline(graded):
-    train, val, _ = sets_of(graded, ScBMLPRegressor)
-    cfg = Config(len(train.gene_names), 4, len(train.output_names), linear=True, n_epochs=1, lr=1e-9, device="cpu")
-    rng = np.random.default_rng(cfg.seed)
-    for replica in fit_replicas(ScBMLPRegressor, cfg, train, val, 2, "half", progress=False):
-        rows = np.sort(rng.choice(len(train), len(train) // 2, replace=False))
-        part = ExpressionDataset(train.x[rows], train.y[rows], train.gene_names, train.output_names)
-        own = linear_baseline(part, val, exact=False)
-        np.testing.assert_allclose(replica.outputs(val), own.outputs(val), rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"n_replicas": 1}, "n_replicas=1: a whole number of at least 2"),
-        ({"resample": "jackknife"}, "resample='jackknife' is unknown; choose 'bootstrap', 'half' or None"),
-        ({"train": None}, "train is of type NoneType; an ExpressionDataset is needed"),
-    ],
-)
-def test_replicas_that_cannot_be_had_are_refused(arguments, match):
-    with pytest.raises(ValueError, match=match):
-        fit_replicas(**({"ModelClass": ScBMLPClassifier, "cfg": Config(**TOY), "train": toy()} | arguments))
-
-
 def test_models_print_themselves_in_a_line_and_as_a_table():
     size = "size 6 genes, 5 hidden units, 3 outputs"
     assert repr(ScBMLPClassifier(Config(**TOY))) == (
@@ -1144,14 +1013,14 @@ def test_a_model_fitted_without_validation_cells_has_no_score_to_print():
 
 
 def test_progress_shows_where_somebody_watches_and_after_two_seconds(monkeypatch, capsys):
-    shown = []
-    monkeypatch.setattr("scbmlp.models.tqdm", lambda **options: shown.append(options) or tqdm(**options))
+    shown, solved = [], solve(ScBMLPClassifier, toy(), progress=False)
+    monkeypatch.setattr("scbmlp.models.tqdm", lambda *over, **options: shown.append(options) or tqdm(*over, **options))
     for watching, terminal, session in ((False, False, None), (True, True, None), (True, False, "a notebook")):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
         monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
         if session:
             monkeypatch.setenv("JPY_SESSION_NAME", session)
-        fit_replicas(ScBMLPClassifier, Config(**TOY), toy(), None, 2)
+        solve_replicas(solved, toy(), 2)
         assert shown[-1]["disable"] is not watching and shown[-1]["delay"] == 2
-    fit_replicas(ScBMLPClassifier, Config(**TOY), toy(), None, 2, progress=False)
+    solve_replicas(solved, toy(), 2, progress=False)
     assert shown[-1]["disable"] and capsys.readouterr() == ("", "")

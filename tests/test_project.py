@@ -42,7 +42,6 @@ PUBLIC = {
         "solve",
         "solve_replicas",
         "tune",
-        "fit_replicas",
         "statistics",
     ],
     "interactions": [

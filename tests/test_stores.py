@@ -42,7 +42,7 @@ from scbmlp.interactions import (
     similarity,
 )
 from scbmlp.knockoffs import knockoffs
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, fit_permuted, fit_replicas
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.modules import gene_modules
 from scbmlp.stores import StoredMatrix
 from tests.test_checks import fitted, small_cells  # noqa: F401, the fixture of small models
@@ -264,7 +264,7 @@ def small_runs(monkeypatch):
 
 
 def batches(dataset, epochs, seed=0):
-    loaded = training.loader(training.Batches(dataset), 16, torch.Generator().manual_seed(seed))
+    loaded = training.loader(dataset, 16, torch.Generator().manual_seed(seed))
     return [[x for x, *_ in loaded] for _ in range(epochs)]
 
 
@@ -279,7 +279,7 @@ def test_every_epoch_has_each_cell_once_in_an_order_that_the_seed_decides(log_fi
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not torch.equal(torch.cat(first), torch.cat(second)) and not torch.equal(torch.cat(first), torch.cat(other))
     assert not torch.equal(torch.cat(first), torch.as_tensor(expected))
-    ordered = torch.cat([x for x, _ in training.loader(training.Batches(train), 16)])
+    ordered = torch.cat([x for x, _ in training.loader(train, 16)])
     np.testing.assert_array_equal(ordered, expected)
 
 
@@ -304,7 +304,7 @@ def test_a_worker_reads_on_while_what_it_has_read_is_used(log_file, monkeypatch,
         return load(self, cells)
 
     monkeypatch.setattr(ExpressionDataset, "load", count)
-    used = iter(training.loader(training.Batches(train), 4, torch.Generator()))
+    used = iter(training.loader(train, 4, torch.Generator()))
     next(used)  # of eight that were read at once
     for _ in range(100):
         if begun.value == 2:
@@ -362,18 +362,6 @@ def test_classes_of_a_file_are_balanced_as_in_memory(tmp_path):
     assert torch.equal(disk.class_weight, memory.class_weight) and np.ptp(memory.class_weight.numpy()) > 1
     np.testing.assert_allclose(disk.history, memory.history, rtol=1e-4)
     same_weights(disk, memory, rtol=1e-4, atol=1e-5)
-
-
-def test_replicas_and_permutations_are_fitted_from_a_file(log_file):
-    cfg = Config(G, 2, 3, n_epochs=1, batch_size=N, dropout_rate=0.0, linear=True, device="cpu")
-    found = []
-    for source in (small_cells(), log_file):
-        train, val, _ = get_classification_datasets(source, "type")
-        models = fit_replicas(ScBMLPClassifier, cfg, train, val, 2, "bootstrap", progress=False)
-        found.append([*models, *fit_permuted(ScBMLPClassifier, cfg, train, val, 1, progress=False)[0]])
-    assert [len(models) for models in found] == [4, 4]
-    for memory, disk in zip(*found, strict=True):
-        same_weights(disk, memory, rtol=1e-3, atol=1e-4)
 
 
 def test_classes_one_after_the_other_are_learnt_as_if_shuffled(tmp_path, monkeypatch):
@@ -518,7 +506,7 @@ def test_nothing_stays_open_of_a_file_that_is_only_looked_at(log_file):
 def test_more_processes_than_blocks_are_refused(log_file, monkeypatch):
     train, *_ = get_classification_datasets(log_file, "type")
     monkeypatch.setattr(training, "rank_of", lambda: (0, 5))
-    loaded = training.loader(training.Batches(train), 16, torch.Generator())
+    loaded = training.loader(train, 16, torch.Generator())
     with pytest.raises(ValueError, match="blocks of 64, fewer than the 5 processes; start fewer"):
         len(loaded)
     monkeypatch.setattr(training, "RUN", 4)

@@ -1,4 +1,4 @@
-"""The step: sparse products, gradients in their place, several processes. What a fit learns is in test_models."""
+"""The step: parts of a batch, and several processes. What a fit learns is in test_models."""
 
 import json
 import os
@@ -9,14 +9,11 @@ from pathlib import Path
 import lightning
 import numpy as np
 import pandas as pd
-import pytest
-import torch
 from anndata import AnnData
 from scipy import sparse
 
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.training import Batches, _Net
 
 N_GENES = 1200
 QUIET = {"enable_progress_bar": False, "baseline": False}
@@ -33,62 +30,8 @@ def cells(kind=ScBMLPClassifier, dense=False):
     return [ExpressionDataset(x[rows], y[rows], *names) for rows in (slice(150), slice(150, None))]
 
 
-def multiplied_sparse(dataset, **options):
-    return isinstance(Batches(dataset, **options)[[0, 3]][0], tuple)
-
-
 def config(**changes):
     return Config(**{"d_input": N_GENES, "d_hidden": 8, "d_output": 3, "n_epochs": 3, "batch_size": 37} | changes)
-
-
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
-@pytest.mark.parametrize("form", [{}, {"bias": True, "dropout_rate": 0.3}, {"linear": True}])
-def test_sparse_products_are_those_of_dense_cells(kind, form):
-    assert multiplied_sparse(cells()[0]) == torch.backends.mkl.is_available()
-    assert not multiplied_sparse(cells(dense=True)[0])
-    fits = [kind(config(**form, device="cpu")) for _ in range(2)]
-    one, other = (
-        model.fit(*cells(kind, dense), enable_progress_bar=False)
-        for model, dense in zip(fits, (False, True), strict=True)
-    )
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-    for a, b in zip(fits[0].parameters(), fits[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
-
-
-def test_sparse_only_where_it_pays():
-    train, _ = cells()
-    assert not multiplied_sparse(train, dense=True)
-    few = ExpressionDataset(train.x[:, :900], train.y, train.gene_names[:900], train.output_names)
-    full = ExpressionDataset(sparse.csr_matrix(train.x.toarray() + 1), train.y, train.gene_names, train.output_names)
-    assert not multiplied_sparse(few) and not multiplied_sparse(full)
-
-
-@pytest.mark.parametrize("several", [1, 3])
-@pytest.mark.parametrize("linear", [False, True])
-def test_gradients_in_their_place_are_those_of_autograd(several, linear):
-    """Over two batches of one step, sparse and dense, beside the model's own forward and backward."""
-    train, _ = cells()
-    models = [ScBMLPClassifier(config(linear=linear, seed=i)) for i in range(several)]
-    for model in models:
-        model.center += torch.linspace(0, 0.1, N_GENES)
-    net = _Net(models).eval()
-    for model in models:
-        model.eval()
-    for rows in (range(20), range(20, 50)):
-        x, y = Batches(train)[list(rows)]
-        outputs = net(x if rows[0] else train[list(rows)][0])
-        sum(model.loss(one, y) for model, one in zip(models, outputs, strict=True)).backward()
-        for model, one in zip(models, outputs, strict=True):
-            own = model(train[list(rows)][0])
-            torch.testing.assert_close(own, one, rtol=1e-4, atol=1e-5)
-            model.loss(own, y).backward()
-    assert net.weights["branches_weight"].grad is net.places["branches_weight"]
-    for key, weight in net.weights.items():
-        wide = key in ("branches_weight", "direct_weight")
-        for i, model in enumerate(models):
-            own = weight.grad.chunk(several, dim=1)[i].T if wide else weight.grad[i]
-            torch.testing.assert_close(own, dict(model.named_parameters())[key.replace("_", ".")].grad)
 
 
 def test_two_small_batches_a_step_are_one_large_one():
