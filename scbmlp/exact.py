@@ -94,6 +94,7 @@ class Kernels:
         self._known: dict[str, tuple[list[Tensor], float]] = {}
         self._leading: dict[str, list[Tensor]] = {}
         self._axes: Tensor | None = None
+        self._sought = 0  # axes, of which fewer may be there
         self._mixed: tuple[Mixture, list[Tensor]] | None = None
 
     def __len__(self) -> int:
@@ -101,12 +102,13 @@ class Kernels:
 
     def axes(self, rank: int) -> Tensor:
         """Return the leading principal axes (gene x comp), fewer where there are fewer."""
-        if self._axes is None:
+        size = min(self.d[0].shape)
+        if self._axes is None or (self._axes.shape[1] < rank and self._sought < min(rank, size)):
+            self._sought = min(max(rank, 100), size)
             d = (self.d[0] * self.share.sqrt()[:, None]).numpy()
-            dual, size = d.shape[0] < d.shape[1], min(d.shape)
+            dual = d.shape[0] < d.shape[1]
             small = d @ d.T if dual else d.T @ d
-            first = max(size - max(rank, 2 * FEATURES), 0)
-            values, vectors = eigh(small, subset_by_index=[first, size - 1], check_finite=False)
+            values, vectors = eigh(small, subset_by_index=[size - self._sought, size - 1], check_finite=False)
             kept = values > max(values[-1], 0) * 1e-10
             values, vectors = values[kept][::-1], vectors[:, kept][:, ::-1]
             self._axes = torch.as_tensor(d.T @ (vectors / np.sqrt(values)) if dual else vectors.copy())

@@ -17,7 +17,7 @@ from scbmlp.display import watched
 from scbmlp.exact import Fit, Kernels, Mixture, counts_of, ridge, softmax, targets_of
 
 TIE = 1e-5  # a share of the loss that is no difference
-FLAT, WORTH = 1e-3, 5e-3  # shares of it: a grid of penalties ends where less is won, and so does a climb
+FLAT, WORTH = 1e-3, 5e-3  # shares that end a walk to penalties below the first, and a climb, where less is won
 RATIOS = 1e-7, 1e4  # between which penalties are searched, in units of the mean squared norm of all cells
 START, STEP = 1e-3, 10**0.5  # where the first search starts, and between two penalties
 RANKS = (10, 20, 30, 50, 100)  # of the components that are tried, from the middle on
@@ -128,7 +128,7 @@ class Search:
             while True:
                 others = [losses.mean(axis=0) for other, losses in known.items() if other != ratio]
                 bar = np.min(others, axis=0) if others else np.inf
-                at_edge = (known[ratio].mean(axis=0) <= (1 - FLAT) * bar).any()
+                at_edge = (known[ratio].mean(axis=0) <= (1 - FLAT * (ratio < START)) * bar).any()
                 ratio *= step
                 if not (at_edge and RATIOS[0] < ratio < RATIOS[1]):
                     break
