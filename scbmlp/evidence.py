@@ -15,7 +15,8 @@ from scbmlp.baselines import LARGE
 from scbmlp.checks import whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, dense_tensor, match_genes, some
 from scbmlp.interactions import Model, direction, similarity
-from scbmlp.modules import GeneModules, follows_target, stability
+from scbmlp.modules import GeneModules
+from scbmlp.stability import follows_target, stability
 
 STABLE, RARE = 0.8, 0.05  # a module is trusted from this stability on, and up to this p
 

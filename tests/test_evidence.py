@@ -10,14 +10,17 @@ from anndata import AnnData
 from scipy import sparse
 from scipy.stats import chisquare, pearsonr
 
-from scbmlp import models, modules, simulate
+from scbmlp import modules, simulate
+from scbmlp import stability as stable
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.enrichment import enrich, gsea
 from scbmlp.evidence import ablation, random_directions, trust, without_pairs
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import attributions, audit, decompose, direction, group_means, interaction_matrix, pair_effects
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.modules import GeneModules, consensus, follows_target, gene_modules, permutation_null, stability
+from scbmlp.modules import GeneModules, consensus, gene_modules, permutation_null, stability
+from scbmlp.solving import _solved, solve, solve_replicas
+from scbmlp.stability import follows_target
 from tests.test_interactions import random_model
 
 
@@ -173,7 +176,7 @@ def noise(seed, n=160, n_genes=12, kind=ScBMLPClassifier):
 def solved_with(recipe, train, kind=ScBMLPRegressor):
     """A model whose mixtures and penalties are given, products that do not pay among them."""
     cfg = Config(len(train.gene_names), 1, len(train.output_names), linear=True, device="cpu")
-    model = models._solved(kind, cfg, solution(train, *zip(*recipe, strict=True)), train)
+    model = _solved(kind, cfg, solution(train, *zip(*recipe, strict=True)), train)
     model.recipe = recipe
     return model
 
@@ -199,8 +202,8 @@ def test_p_values_are_uniform_where_nothing_is_and_products_are_forced(kind):
 @pytest.mark.parametrize("sizes", [(128, 400), (2, 400), (2, 2)], ids=["pairs", "dense", "operators"])
 def test_a_permutation_is_the_model_solved_again(metric, space, sizes, monkeypatch):
     """For an output, and for a mix of outputs of different mixtures."""
-    monkeypatch.setattr(modules, "PAIRED", sizes[0])
-    monkeypatch.setattr(modules, "DENSE", sizes[1])
+    monkeypatch.setattr(stable, "PAIRED", sizes[0])
+    monkeypatch.setattr(stable, "DENSE", sizes[1])
     train, val = noise(1, kind=ScBMLPRegressor)
     recipe = [(RECIPE[0][0]._replace(space=space), 1e-2), RECIPE[1]]
     again = modules._Again(solved_with(recipe, train), train, val, metric)
@@ -239,7 +242,7 @@ def test_p_values_are_small_where_something_is():
     y = np.stack([x[:, 0] * x[:, 1], x[:, 2]], axis=1) + 0.2 * rng.standard_normal((400, 2))
     names = pd.Index(list("abcdef")), pd.Index(["y", "z"])
     parts = [ExpressionDataset(x[i], y[i], *names) for i in np.split(np.arange(400), 2)]
-    model = models.solve(ScBMLPRegressor, *parts, progress=False)
+    model = solve(ScBMLPRegressor, *parts, progress=False)
     table = permutation_null(model, *parts, "y", n_modules=2, progress=False)
     assert (table["p"] == 0.001).all() and (table["r"] > table["null"]).all() and len(table.attrs["null"]["y"]) == 999
     both = permutation_null(model, *parts, ["y", "z"], n_modules=2, metric="sd", progress=False)
@@ -319,8 +322,8 @@ def test_without_pairs_each_gene_keeps_its_target_and_loses_the_others(form):
 def planted():
     adata = simulate.planted_interactions(seed=3, n_cells=1600, n_genes=120, n_programs=3, genes_per_program=20)
     train, val, test = get_classification_datasets(adata, "label")
-    solved = models.solve(ScBMLPClassifier, train, val, progress=False)
-    replicas = models.solve_replicas(solved, train, 4, progress=False)
+    solved = solve(ScBMLPClassifier, train, val, progress=False)
+    replicas = solve_replicas(solved, train, 4, progress=False)
     null = permutation_null(solved, train, val, "on", 99, progress=False)
     sets = adata.uns["truth"]["programs"] | {
         f"noise{i}": [f"Sim{i * 7 + j:04d}" for j in range(1, 7)] for i in range(9)
@@ -357,7 +360,7 @@ def test_trust_is_earned_by_the_modules_of_the_planted_pair_alone(planted):
     pd.testing.assert_frame_equal(cells.uns["modules_on"]["trust"], rows)
     # Modules that other fits do not have are not trusted, however well they follow the target.
     dealt = replaced(train, np.random.default_rng(0).permutation(len(train)))
-    strangers = models.solve_replicas(replicas[0], dealt, 2, progress=False)
+    strangers = solve_replicas(replicas[0], dealt, 2, progress=False)
     alone = trust(modules, strangers, val, null=null).trust
     assert (alone["p"][:2] == 0.01).all() and not alone["trusted"].any(), alone.T
     with pytest.raises(KeyError, match="null has no fits read for 'off'; it has on"):

@@ -11,7 +11,8 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, r2_score
 
-from scbmlp import baselines, exact, interactions, models, simulate
+from scbmlp import audit as audit_of
+from scbmlp import baselines, exact, simulate
 from scbmlp.baselines import additive_features
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.interactions import (
@@ -25,6 +26,7 @@ from scbmlp.interactions import (
     similarity,
 )
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve, statistics
+from scbmlp.solving import _solved
 
 sizes = st.tuples(st.integers(1, 12), st.integers(1, 8), st.integers(1, 4), st.integers(0, 10_000))
 
@@ -661,7 +663,7 @@ def test_outputs_with_modules_of_their_own_are_cut_each_by_itself():
     cells = ExpressionDataset(x, rng.standard_normal((20, 2)).astype(np.float32), names, ["a", "b"])
     power = np.array([[1, 2, 3, 0, 0], [0, 0, 0, 1, -2.0]])
     found = exact.Solution(np.zeros(6), np.ones(2), np.zeros((2, 6)), rng.standard_normal((5, 6)), power)
-    model = models._solved(ScBMLPRegressor, Config(6, 1, 2, linear=True), found, cells)
-    none, *_, every = interactions._truncated(model, x)
+    model = _solved(ScBMLPRegressor, Config(6, 1, 2, linear=True), found, cells)
+    none, *_, every = audit_of._truncated(model, x)
     np.testing.assert_allclose(none, 1)
     np.testing.assert_allclose(every, 1 + (x @ found.hidden.T) ** 2 @ power.T, rtol=1e-4, atol=1e-4)

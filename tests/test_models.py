@@ -1014,7 +1014,7 @@ def test_a_model_fitted_without_validation_cells_has_no_score_to_print():
 
 def test_progress_shows_where_somebody_watches_and_after_two_seconds(monkeypatch, capsys):
     shown, solved = [], solve(ScBMLPClassifier, toy(), progress=False)
-    monkeypatch.setattr("scbmlp.models.tqdm", lambda *over, **options: shown.append(options) or tqdm(*over, **options))
+    monkeypatch.setattr("scbmlp.solving.tqdm", lambda *over, **options: shown.append(options) or tqdm(*over, **options))
     for watching, terminal, session in ((False, False, None), (True, True, None), (True, False, "a notebook")):
         monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
         monkeypatch.delenv("JPY_SESSION_NAME", raising=False)

@@ -13,7 +13,7 @@ from scipy import sparse
 from scbmlp.datasets import ExpressionDataset, get_regression_datasets
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import decompose, interaction_matrices, interaction_matrix, similarity
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, _solved, solve_replicas
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, solve_replicas
 from scbmlp.modules import (
     GeneModules,
     agreement,
@@ -24,6 +24,7 @@ from scbmlp.modules import (
     stability,
     truncation_curve,
 )
+from scbmlp.solving import _solved
 from tests.test_interactions import random_model
 from tests.test_storage import rewritten
 

@@ -8,7 +8,7 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics import r2_score
 from sklearn.model_selection import cross_val_predict
 
-from scbmlp import exact, interactions, nested
+from scbmlp import audit, exact, nested
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.interactions import gain
 from scbmlp.nested import RATIOS, Search, Trial, choose, folds_of, search
@@ -79,10 +79,10 @@ def test_whole_groups_are_left_out_and_stand_together():
     folds = nested.fold_of(data, 3, groups)
     assert all(len(set(folds[groups == name])) == 1 for name in "abcdef") and np.bincount(folds).tolist() == [80] * 3
     better = np.random.default_rng(0).normal(size=(240, 1))
-    error, freedom = interactions._standard_error(better, groups)
+    error, freedom = audit._standard_error(better, groups)
     means = better[:, 0].reshape(6, 40).mean(axis=1)
     assert error[0] == pytest.approx(means.std(ddof=1) / np.sqrt(6)) and freedom == 5
-    alone, _ = interactions._standard_error(better, None)
+    alone, _ = audit._standard_error(better, None)
     assert alone[0] == pytest.approx(better.std(ddof=1) / np.sqrt(240))
     assert gain(data, groups=groups, progress=False).loc["pairs", "gain"] > 0.1
 
@@ -118,7 +118,7 @@ def test_a_gain_that_depth_makes_is_gone_at_one_depth():
     table = gain(data, counts=counts, progress=False)
     few = table.attrs["downsampled"]["share"]
     assert set(few) == set(table.columns) and 0 < few["without"] < table.loc["share", "without"]
-    part, rows = interactions._one_depth(data, counts)
+    part, rows = audit._one_depth(data, counts)
     assert len(part) == len(rows) >= 215
     drawn = np.expm1(part.x.toarray().astype(np.float64))
     np.testing.assert_allclose(drawn.sum(axis=1), np.median(depth), rtol=1e-4)

@@ -22,8 +22,8 @@ CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 ORDER = [
     "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "exact",
-    "nested", "moments", "training", "storage", "models", "sklearn", "interactions", "knockoffs", "modules", "evidence",
-    "enrichment", "plotting", "explorer", "report",
+    "nested", "moments", "training", "storage", "models", "solving", "sklearn", "interactions", "audit", "knockoffs",
+    "modules", "stability", "evidence", "enrichment", "plotting", "explorer", "report",
 ]  # fmt: skip
 PUBLIC = {
     "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card", "run_card"],

@@ -8,6 +8,7 @@ from scbmlp import models, simulate
 from scbmlp.datasets import get_classification_datasets, get_regression_datasets
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import interaction_matrix
+from scbmlp.solving import _solved
 
 MIXTURE = Mixture((("genes", 1.0), ("components", 2.0), ("products", 0.5)), rank=4)
 RATIO = 1e-2
@@ -51,9 +52,7 @@ def test_targets_are_ridge_regression_on_explicit_features(cells):
     products = np.einsum("ci,cj->cij", u, u).reshape(len(u), -1)
     products = products - products.mean(axis=0)
     core = (weights[-16:] * np.sqrt(0.5 / (products**2).sum(axis=1).mean())).T.reshape(2, 4, 4)
-    model = models._solved(
-        models.ScBMLPRegressor, models.Config(12, 1, 2, linear=True), found, train
-    )  # as solve makes it
+    model = _solved(models.ScBMLPRegressor, models.Config(12, 1, 2, linear=True), found, train)  # as solve makes it
     for k in range(2):
         expected = axes.T @ core[k] @ axes
         np.testing.assert_allclose(
