@@ -34,7 +34,7 @@ RESULTS = Path(__file__).with_name("results") / "exact.json"
 FOLDER = Path(os.environ.get("SCBMLP_DATA_DIR", "."))
 
 
-def classes(name, key, scale=True, seed=None):
+def classes(name, key, scale=True):
     def read():
         adata = anndata.read_h5ad(FOLDER / f"{name}.h5ad")
         adata = adata[adata.obs[key].notna()].copy()
@@ -53,6 +53,14 @@ def graded(name, columns, scale=True, change=np.asarray):
         return adata, "graded"
 
     return read
+
+
+def minutes():
+    """Return the cells of embryos of one age, which was measured in minutes."""
+    adata, _ = classes("worm_embryo", "time_point")()
+    adata = adata[adata.obs["time_point"] != "mixed"].copy()
+    adata.obsm["minutes"] = adata.obs["time_point"].str.removesuffix("_minutes").astype(float).to_frame()
+    return adata, "minutes"
 
 
 def frequencies():
@@ -80,7 +88,7 @@ DATA = {
     "frequencies of the pancreas": frequencies,
     "pancreas types": classes("pancreas", "clusters"),
     "worm types": classes("worm_embryo", "cell_type"),
-    "worm hours": graded("worm_embryo", ["time_point"], change=lambda x: x.astype(float)),
+    "worm minutes": minutes,
     "pbmc68k": blood,
     "tumours, treated or not": classes("glioblastoma_panobinostat", "condition"),
     "shares of RNA": mixtures,

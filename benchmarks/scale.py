@@ -1,7 +1,7 @@
 """Time and memory beside what else there is, in one run: python benchmarks/scale.py [part ...].
 
-Parts are step, tried, epoch, spectra, quickstart, growth, replicas and processes, all if none is named; ``stored.py``
-has the cells on disk. Competitors take turns within a part and medians are kept, since machines are noisy: what counts
+Parts are step, epoch, spectra, quickstart, growth and processes, all if none is named; ``stored.py`` has the cells on
+disk. Competitors take turns within a part and medians are kept, since machines are noisy: what counts
 are the ratios. Memory is that of a process of its own. Each part writes its rows to benchmarks/results/scale.json,
 which the page on scale draws.
 """
@@ -13,13 +13,8 @@ import sys
 import tempfile
 import time
 import warnings
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from functools import partial
-from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
 
 import lightning
 import numpy as np
@@ -27,23 +22,20 @@ import pandas as pd
 import torch
 from keep import keep, peak_memory
 from scipy import sparse
-from sklearn.decomposition import NMF
-from sklearn.linear_model import LogisticRegression, Ridge
 from torch import nn
-from torch.nn.functional import cross_entropy, one_hot
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.interactions import audit
-from scbmlp.models import Config, ScBMLPClassifier, fit_replicas, statistics
+from scbmlp.models import Config, ScBMLPClassifier, solve, statistics
 from scbmlp.modules import all_gene_modules
-from scbmlp.training import SPARSE, Batches, loader
 
-PARTS = ["step", "tried", "epoch", "spectra", "quickstart", "growth", "replicas", "processes"]
+PARTS = ["step", "epoch", "spectra", "quickstart", "growth", "processes"]
 RESULTS = Path(__file__).with_name("results") / "scale.json"
 ROUNDS, BATCH, HID, CLASSES = 5, 64, 128, 8
-USUAL = {"genes": 2000, "cells": 2000, "hid": 64, "outputs": 8}
+USUAL = {"genes": 2000, "cells": 2000}
 QUIET = {"enable_progress_bar": False, "baseline": False}
 
 
@@ -168,85 +160,16 @@ def part_step():
             yield {"genes": n_genes, "density": density, "what": name, "ms": 1e3 * seconds / 20}
 
 
-class Ahead(DataLoader):
-    """Has a thread make the next batch ready while the last one is used."""
-
-    def __iter__(self):
-        """Go through the batches."""
-        batches = super().__iter__()
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(next, batches, None)
-            while (batch := coming.result()) is not None:
-                coming = pool.submit(next, batches, None)
-                yield batch
-
-
-def ahead(kind: type[DataLoader], **options):
-    """Return a context in which another kind of loader makes the batches of a fit ready."""
-
-    def load(batches, batch_size, generator=None):
-        sampler = loader(batches, batch_size, generator).sampler
-        return kind(batches, sampler=sampler, batch_size=None, generator=generator, **options)
-
-    return patch("scbmlp.models.loader", load)
-
-
-def through(train: ExpressionDataset, batch: int) -> float:
-    """Return the seconds of making the batches of an epoch ready: reading ahead saves no more."""
-    batches = loader(Batches(train), batch, torch.Generator().manual_seed(0))
-    return clocked(lambda: [None for _ in batches])
-
-
-def within(context, **options) -> float:
-    """Return the seconds of an epoch of this package in a context."""
-    with context:
-        return ours(**options)
-
-
-def part_tried():
-    """Run a step as it is beside what might make it quicker; what reads ahead also with a core to spare.
-
-    To compile takes a C++ compiler.
-    """
-    compiling = lightning.Callback()
-    compiling.on_train_start = lambda _, training: training.net.compile()
-    most = torch.get_num_threads()
-    for density, (batch, steps) in product((0.1, 0.3), {BATCH: 20, 1024: 6}.items()):
-        train = cells(steps * batch, 10_000, density)
-        x, y = train[:]
-        net = bilinear(10_000, HID, CLASSES)
-        fit = partial(within, train=train, epochs=3, batch=batch)
-        bare = partial(loop, x=x, y=y, one_by_one=False, fused=True, batch=batch)
-        reading = {
-            "as it is": partial(fit, nullcontext()),
-            "batches alone": partial(through, train, batch),
-            "read ahead by a thread": partial(fit, ahead(Ahead)),
-            "read ahead by a process": partial(fit, ahead(DataLoader, num_workers=1, persistent_workers=True)),
-        }
-        computing = {
-            "the other product": partial(fit, patch("scbmlp.training.SPARSE", 0 if density < SPARSE else 1)),
-            "torch.compile": partial(fit, nullcontext(), callbacks=(compiling,)),
-            "bare loop": partial(bare, net),
-            "bare loop, torch.compile": partial(bare, torch.compile(net)),
-        }
-        for threads, work in {1: reading, most: reading | computing}.items():
-            torch.set_num_threads(threads)
-            torch._dynamo.reset()
-            for name, seconds in turns(work, 3).items():
-                row = {"density": density, "batch": batch, "threads": threads, "what": name}
-                yield row | {"ms": 1e3 * seconds / steps}
-
-
 def part_epoch():
-    """Run whole fits of 10,000 genes beside the plain recipe, and say what bf16 costs in time and accuracy."""
+    """Run whole fits of 10,000 genes beside the plain recipe."""
     train, test = halves(cells(2560, 10_000), 1920)
     x, y = train[:]
     epochs, accuracy = 10, {}
 
-    def fit(name, **options):
+    def fit():
         model = ScBMLPClassifier(Config(10_000, HID, CLASSES, n_epochs=epochs, batch_size=BATCH, lr=1e-4))
-        model.fit(train, **QUIET, **options)
-        accuracy[name] = model.score(test)
+        model.fit(train, **QUIET)
+        accuracy["here"] = model.score(test)
 
     def recipe():
         net = bilinear(10_000, HID, CLASSES)
@@ -255,11 +178,7 @@ def part_epoch():
         with torch.no_grad():
             accuracy["plain recipe"] = float((net(test[:][0]).argmax(dim=1) == test.y).float().mean())
 
-    work = {"here": lambda: clocked(lambda: fit("here")), "plain recipe": lambda: clocked(recipe)}
-    seconds = turns(work, 3)
-    # Once: without instructions for bf16 it takes minutes.
-    seconds["here, bf16-mixed"] = clocked(lambda: fit("here, bf16-mixed", precision="bf16-mixed"))
-    for name, took in seconds.items():
+    for name, took in turns({"here": lambda: clocked(fit), "plain recipe": lambda: clocked(recipe)}, 3).items():
         yield {"what": name, "seconds": took / epochs, "accuracy": accuracy[name]}
 
 
@@ -328,10 +247,8 @@ WITH_MODEL = {
     "audit": lambda train, val, model: audit(model, val, train=train, validation=val),
 }
 WITHOUT_MODEL = {
+    "solve": lambda train, val: solve(ScBMLPClassifier, train, val, progress=False),
     "linear baseline": linear_baseline,
-    "logistic regression (scikit-learn)": lambda train, val: LogisticRegression().fit(train.x, train.y),
-    "ridge (scikit-learn)": lambda train, val: Ridge(solver="sparse_cg").fit(train.x, one_hot(train.y)),
-    "NMF, one start (scikit-learn)": lambda train, val: NMF(10, init="random", max_iter=100).fit(train.x),
 }
 
 
@@ -350,19 +267,18 @@ def apart(name: str, *files: Path) -> tuple[float, float]:
 
 
 def part_growth():
-    """Run everything by the number of genes, cells, hidden units and outputs, one at a time, each in a new process."""
-    axes = {"genes": (500, 1000, 2000, 4000, 8000), "cells": (1000, 2000, 4000, 8000),
-            "hid": (16, 32, 64, 128, 256), "outputs": (2, 4, 8, 16, 32)}  # fmt: skip
+    """Run everything by the number of genes and of cells, one at a time, each in a new process."""
+    axes = {"genes": (1000, 2000, 4000), "cells": (1000, 2000, 4000, 8000)}
     processes = get_context("forkserver")
     # Imported once, and there in every process.
-    processes.set_forkserver_preload(["scbmlp.modules", "sklearn.decomposition", "sklearn.linear_model"])
+    processes.set_forkserver_preload(["scbmlp.audit", "scbmlp.modules", "scbmlp.solving"])
     with tempfile.TemporaryDirectory() as folder, processes.Pool(1, maxtasksperchild=1) as pool:
         sets, fitted = Path(folder, "sets"), Path(folder, "fitted")
         for axis, value in ((axis, value) for axis, values in axes.items() for value in values):
             size = USUAL | {axis: value}
-            data = cells(size["cells"] + 500, size["genes"], n_classes=size["outputs"])
+            data = cells(size["cells"] + 500, size["genes"])
             train, val = halves(data, size["cells"])
-            model = ScBMLPClassifier(Config(size["genes"], size["hid"], size["outputs"], n_epochs=1, batch_size=BATCH))
+            model = ScBMLPClassifier(Config(size["genes"], HID, CLASSES, n_epochs=1, batch_size=BATCH))
             model.fit(train, **QUIET)
             sets.write_bytes(pickle.dumps((train, val)))
             fitted.write_bytes(pickle.dumps((model,)))
@@ -370,18 +286,6 @@ def part_growth():
                 for name in work:
                     seconds, memory = pool.apply(apart, (name, *files))
                     yield {"axis": axis, "value": value, "what": name, "seconds": seconds, "memory": memory}
-
-
-def part_replicas():
-    """Run twenty fits at once beside one, at 2,000 genes."""
-    train = cells(2560, 2000, 0.4)
-    cfg = Config(2000, HID, CLASSES, n_epochs=5, batch_size=BATCH, dropout_rate=0.4, weight_decay=1e-2, device="cpu")
-    work = {
-        "one": lambda: clocked(lambda: ScBMLPClassifier(cfg).fit(train, **QUIET)),
-        "twenty at once": lambda: clocked(lambda: fit_replicas(ScBMLPClassifier, cfg, train, progress=False)),
-    }
-    for name, seconds in turns(work, 3).items():
-        yield {"what": name, "seconds": seconds / 5}
 
 
 def child_processes(batch: str, devices: str, folder: str | None = None) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from anndata import AnnData
 from scipy import sparse
-from scipy.linalg import solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, log_loss, r2_score, recall_score
@@ -21,7 +21,7 @@ from scbmlp.checks import check_class_weight, warn
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, held, match_genes, product, some
 
 MOST = 8000  # cells, where features are more than that too
-LARGE = 3000  # cells and features from which on a Cholesky decomposition a penalty is quicker than all eigenvectors
+LARGE = 3000  # cells and features from which on few penalties are tried
 # Penalties, in units of the mean eigenvalue of the cells' scatter; more are tried while the best is an end.
 RIDGE, QUICK_RIDGE = np.logspace(-8, 3, 23), np.logspace(-1.5, 1, 5)
 LOGISTIC, QUICK_LOGISTIC = np.logspace(-2.5, 0.5, 7), np.logspace(-2, 0, 3)
@@ -39,10 +39,9 @@ class LinearModel:
     constant
         Outputs of a cell whose features are all 0 (out).
     penalty
-        Penalty that validation cells chose, for each output of a regression (out) and for all classes alike: the
-        weight of the squared weights beside the sum over the training cells of squared error, or of log-loss.
+        Penalty of the sum over cells of squared error (out), or one penalty of the log-loss of all classes.
     gene_names
-        Names of the features, where they are genes: AnnData, DataFrames and datasets are matched by name.
+        Names of the genes, by which cells are matched; None if features have no names.
     layer
         Layer of AnnData that it was fitted on, and reads again; None for ``X``.
     class_weight
@@ -62,17 +61,9 @@ class LinearModel:
         Parameters
         ----------
         x
-            AnnData, a DataFrame or a dataset, whose genes are matched by name, or a matrix with the features in order
-            (cell x gene).
+            AnnData, DataFrame or dataset, whose genes are matched by name, or a matrix (cell x gene).
         layer
             Layer of AnnData to read; that of the training cells if None.
-
-        Raises
-        ------
-        KeyError
-            AnnData or a dataset lacks some of the genes.
-        ValueError
-            The number of features is another.
 
         Examples
         --------
@@ -112,10 +103,7 @@ def accuracy(outputs: np.ndarray, target: np.ndarray, class_weight: Literal["bal
 def class_counts(
     class_weight: Literal["balanced"] | None, y: np.ndarray, n_classes: int, own: np.ndarray | None = None
 ) -> np.ndarray | None:
-    """Return how often a cell of each class counts (out), once where none is known; None if all count alike.
-
-    `y` are the class codes of the training cells, `own` how often each of them counts by itself (both cell).
-    """
+    """Return how often a cell of each class counts (out), by codes of cells and how often each counts itself (cell)."""
     if class_weight is None:
         return None
     sizes = np.bincount(y, own, n_classes)
@@ -131,24 +119,21 @@ def linear_baseline(
 ) -> LinearModel:
     """Fit ridge regression, or multinomial logistic regression for classes, with the penalty best on validation cells.
 
-    Whatever a bilinear model claims, it claims against this. Penalties are a grid around the mean eigenvalue of the
-    cells' scatter, which grows while the best is an end of it; validation cells choose one for each target by squared
-    error, or one for all classes by log-loss.
+    Each target has its own penalty, all classes share one. Compare every bilinear model with this.
 
     Parameters
     ----------
     train, val
-        Cells to fit, and cells that choose the penalty. Of stored cells as many are drawn as 256 MB hold.
+        Cells to fit, and cells that choose the penalty. Of stored cells, as many are drawn as 256 MB hold.
     exact
-        Whether to try a fine grid on principal axes, where a penalty is cheap once they are known; else a coarse one,
-        a few times quicker.
+        Whether to try a fine grid of penalties; else a coarse one, a few times quicker.
     class_weight
-        As in :class:`scbmlp.models.Config`, for training and validation cells; that of the model to compare with.
+        As in :class:`scbmlp.models.Config`; that of the model to compare with.
 
     Raises
     ------
     ValueError
-        There is one class, a target is constant, or `class_weight` is unknown, or given where there are no classes.
+        There is one class, a target is constant, or `class_weight` does not fit.
 
     Examples
     --------
@@ -159,34 +144,18 @@ def linear_baseline(
     for name, dataset in {"train": train, "val": val}.items():
         check_dataset(dataset, name)
     check_class_weight(class_weight, classes=train.y.ndim == 1)
-    counts = class_counts(class_weight, train.y.numpy(), len(train.output_names))
-    model = _linear(held(train), held(val), exact, counts)
+    fitted, val = held(train), held(val)
+    x, y, x_val, y_val = fitted.x, fitted.y.numpy(), match_genes(val, train.gene_names), val.y.numpy()
+    if y.ndim == 2:
+        model = ridge(Axes(x), y, x_val, y_val, exact=exact)
+    else:
+        counts = class_counts(class_weight, train.y.numpy(), len(train.output_names))
+        model = _logistic(x, y, x_val, y_val, np.ones(len(train.output_names)) if counts is None else counts, exact)
     return replace(model, gene_names=train.gene_names, layer=train.layer, class_weight=class_weight)
 
 
-def _linear(train: ExpressionDataset, val: ExpressionDataset, exact: bool, counts: np.ndarray | None) -> LinearModel:
-    x, x_val = train.x, match_genes(val, train.gene_names)
-    y, y_val = train.y.numpy(), val.y.numpy()
-    if y.ndim == 2:
-        return ridge(Axes(x), y, x_val, y_val, exact=exact)
-    n_classes = len(train.output_names)
-    if exact:
-        return logistic(Axes(x), y, x_val, y_val, n_classes, counts=counts)
-    return _quick_logistic(x, y, x_val, y_val, n_classes, counts)
-
-
 def additive_features(x: Any) -> Any:
-    """Return x, x^2 and 1[x > 0] of every gene: weighted sums of them are sums of functions of single genes.
-
-    Parameters
-    ----------
-    x
-        Expression, sparse or dense (cell x gene).
-
-    Returns
-    -------
-    Features (cell x 3 gene), sparse where `x` is.
-    """
+    """Return x, x^2 and 1[x > 0] of every gene (cell x 3 gene): their weighted sums are functions of single genes."""
     if sparse.issparse(x):
         x = sparse.csr_matrix(x)
         return sparse.hstack([x, x.multiply(x), (x > 0).astype(x.dtype)], format="csr")
@@ -195,103 +164,56 @@ def additive_features(x: Any) -> Any:
 
 
 class Axes:
-    """Principal axes of training cells, on which any penalty of a linear model is cheap.
-
-    They are eigenvectors of the products of cells or of features, whichever are fewer. If both are more than ``MOST``,
-    that many cells are drawn. ``large`` says that eigenvectors would take long: then a few penalties are tried without.
-
-    Parameters
-    ----------
-    x
-        Training cells, sparse or dense (cell x gene).
-    """
+    """Products of training cells less their mean, or of features if fewer; if both are many, of ``MOST`` cells."""
 
     def __init__(self, x: Any) -> None:
         self.rows = some(x.shape[0], MOST if min(x.shape) > MOST else x.shape[0])
         self.x = x if len(self.rows) == x.shape[0] else x[self.rows]
         self.mean = np.asarray(self.x.mean(axis=0), dtype=np.float64).ravel()
         self.dual = self.x.shape[0] <= self.x.shape[1]
-        self.products = _between_cells(self.x, self.x, self.mean) if self.dual else _scatter(self.x, self.mean)
-        self.large = len(self.products) > LARGE
-        self._projected: tuple[Any, np.ndarray] | None = None
-        self.unit = np.trace(self.products) / len(self.products)  # the mean eigenvalue, in which penalties are told
+        self.products = _products(self.x, self.x, self.mean, self.dual)
+        self.unit = np.trace(self.products) / len(self.products)  # the mean eigenvalue
 
     @cached_property
-    def _eigen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return squared singular values (comp), rising, and what turns products with cells or features into scores."""
+    def turn(self) -> np.ndarray:
+        """Return what turns products with cells, or features, into scores on principal axes (cell or gene x comp)."""
         values, vectors = np.linalg.eigh(self.products)
         kept = values > max(values[-1], 0) * 1e-12
-        values, vectors = values[kept], vectors[:, kept]
-        return values, vectors / np.sqrt(values) if self.dual else vectors
+        return vectors[:, kept] / np.sqrt(values[kept]) if self.dual else vectors[:, kept]
 
-    @property
-    def strength(self) -> np.ndarray:
-        """Squared singular values of the training cells (comp), rising."""
-        return self._eigen[0]
+    def scores(self, x: Any) -> np.ndarray:
+        """Return the scores of cells on principal axes (cell x comp)."""
+        if self.dual:
+            return (self.products if x is self.x else _products(x, self.x, self.mean, True)) @ self.turn
+        return x @ self.turn - self.mean @ self.turn
 
-    @cached_property
-    def scores(self) -> np.ndarray:
-        """Scores of the training cells (cell x comp)."""
-        return self.products @ self._eigen[1] if self.dual else self.project(self.x)
-
-    def project(self, x: Any) -> np.ndarray:
-        """Return the scores of cells (cell x comp)."""
-        if self._projected is None or self._projected[0] is not x:  # the same cells come for several targets
-            turn = self._eigen[1]
-            scores = _between_cells(x, self.x, self.mean) @ turn if self.dual else x @ turn - self.mean @ turn
-            self._projected = x, scores
-        return self._projected[1]
-
-    def model(self, coefficients: np.ndarray, constant: np.ndarray, penalty: np.ndarray) -> LinearModel:
-        """Return the model of the features that has these coefficients of the scores (comp x out)."""
-        return self.unturned(self._eigen[1] @ coefficients, constant, penalty)
-
-    def unturned(self, turned: np.ndarray, constant: np.ndarray, penalty: np.ndarray) -> LinearModel:
-        """Return the model of the features from weights of the training cells, or of the features if not dual."""
+    def model(self, turned: np.ndarray, constant: np.ndarray, penalty: np.ndarray) -> LinearModel:
+        """Return the model that has these weights of products with the training cells, or of features (x out)."""
         weight = self.x.T @ turned - np.outer(self.mean, turned.sum(axis=0)) if self.dual else turned
         return LinearModel(weight.T, constant - weight.T @ self.mean, penalty)
 
 
+def _products(a: Any, b: Any, mean: np.ndarray, dual: bool) -> np.ndarray:
+    """Return products of the cells of `a` and `b`, or of the features of one, less `mean`, summed over blocks."""
+    same = a is b
+    if dual:
+        a, b = (x.tocsc() if sparse.issparse(x) else x for x in (a, b))
+
+    def block(x: Any, part: slice) -> np.ndarray:
+        x = x[:, part] if dual else x[part]
+        # In float64: penalties go down to next to nothing, where rounding would look like a direction.
+        return np.asarray(x.toarray() if sparse.issparse(x) else x, np.float64) - (mean[part] if dual else mean)
+
+    found = 0.0
+    for start in range(0, a.shape[dual], 1000):
+        d = block(a, slice(start, start + 1000))
+        other = d if same else block(b, slice(start, start + 1000))
+        found += d @ other.T if dual else d.T @ other
+    return found
+
+
 def ridge(axes: Axes, y: np.ndarray, x_val: Any, y_val: np.ndarray, *, exact: bool = True) -> LinearModel:
-    """Fit ridge regression with the penalty of each target (cell x out) that does best on validation cells.
-
-    Parameters
-    ----------
-    axes
-        Axes of the training cells.
-    y
-        Targets of the training cells (cell x out).
-    x_val, y_val
-        Features (cell x gene) and targets (cell x out) of the validation cells.
-    exact
-        Whether to try a fine grid, where `axes` are not large; else a coarse one.
-
-    Raises
-    ------
-    ValueError
-        A target is constant.
-    """
-    mean, centred = _centred(axes, y)
-    exact = exact and not axes.large
-    if exact:
-        products, at_val = axes.scores.T @ centred, axes.project(x_val)
-    else:
-        right = centred if axes.dual else axes.x.T @ centred
-
-    def fit(penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        if exact:
-            found = products / (axes.strength + penalty)[:, None]
-            return found, at_val @ found + mean
-        system = axes.products.copy()
-        system[np.diag_indices_from(system)] += penalty
-        found = solve(system, right, assume_a="pos", overwrite_a=True)
-        return found, axes.unturned(found, mean, penalty).outputs(x_val)
-
-    best = _best(fit, axes.unit * (RIDGE if exact else QUICK_RIDGE), mean, y_val)
-    return axes.model(*best) if exact else axes.unturned(*best)
-
-
-def _centred(axes: Axes, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fit ridge regression with the penalty of each target (cell x out) that does best on validation cells."""
     y = y[axes.rows].astype(np.float64)
     constant = np.flatnonzero(np.ptp(y, axis=0) == 0)
     if len(constant):
@@ -299,34 +221,79 @@ def _centred(axes: Axes, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             f"train has the same value in every cell for target {constant[0]} (counted from 0): there is no linear "
             f"baseline of a constant; drop the target, or fit with baseline=False."
         )
-    return y.mean(axis=0), y - y.mean(axis=0)
+    mean = y.mean(axis=0)
+    right = y - mean if axes.dual else axes.x.T @ (y - mean)
+
+    def fit(penalty: float) -> tuple[LinearModel, np.ndarray]:
+        system = axes.products.copy()
+        system[np.diag_indices_from(system)] += penalty
+        try:
+            turned = cho_solve(cho_factor(system, overwrite_a=True), right)
+        except LinAlgError:  # far beyond the grid: next to no penalty, and features that are copies of each other
+            turned = np.full_like(right, np.nan)
+        model = axes.model(turned, mean, np.full(len(mean), penalty))
+        return model, ((x_val @ model.weight.T + model.constant - y_val) ** 2).mean(axis=0)
+
+    fine = exact and len(axes.products) <= LARGE
+    return _best(fit, axes.unit * (RIDGE if fine else QUICK_RIDGE))
 
 
-def _best(
-    fit: Callable[[float], tuple[np.ndarray, np.ndarray]], penalties: np.ndarray, mean: np.ndarray, y_val: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the coefficients (comp x out), the mean and the penalty (out) of least squared error for each target."""
-    best, error, chosen = None, np.full(y_val.shape[1], np.inf), np.zeros(y_val.shape[1])
+def _logistic(x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, counts: np.ndarray, exact: bool) -> LinearModel:
+    """Fit multinomial logistic regression with the penalty best on validation cells, by each class's counts (out)."""
+    if exact := exact and min(x.shape) <= LARGE:
+        axes = Axes(x)  # on them the optimum is what it is on the features
+        x, x_val, unit = axes.scores(x), axes.scores(x_val), axes.unit
+    else:  # a few penalties on the features themselves, of as many cells as 400 MB hold
+        rows, rows_val = (some(len(codes), int(1e8) // x.shape[1]) for codes in (y, y_val))
+        x, x_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
+        y, y_val, mean = y[rows], y_val[rows_val], x.mean(axis=0)
+        x -= mean  # in place: a copy of either is as large as all else together
+        x_val -= mean
+        unit = np.square(x, dtype=np.float64).sum() / min(x.shape)
+    classes, n_classes = np.unique(y), len(counts)
+    if len(classes) < 2:
+        raise ValueError(
+            "train has cells of 1 class alone: there is no linear baseline where nothing can be told "
+            "apart; add cells of other classes, or fit with baseline=False."
+        )
+    solver = LogisticRegression(warm_start=True, max_iter=1000, tol=5e-4 if exact else 1e-3)
 
-    def loss(penalty: float) -> np.ndarray:
-        nonlocal best, error, chosen
-        found, predicted = fit(penalty)
-        here = ((predicted - y_val) ** 2).mean(axis=0)
-        better = here < error
-        best = found if best is None else np.where(better, found, best)
-        error, chosen = np.minimum(here, error), np.where(better, penalty, chosen)
-        return here
+    def fit(penalty: float) -> tuple[LinearModel, np.ndarray]:
+        # Many small products: threads would wait for each other, on a busy machine for most of the time.
+        with threadpool_limits(1):
+            solver.set_params(C=1 / penalty).fit(x, y, counts[y])
+        found, at_mean = solver.coef_, solver.intercept_
+        if len(classes) == 2:  # one row of weights, the difference
+            found, at_mean = np.vstack([-found, found]) / 2, np.append(-at_mean, at_mean) / 2
+        # Classes without a training cell have no weights, and are never predicted.
+        weight, constant = np.zeros((n_classes, x.shape[1])), np.full(n_classes, at_mean.min() - 10.0)
+        weight[classes], constant[classes] = found, at_mean
+        shares = softmax(x_val @ weight.T + constant, axis=1)
+        loss = log_loss(y_val, shares, labels=range(n_classes), sample_weight=counts[y_val])
+        return LinearModel(weight, constant, np.full(n_classes, penalty)), np.full(n_classes, loss)
 
-    _try_penalties(loss, penalties)
-    return best, mean, chosen
+    best = _best(fit, unit * (LOGISTIC if exact else QUICK_LOGISTIC))
+    if exact:
+        return axes.model(axes.turn @ best.weight.T, best.constant, best.penalty[0])
+    return LinearModel(best.weight, best.constant - best.weight @ mean, best.penalty[0])
 
 
-def _try_penalties(loss: Callable[[float], np.ndarray], penalties: np.ndarray) -> None:
-    """Try penalties from the largest on, and more beyond an end that is ahead of the next to it for any output (out).
+def _best(fit: Callable[[float], tuple[LinearModel, np.ndarray]], penalties: np.ndarray) -> LinearModel:
+    """Return for each output the model of least loss (out), among the models that `fit` makes by their penalty."""
+    known: dict[float, np.ndarray] = {}
+    best, least = None, np.inf
 
-    An end that is ahead by less than a thousandth, or by next to nothing of the largest loss, is level.
-    """
-    known = {penalty: np.atleast_1d(loss(penalty)) for penalty in np.sort(penalties)[::-1]}
+    def attempt(penalty: float) -> None:
+        nonlocal best, least
+        model, known[penalty] = fit(penalty)
+        best, better = best or model, known[penalty] < least
+        for own, new in ((best.weight, model.weight), (best.constant, model.constant), (best.penalty, model.penalty)):
+            own[better] = new[better]
+        least = np.fmin(known[penalty], least)
+
+    for penalty in np.sort(penalties)[::-1]:
+        attempt(penalty)
+    # More beyond an end that is ahead of the next to it, by a thousandth and by a share of the largest loss.
     ends, nothing = sorted(known), 1e-5 * np.max([*known.values()], axis=0)
     for end, beside, limit in ((ends[0], ends[1], ends[0] / BEYOND), (ends[-1], ends[-2], ends[-1] * BEYOND)):
         while (known[beside] - known[end] > np.maximum(1e-3 * known[beside], nothing)).any():
@@ -338,123 +305,5 @@ def _try_penalties(loss: Callable[[float], np.ndarray], penalties: np.ndarray) -
                 )
                 break
             end, beside = beyond, end
-            known[end] = np.atleast_1d(loss(end))
-
-
-def logistic(
-    axes: Axes,
-    y: np.ndarray,
-    x_val: Any,
-    y_val: np.ndarray,
-    n_classes: int,
-    *,
-    counts: np.ndarray | None = None,
-) -> LinearModel:
-    """Fit multinomial logistic regression to class codes (cell), with the penalty that does best on validation cells.
-
-    Parameters
-    ----------
-    axes
-        Axes of the training cells; on them the optimum is what it is on the features.
-    y
-        Class codes of the training cells (cell).
-    x_val, y_val
-        Features (cell x gene) and class codes (cell) of the validation cells.
-    n_classes
-        Number of classes, those without a training cell included.
-    counts
-        How often a cell of each class counts, in training and validation (out); all alike if None.
-
-    Raises
-    ------
-    ValueError
-        There are cells of one class alone.
-    """
-    y = y[axes.rows]
-    if axes.large:
-        return _quick_logistic(axes.x, y, x_val, y_val, n_classes, counts)
-    found = _logistic(axes.scores, y, axes.project(x_val), y_val, n_classes, axes.unit * LOGISTIC, 5e-4, counts)
-    return axes.model(*found)
-
-
-def _quick_logistic(
-    x: Any, y: np.ndarray, x_val: Any, y_val: np.ndarray, n_classes: int, counts: np.ndarray | None
-) -> LinearModel:
-    """Do as :func:`logistic` for a few penalties on the features themselves, of as many cells as 400 MB hold."""
-    rows, rows_val = (some(len(cells), int(1e8) // x.shape[1]) for cells in (y, y_val))
-    dense, dense_val = dense_tensor(x[rows]).numpy(), dense_tensor(x_val[rows_val]).numpy()
-    mean = dense.mean(axis=0)
-    dense -= mean  # in place: a copy of either is as large as all else together
-    dense_val -= mean
-    unit = np.square(dense, dtype=np.float64).sum() / min(dense.shape)
-    weights, constant, penalty = _logistic(
-        dense, y[rows], dense_val, y_val[rows_val], n_classes, unit * QUICK_LOGISTIC, 1e-3, counts
-    )
-    return LinearModel(weights.T, constant - weights.T @ mean, penalty)
-
-
-def _logistic(
-    x: np.ndarray,
-    y: np.ndarray,
-    x_val: np.ndarray,
-    y_val: np.ndarray,
-    n_classes: int,
-    penalties: np.ndarray,
-    tol: float,
-    counts: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.float64]:
-    """Return the weights of centred features (feature x out), the constant (out) and the penalty."""
-    classes = np.unique(y)
-    if len(classes) < 2:
-        raise ValueError(
-            f"train has cells of {len(classes)} class alone: there is no linear baseline where nothing can be told "
-            f"apart; add cells of other classes, or fit with baseline=False."
-        )
-    fit = LogisticRegression(warm_start=True, max_iter=1000, tol=tol)
-    best, error = None, np.inf
-    own, own_val = (None if counts is None else counts[codes] for codes in (y, y_val))
-
-    def loss(penalty: float) -> float:
-        nonlocal best, error
-        # Many small products: threads would wait for each other, on a busy machine for most of the time.
-        with threadpool_limits(1):
-            fit.set_params(C=1 / penalty).fit(x, y, own)
-        # Two classes have one row of weights, the difference; classes without a training cell have none.
-        rows = np.vstack([-fit.coef_, fit.coef_]) / 2 if len(classes) == 2 else fit.coef_
-        at_mean = np.append(-fit.intercept_, fit.intercept_) / 2 if len(classes) == 2 else fit.intercept_
-        weights, constant = np.zeros((x.shape[1], n_classes)), np.full(n_classes, at_mean.min() - 10.0)
-        weights[:, classes], constant[classes] = rows.T, at_mean
-        shares = softmax(x_val @ weights + constant, axis=1)
-        here = log_loss(y_val, shares, labels=range(n_classes), sample_weight=own_val)
-        if here < error:
-            best, error = (weights, constant, np.float64(penalty)), here
-        return here
-
-    _try_penalties(loss, penalties)
+            attempt(end)
     return best
-
-
-def _between_cells(a: Any, b: Any, mean: np.ndarray, size: int = 1000) -> np.ndarray:
-    """Return the products of the cells of `a` and `b`, less `mean`, summed over blocks of features."""
-    same = a is b
-    a, b = (x.tocsc() if sparse.issparse(x) else x for x in (a, b))
-    products = np.zeros((a.shape[0], b.shape[0]))
-    for start in range(0, len(mean), size):
-        part = slice(start, start + size)
-        first = _dense(a[:, part]) - mean[part]
-        products += first @ (first if same else _dense(b[:, part]) - mean[part]).T
-    return products
-
-
-def _scatter(x: Any, mean: np.ndarray, size: int = 1000) -> np.ndarray:
-    """Return the products of features, less their means, summed over blocks of cells."""
-    products = np.zeros((len(mean),) * 2)
-    for start in range(0, x.shape[0], size):
-        block = _dense(x[start : start + size]) - mean
-        products += block.T @ block
-    return products
-
-
-def _dense(x: Any) -> np.ndarray:
-    """Return a block in float64: penalties go down to next to nothing, where rounding would look like a direction."""
-    return np.asarray(x.toarray() if sparse.issparse(x) else x, dtype=np.float64)

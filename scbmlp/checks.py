@@ -1,4 +1,4 @@
-"""What may come in: matrices, names, columns of obs and masks, each decided in one place."""
+"""Checks of what users pass: matrices, names, columns of obs and masks."""
 
 from __future__ import annotations
 
@@ -21,22 +21,7 @@ REMEDY = "pass log-normalised values, scanpy.pp.normalize_total then scanpy.pp.l
 
 
 def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix | np.ndarray:
-    """Return a matrix of numbers, rows first: sparse ones as CSR with every entry once, lazy ones computed.
-
-    Parameters
-    ----------
-    x
-        Array, sparse or dask matrix, tensor or DataFrame (cell x gene).
-    where
-        What the caller knows it by, for the message.
-    dtype
-        Type of the numbers; if None float64 stays, and all others become float32.
-
-    Raises
-    ------
-    ValueError
-        It is not a two-dimensional matrix of real numbers.
-    """
+    """Return a matrix of numbers, rows first: sparse ones as CSR with every entry once, lazy ones computed."""
     if x is None:
         raise ValueError(f"{where} is None; put log-normalised expression there, or name a layer that has it.")
     x = x.compute() if hasattr(x, "compute") else x  # dask
@@ -74,24 +59,16 @@ def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix |
     return x
 
 
+def entries(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:
+    """Return the values that a matrix holds, those of a sparse one without its zeros."""
+    return x.data if sparse.issparse(x) else x
+
+
 def check_finite(
     x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = "drop those cells or genes, or set them to 0"
 ) -> None:
-    """Raise an error if a matrix (cell x gene) has values that are no number.
-
-    Parameters
-    ----------
-    x, where
-        As :func:`numeric_matrix` returns and takes them.
-    remedy
-        What the message ends with.
-
-    Raises
-    ------
-    ValueError
-        A value is NaN or infinite.
-    """
-    bad = ~np.isfinite(x.data if sparse.issparse(x) else x)
+    """Raise an error if a matrix (cell x gene) has values that are NaN or infinite."""
+    bad = ~np.isfinite(entries(x))
     if bad.any():
         rows = np.searchsorted(x.indptr, np.flatnonzero(bad), "right") if sparse.issparse(x) else bad.nonzero()[0]
         raise ValueError(
@@ -100,24 +77,7 @@ def check_finite(
 
 
 def expression(adata: AnnData, layer: str | None, dtype: Any = None) -> tuple[sparse.csr_matrix | np.ndarray, str]:
-    """Return ``adata.X`` or a layer (cell x gene), and what to call it in a message.
-
-    Parameters
-    ----------
-    adata
-        Cells.
-    layer
-        Layer to read; ``X`` if None.
-    dtype
-        As in :func:`numeric_matrix`.
-
-    Raises
-    ------
-    KeyError
-        There is no such layer.
-    ValueError
-        `adata` is backed by a file, or the matrix is not one of real numbers.
-    """
+    """Return ``adata.X`` or a layer (cell x gene), and its name for messages."""
     if adata.isbacked:
         raise ValueError(
             "adata is backed by a file, and all of its cells are needed at once here; take those to work on into "
@@ -133,13 +93,7 @@ def expression(adata: AnnData, layer: str | None, dtype: Any = None) -> tuple[sp
 
 
 def warn(message: str) -> None:
-    """Warn where the caller of this package stands, however deep in it the reason is.
-
-    Parameters
-    ----------
-    message
-        What to say.
-    """
+    """Warn at the line that called this package, however deep in it the reason is."""
     frame, level, here = sys._getframe(1), 2, str(Path(__file__).parent)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(here):
         frame, level = frame.f_back, level + 1
@@ -147,20 +101,7 @@ def warn(message: str) -> None:
 
 
 def check_log_normalised(x: sparse.csr_matrix | np.ndarray, where: str, adata: AnnData) -> None:
-    """Raise an error if expression is negative, and warn if it looks like counts.
-
-    Parameters
-    ----------
-    x, where
-        Expression (cell x gene), and what to call it.
-    adata
-        Where it is from, since scanpy keeps log-normalised values in ``raw`` when ``X`` is scaled.
-
-    Raises
-    ------
-    ValueError
-        Values are not finite, or negative.
-    """
+    """Raise an error for values that are negative, NaN or infinite, and warn of counts."""
     check_finite(x, where)
     remedy = "adata.raw may have them: adata.raw.to_adata()" if adata.raw is not None else REMEDY
     check_not_negative(x, where, remedy)
@@ -169,19 +110,8 @@ def check_log_normalised(x: sparse.csr_matrix | np.ndarray, where: str, adata: A
 
 
 def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = REMEDY) -> None:
-    """Raise an error if expression is negative.
-
-    Parameters
-    ----------
-    x, where, remedy
-        As :func:`check_finite` takes them.
-
-    Raises
-    ------
-    ValueError
-        A value is negative.
-    """
-    values = x.data if sparse.issparse(x) else x
+    """Raise an error if expression is negative."""
+    values = entries(x)
     if values.size and values.min() < 0:
         raise ValueError(
             f"{where} holds negative values (minimum {values.min():.3g}), as scaled expression does; log-normalised "
@@ -191,38 +121,17 @@ def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: st
 
 def looks_like_counts(x: sparse.csr_matrix | np.ndarray) -> bool:
     """Say whether expression (cell x gene) holds whole numbers alone, above 1 too."""
-    values = x.data if sparse.issparse(x) else x
+    values = entries(x)
     return bool(values.size and values.max() > 1 and np.array_equal(values, np.round(values)))
 
 
 def warn_of_counts(where: str) -> None:
-    """Warn that expression looks like counts.
-
-    Parameters
-    ----------
-    where
-        What to call it.
-    """
+    """Warn that expression looks like counts."""
     warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
 
 
 def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.Index:
-    """Return names as plain text, or all as plain numbers or booleans, which any file can hold.
-
-    Parameters
-    ----------
-    names
-        Names; a RangeIndex stands for what nobody named. Intervals and other values become their text.
-    what
-        What they are names of, for the message.
-    unique
-        Whether each may come once only.
-
-    Raises
-    ------
-    ValueError
-        A name is missing, or comes twice.
-    """
+    """Return names as plain text, or all as plain numbers or booleans; a RangeIndex stands for no names."""
     if isinstance(names, pd.RangeIndex):
         return names
     found = list(names)
@@ -241,24 +150,7 @@ def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.I
 
 
 def whole_number(value: Any, name: str, least: int = 1, most: float = np.inf, *, config: bool = False) -> int:
-    """Return a whole number in its range.
-
-    Parameters
-    ----------
-    value
-        The number.
-    name
-        What the caller named it by, for the message.
-    least, most
-        Range, both ends allowed.
-    config
-        Whether it is a field of a configuration.
-
-    Raises
-    ------
-    ValueError
-        It is none, or out of its range.
-    """
+    """Return a whole number in its range."""
     number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
     if not (number and least <= value <= most and value == int(value)):
         upto = "" if most == np.inf else f" and at most {int(most)}"
@@ -268,22 +160,7 @@ def whole_number(value: Any, name: str, least: int = 1, most: float = np.inf, *,
 
 
 def check_class_weight(value: Any, *, classes: bool = True, config: bool = False) -> None:
-    """Raise an error if cells cannot be weighted like that.
-
-    Parameters
-    ----------
-    value
-        What the caller passed as ``class_weight``.
-    classes
-        Whether the targets are classes.
-    config
-        Whether it is a field of a configuration.
-
-    Raises
-    ------
-    ValueError
-        It is neither None nor ``"balanced"``, or there are no classes to balance.
-    """
+    """Raise an error unless it is None, or "balanced" for targets that are classes."""
     given = f"Config(class_weight={value!r})" if config else f"class_weight={value!r}"
     if value is not None and not (isinstance(value, str) and value == "balanced"):
         raise ValueError(f"{given}: 'balanced' is known, or None, by which every cell counts alike.")
@@ -292,22 +169,7 @@ def check_class_weight(value: Any, *, classes: bool = True, config: bool = False
 
 
 def by_cell(values: Any, adata: AnnData, what: str) -> pd.DataFrame:
-    """Return a table with a row for every cell of `adata`, by name where rows have names, by order otherwise.
-
-    Parameters
-    ----------
-    values
-        DataFrame, Series, or an array or sparse matrix (cell x column).
-    adata
-        Cells.
-    what
-        What the caller named the table by, for the message.
-
-    Raises
-    ------
-    ValueError
-        There is not one row a cell, rows are those of other cells, or values are not finite numbers.
-    """
+    """Return a table with a row for every cell of `adata`, by name where rows have names, by order otherwise."""
     table = values if isinstance(values, pd.DataFrame | pd.Series) else numeric_matrix(values, what)
     table = pd.DataFrame(table.toarray() if sparse.issparse(table) else table)
     if len(table) != adata.n_obs:
@@ -318,18 +180,7 @@ def by_cell(values: Any, adata: AnnData, what: str) -> pd.DataFrame:
 
 
 def of_cells(table: Any, adata: AnnData, what: str) -> Any:
-    """Return the rows of a Series or DataFrame in the order of the cells, whose names it has.
-
-    Parameters
-    ----------
-    table, adata, what
-        As in :func:`by_cell`.
-
-    Raises
-    ------
-    ValueError
-        Rows are those of other cells.
-    """
+    """Return the rows of a Series or DataFrame in the order of the cells, whose names it has."""
     if table.index.equals(adata.obs_names):
         return table
     if not (table.index.is_unique and set(table.index) == set(adata.obs_names)):
@@ -338,39 +189,14 @@ def of_cells(table: Any, adata: AnnData, what: str) -> Any:
 
 
 def nearest(name: Any, names: Iterable[Any]) -> str:
-    """Return what a mistyped name may have meant, to end a message with.
-
-    Parameters
-    ----------
-    name
-        What was asked for.
-    names
-        What there is.
-    """
+    """Return the end of a message: the names that a mistyped one may have meant."""
     lower = {str(candidate).lower(): str(candidate) for candidate in names}
     matches = [lower[match] for match in get_close_matches(str(name).lower(), lower, n=3)]
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
-    """Return a column of ``adata.obs``, by position, since cell names may come twice.
-
-    Parameters
-    ----------
-    adata
-        Cells.
-    key
-        Column of ``obs``.
-    argument
-        What the caller named it by, for the message.
-
-    Raises
-    ------
-    KeyError
-        There is no such column.
-    ValueError
-        There are several of that name.
-    """
+    """Return a column of ``adata.obs``, by position, since cell names may come twice."""
     if not isinstance(key, str) or key not in adata.obs:
         known = map(str, adata.obs)
         raise KeyError(
@@ -385,24 +211,7 @@ def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
 
 
 def obs_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
-    """Return a column of ``adata.obs`` with a label for every cell, by position.
-
-    Parameters
-    ----------
-    adata
-        Cells.
-    key
-        Column of ``obs``.
-    argument
-        What the caller named it by, for the message.
-
-    Raises
-    ------
-    KeyError
-        There is no such column.
-    ValueError
-        A cell has no label, or there are several columns of that name.
-    """
+    """Return a column of ``adata.obs`` with a label for every cell, by position."""
     labels = obs_column(adata, key, argument)
     if labels.isna().any():
         raise ValueError(
@@ -413,24 +222,7 @@ def obs_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
 
 
 def control_labels(adata: AnnData, key: str, control: Any) -> tuple[pd.Series, str]:
-    """Return the perturbation of every cell as text, and the text of the label for control cells.
-
-    Parameters
-    ----------
-    adata
-        Cells.
-    key
-        Column of ``obs`` with the perturbations.
-    control
-        Label of control cells, as text or of the column's own type: ``"DMSO"``, ``0``, False.
-
-    Raises
-    ------
-    KeyError
-        There is no such column, or `control` is not one of the labels.
-    ValueError
-        A cell has no label.
-    """
+    """Return the perturbation of every cell as text, and the text of the label for control cells."""
     labels = obs_labels(adata, key, "perturbation_key")
     same = (labels.astype(object) == control).to_numpy(bool)
     labels = labels.astype(str)
@@ -445,60 +237,22 @@ def control_labels(adata: AnnData, key: str, control: Any) -> tuple[pd.Series, s
 
 
 def strata_of(adata: AnnData, strata: str | Sequence[str] | None) -> tuple[pd.Series, list[str]]:
-    """Return the stratum of every cell, labels joined by a comma, and the names of the columns.
-
-    Parameters
-    ----------
-    adata
-        Cells.
-    strata
-        Column of ``obs``, several, or None for one stratum.
-
-    Raises
-    ------
-    KeyError
-        There is no such column.
-    ValueError
-        A cell has no label.
-    """
+    """Return the stratum of every cell, labels joined by a comma, and the names of the columns."""
     names = [strata] if isinstance(strata, str) else list(strata or [])
     columns = [obs_labels(adata, name, "strata").astype(str) for name in names]
-    joined = pd.Series("all", pd.RangeIndex(adata.n_obs))
-    return (pd.concat(columns, axis=1).agg(", ".join, axis=1) if columns else joined), names
+    if not columns:
+        return pd.Series("all", pd.RangeIndex(adata.n_obs)), names
+    return pd.concat(columns, axis=1).agg(", ".join, axis=1), names
 
 
 def check_key(key: Any) -> None:
-    """Raise an error for a name under which nothing can be kept in an AnnData file.
-
-    Parameters
-    ----------
-    key
-        Where a function is to write.
-
-    Raises
-    ------
-    ValueError
-        It is no text, empty, or has a slash, which opens a folder in the file, that is then not read again.
-    """
+    """Raise an error for a name that no AnnData file can hold: a slash in it would open a folder."""
     if not isinstance(key, str) or not key or "/" in key:
         raise ValueError(f"key_added={key!r}: text without a slash is needed, or the file could not be read again.")
 
 
 def as_mask(values: Any, what: str) -> np.ndarray:
-    """Return yes or no for every cell or gene, from booleans in any of their guises.
-
-    Parameters
-    ----------
-    values
-        Booleans, 0 and 1, or the words True and False, as a file may have made of them.
-    what
-        What they are, for the message.
-
-    Raises
-    ------
-    ValueError
-        One of them is missing, or neither yes nor no.
-    """
+    """Return booleans from booleans, 0 and 1, or the words True and False, as files have them."""
     values = pd.Series(np.asarray(values, dtype=object)).map(
         {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
     )
@@ -510,20 +264,7 @@ def as_mask(values: Any, what: str) -> np.ndarray:
 
 
 def positions(cells: Any, adata: AnnData) -> np.ndarray:
-    """Return which cells are meant by a mask, by positions or by None, which is all; rising, each once.
-
-    Parameters
-    ----------
-    cells
-        Booleans, whole numbers, a slice, or None. A Series of booleans is matched by the names of its cells.
-    adata
-        The cells to choose from.
-
-    Raises
-    ------
-    ValueError
-        It is neither, a mask of another length or of other cells, a mask written as 0 and 1, or no cell.
-    """
+    """Return the positions of cells, rising, each once, from a mask, positions or a slice; all if None."""
     n = adata.n_obs
     if cells is None or isinstance(cells, slice):
         return np.arange(n)[slice(None) if cells is None else cells]
@@ -553,15 +294,7 @@ def positions(cells: Any, adata: AnnData) -> np.ndarray:
 
 
 def as_numbers(values: pd.Series, *, unit: str = "") -> pd.Series:
-    """Return numbers, also from their text, with thousands commas or one unit; NaN for what is none.
-
-    Parameters
-    ----------
-    values
-        Numbers, or text such as ``"1,000"``.
-    unit
-        The unit that the numbers are in, which text may name: ``"nM"``.
-    """
+    """Return numbers from text with thousands commas or one unit, such as ``nM``; NaN where there is none."""
     text = values.astype(str).str.strip()
     if unit:
         text = text.str.replace(rf"\s*{re.escape(unit)}$", "", regex=True)
@@ -570,12 +303,6 @@ def as_numbers(values: pd.Series, *, unit: str = "") -> pd.Series:
 
 
 def data_file(*parts: str) -> Path | None:
-    """Return a path in the folder that ``SCBMLP_DATA_DIR`` names, or None if it is not set.
-
-    Parameters
-    ----------
-    parts
-        What to add to the folder.
-    """
+    """Return a path in the folder that ``SCBMLP_DATA_DIR`` names, or None if it is not set."""
     folder = os.environ.get("SCBMLP_DATA_DIR")
     return Path(folder).expanduser().joinpath(*parts) if folder else None

@@ -44,36 +44,28 @@ from scbmlp.stores import (
 )
 
 Matrix: TypeAlias = sparse.csr_matrix | np.ndarray | StoredMatrix
+SETS = ("train", "val", "test")
 
 
 class ExpressionDataset(Dataset):
     """Cells with one target each, and the names of their genes and outputs.
 
-    Indexing with an integer, a slice or a list of integers returns dense ``(x, y)`` tensors of those cells alone;
-    the matrix itself keeps its format.
+    Indexing with an integer, a slice or a list of integers returns dense ``(x, y)`` tensors of those cells alone.
 
     Parameters
     ----------
     x
-        Expression, log-normalised, cell x gene; one that is stored stays on disk.
+        Log-normalised expression (cell x gene); a sparse matrix stays sparse, a stored one stays on disk.
     y
-        Class codes, whole numbers (cell), or continuous targets (cell x out; one output may be flat).
-    gene_names
-        Names of the columns of `x` (gene).
-    output_names
-        Names of the classes, or of the columns of `y` (out).
+        Class codes, whole numbers (cell), or continuous targets (cell x out); one output may be flat.
+    gene_names, output_names
+        Names of the columns of `x` (gene), and of the classes or the columns of `y` (out).
     indices
-        Row of each cell in the AnnData it came from (cell), so that ``adata[dataset.indices]`` gives the cells back.
+        Row of each cell in its AnnData (cell), so that ``adata[dataset.indices]`` gives the cells back.
     layer
-        Layer of the AnnData that `x` came from, None for ``X``; a model trained on it reads the same layer again.
+        Layer that `x` came from, None for ``X``; a model trained on it reads the same layer again.
     num_workers
         Processes that read stored cells ahead while a model trains.
-
-    Raises
-    ------
-    ValueError
-        A matrix is not one of finite numbers, sizes differ, a name is missing or comes twice, or a class code has no
-        class.
 
     Examples
     --------
@@ -175,27 +167,13 @@ def _targets(y: Any, n_outputs: int) -> np.ndarray:
     check_finite(y, "y", "drop those cells")
     if y.shape[1] != n_outputs:
         raise ValueError(
-            f"y has {y.shape[1]} columns, output_names has {n_outputs}; name every one, and encode classes as "
-            f"whole numbers."
+            f"y has {y.shape[1]} columns, output_names has {n_outputs}; name every one, or give classes whole numbers."
         )
     return y
 
 
 def check_dataset(dataset: Any, argument: str = "dataset") -> None:
-    """Raise an error for anything but a data set, such as the AnnData that it is to be cut from.
-
-    Parameters
-    ----------
-    dataset
-        What was given.
-    argument
-        What the caller named it by, for the message.
-
-    Raises
-    ------
-    ValueError
-        It is no data set.
-    """
+    """Raise an error for anything but a data set."""
     if not isinstance(dataset, ExpressionDataset):
         raise ValueError(
             f"{argument} is of type {type(dataset).__name__}; an ExpressionDataset is needed, cells with targets: "
@@ -211,15 +189,7 @@ def dense_tensor(x: sparse.spmatrix | np.ndarray | torch.Tensor) -> torch.Tensor
 
 
 def blocks(x: Matrix, size: int = 1024) -> Iterator[tuple[slice, sparse.csr_matrix | np.ndarray]]:
-    """Yield cells in memory, a block at a time, and where they are.
-
-    Parameters
-    ----------
-    x
-        Cells, in memory or stored (cell x gene).
-    size
-        Cells of a block.
-    """
+    """Yield cells in memory, a block at a time, and where they are."""
     if isinstance(x, StoredMatrix):
         yield from x.blocks(size)
         return
@@ -229,15 +199,7 @@ def blocks(x: Matrix, size: int = 1024) -> Iterator[tuple[slice, sparse.csr_matr
 
 
 def product(x: Matrix, weights: np.ndarray) -> np.ndarray:
-    """Return x @ weights (cell x comp), of stored cells block by block.
-
-    Parameters
-    ----------
-    x
-        Cells, in memory or stored (cell x gene).
-    weights
-        Weights (gene x comp).
-    """
+    """Return x @ weights (cell x comp), of stored cells block by block."""
     if not isinstance(x, StoredMatrix):
         return np.asarray(x @ weights)
     found = np.empty((len(x), weights.shape[1]), np.result_type(x.dtype, weights.dtype))
@@ -252,55 +214,22 @@ def mean(x: Matrix) -> np.ndarray:
 
 
 def held(dataset: ExpressionDataset) -> ExpressionDataset:
-    """Return a data set in memory, for what needs all cells at once: of stored cells, those that 256 MB hold.
-
-    Parameters
-    ----------
-    dataset
-        Cells with their targets; those in memory are returned as they are.
-    """
+    """Return a data set in memory: of stored cells, a random part that fits into 256 MB."""
     return dataset.load(some(len(dataset), dataset.x.holds())) if dataset.stored else dataset
 
 
 def some(n: int, most: int) -> np.ndarray:
-    """Return the rows of at most that many cells, drawn by a seed of its own, rising.
-
-    Parameters
-    ----------
-    n, most
-        Number of cells there are, and of those to draw; all if there are no more.
-    """
+    """Return the rows of at most so many cells, drawn at random with a fixed seed, rising."""
     return np.arange(n) if n <= most else np.sort(np.random.default_rng(0).choice(n, most, replace=False))
 
 
 def take(x: Matrix, rows: np.ndarray) -> Matrix:
-    """Return some of the cells; stored ones stay on disk.
-
-    Parameters
-    ----------
-    x
-        Cells, in memory or stored (cell x gene).
-    rows
-        Their positions.
-    """
+    """Return some of the cells; stored ones stay on disk."""
     return x.take(rows) if isinstance(x, StoredMatrix) else x[rows]
 
 
 def check_in_memory(x: ExpressionDataset | Matrix, what: str) -> None:
-    """Raise an error for stored cells, where all of them are needed at once.
-
-    Parameters
-    ----------
-    x
-        Cells.
-    what
-        What needs them, for the message.
-
-    Raises
-    ------
-    ValueError
-        They are stored.
-    """
+    """Raise an error for stored cells, in a method that needs all cells at once."""
     x = x.x if isinstance(x, ExpressionDataset) else x
     if isinstance(x, StoredMatrix):
         raise ValueError(
@@ -310,23 +239,17 @@ def check_in_memory(x: ExpressionDataset | Matrix, what: str) -> None:
 
 
 def cell_names(x: Any) -> pd.Index | None:
-    """Return the names of cells, where they have any.
-
-    Parameters
-    ----------
-    x
-        Cells, as :func:`match_genes` takes them.
-    """
+    """Return the names of cells, where they have any."""
     if isinstance(x, str | Path):
         return annotations(x).obs_names
     return x.obs_names if isinstance(x, AnnData) else x.index if isinstance(x, pd.DataFrame) else None
 
 
 def standard_deviation(x: Matrix) -> np.ndarray:
-    """Return the standard deviation of every column (gene); the mean where a column is constant, so 0 if it is 0."""
+    """Return the standard deviation of every column (gene); the mean where a column is constant."""
     if isinstance(x, StoredMatrix):
         center, variance = x.moments()
-        # What sums of squares leave of a constant is rounding.
+        # Sums of squares leave a rounding error of a constant.
         return np.where(variance > (1e-7 * center) ** 2, np.sqrt(variance), center)
     scaler = StandardScaler(with_mean=False).fit(x)
     return np.where(scaler.var_ > 0, np.sqrt(scaler.var_), scaler.mean_)
@@ -335,51 +258,22 @@ def standard_deviation(x: Matrix) -> np.ndarray:
 def match_genes(
     x: AnnData | ExpressionDataset | str | Path | Any, gene_names: pd.Index, layer: str | None = None
 ) -> Matrix:
-    """Return the expression in `x` with exactly these genes, in this order.
-
-    Parameters
-    ----------
-    x
-        AnnData, in memory or backed, a DataFrame, a dataset, a stored matrix or the path of an ``.h5ad`` file or zarr
-        store, whose genes are matched by name; or a dense, sparse or dask matrix with the genes in order.
-    gene_names
-        Names of the genes wanted (gene); a RangeIndex stands for genes that nobody named.
-    layer
-        Layer of AnnData to read instead of ``X``.
-
-    Returns
-    -------
-    A matrix, cell x gene, on disk if `x` is.
-
-    Raises
-    ------
-    KeyError
-        Genes are missing, or the layer is.
-    ValueError
-        A gene that is needed comes twice, values are not finite, AnnData has negative ones, or a matrix does not have
-        that many columns.
-    FileNotFoundError, OSError
-        There is no file at that path, or it cannot be read.
-    """
-    if is_stored(x, layer):
-        if isinstance(x, StoredMatrix):
-            names = x.gene_names
-        else:
-            adata, x = open_cells(x, layer)
-            names = adata.var_names
-            if looks_like_counts(x[:1000]):
-                warn_of_counts(f"the first block of {x.where}")
-        return _of_stored(x, names, gene_names)
-    if isinstance(x, ExpressionDataset) and x.stored:
-        return _of_stored(x.x, x.gene_names, gene_names)
-    names, adata, where = None, x if isinstance(x, AnnData) else None, "x"
-    if adata is not None:
-        names = adata.var_names
+    """Return expression with exactly these genes, in this order: matched by name where `x` has names."""
+    names, where, adata = None, "x", None
+    if isinstance(x, ExpressionDataset):
+        names, x = x.gene_names, x.x
+    elif isinstance(x, StoredMatrix):
+        names = x.gene_names
+    elif is_stored(x, layer):
+        cells, x = open_cells(x, layer)
+        names = cells.var_names
+        if looks_like_counts(x[:1000]):
+            warn_of_counts(f"the first block of {x.where}")
+    elif isinstance(x, AnnData):
+        names, adata = x.var_names, x
         x, where = expression(adata, layer)
     elif isinstance(x, pd.DataFrame):
         names = x.columns
-    elif isinstance(x, ExpressionDataset):
-        names, x = x.gene_names, x.x
     elif isinstance(x, pd.Series):
         raise ValueError(f"x is a Series of {len(x)} values; pass one cell as a table, x.to_frame().T.")
     if names is not None and not isinstance(gene_names, pd.RangeIndex):
@@ -387,28 +281,21 @@ def match_genes(
         if not names.equals(gene_names):
             at = _find(names, gene_names)
             x = x.iloc[:, at] if isinstance(x, pd.DataFrame) else x[:, at]
-    x = numeric_matrix(x, where)
+    if isinstance(x, StoredMatrix):
+        where = x.where
+    else:
+        x = numeric_matrix(x, where)
     if x.shape[1] != len(gene_names):
         raise ValueError(f"{where} has shape {tuple(x.shape)}; (cell, gene) with {len(gene_names)} genes is needed.")
-    if adata is None:
-        check_finite(x, where)
-    else:
+    if adata is not None:
         check_log_normalised(x, where, adata)
-    return x
-
-
-def _of_stored(x: StoredMatrix, names: pd.Index, gene_names: pd.Index) -> StoredMatrix:
-    """Return stored cells with exactly these genes, in this order."""
-    if not isinstance(gene_names, pd.RangeIndex):
-        names = plain_names(names, "genes", unique=False)
-        return x if names.equals(gene_names) else x[:, _find(names, gene_names)]
-    if x.shape[1] != len(gene_names):
-        raise ValueError(f"{x.where} has shape {x.shape}; (cell, gene) with {len(gene_names)} genes is needed.")
+    elif not isinstance(x, StoredMatrix):  # of which each block is checked as it is read
+        check_finite(x, where)
     return x
 
 
 def _find(names: pd.Index, wanted: pd.Index) -> np.ndarray:
-    """Return where each gene is among others."""
+    """Return the position of each gene that is wanted."""
     missing = wanted.difference(names, sort=False)
     if len(missing):
         lower = set(names.astype(str).str.lower())
@@ -428,24 +315,7 @@ def _find(names: pd.Index, wanted: pd.Index) -> np.ndarray:
 
 
 def gene_vector(values: Any, gene_names: pd.Index, what: str) -> np.ndarray:
-    """Return one number a gene, a Series matched by name and anything else by order.
-
-    Parameters
-    ----------
-    values
-        Numbers (gene).
-    gene_names
-        Names of the genes, in the order wanted.
-    what
-        What the numbers are, for the message.
-
-    Raises
-    ------
-    KeyError
-        A Series lacks genes.
-    ValueError
-        It is not one finite number a gene.
-    """
+    """Return one number a gene (gene); a Series is matched by name, anything else by order."""
     if isinstance(values, pd.Series) and not isinstance(gene_names, pd.RangeIndex):
         values = values.to_numpy()[_find(plain_names(values.index, "genes", unique=False), gene_names)]
     values = np.asarray(values.toarray() if sparse.issparse(values) else values, dtype=np.float64).ravel()
@@ -470,45 +340,37 @@ def get_classification_datasets(
     log1p: bool = False,
     num_workers: int = 0,
 ) -> tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]:
-    """Split cells into train, validation and test sets with every class in each, in equal proportion.
+    """Split cells into train, validation and test sets, with every class in each in equal proportion.
 
     Parameters
     ----------
     adata
-        Cells with log-normalised expression; in memory, or a backed AnnData or the path of an ``.h5ad`` file or zarr
-        store, dense or sparse by cells, whose expression stays on disk.
+        Cells with log-normalised expression. That of a path (``.h5ad`` or zarr) or a backed AnnData stays on disk.
     class_key
-        Column of ``adata.obs`` with the class of every cell.
+        Column of ``obs`` with the class of every cell.
     train_split, val_split
         Fractions of the cells for training and validation; the rest is the test set.
     random_state
         Seed of the split.
     layer
-        Layer of `adata` to read instead of ``adata.X``.
+        Layer to read instead of ``X``.
     split_key
-        Column of ``adata.obs`` with ``train``, ``val`` and ``test``, to hold out whole batches or compounds; cells
-        with another label or none are in no set. Then the fractions and the seed do not count.
-    normalize_total, log1p
-        Scale every cell to that many counts, True for the median of the cells' totals, and take log(1 + x), as scanpy
-        does; `adata` stays as it is. Totals are over all genes there are, those of the file too that a backed view
-        leaves out.
+        Column of ``obs`` with ``train``, ``val`` and ``test``, in place of the fractions; other cells are in no set.
+    normalize_total
+        Total to scale every cell to, over all genes, those too that a backed view lacks; True for the median total.
+    log1p
+        Take log(1 + x) after that, as scanpy does; `adata` stays as it is.
     num_workers
-        Processes that read stored cells ahead while a model trains, each holding up to 256 MB of them. They start anew
-        in every epoch, and more than one of them changes the order of the cells.
+        Processes that read stored cells ahead, up to 256 MB each; two or more change the order of the cells.
 
     Returns
     -------
-    Train, validation and test set; ``y`` holds codes into ``output_names``, the classes in their categorical order.
+    Train, validation and test set. Their ``y`` holds codes into ``output_names``, in the order of the categories.
 
     Raises
     ------
-    KeyError
-        `class_key`, `layer` or `split_key` is not in `adata`.
     ValueError
-        Labels are missing, there is one class, a class is too small to be in all three sets, the fractions leave a set
-        empty, or the expression is not finite and non-negative.
-    FileNotFoundError, OSError
-        There is no file at that path, or it cannot be read.
+        A class is too small to be in every set, or the expression has values that are negative, NaN or infinite.
 
     Examples
     --------
@@ -518,27 +380,19 @@ def get_classification_datasets(
     >>> list(train.output_names)
     ['off', 'on']
     """
-    adata, stored = _cells(adata, layer)
+    adata, stored = open_cells(adata, layer)
     labels = obs_labels(adata, class_key, "class_key").astype("category").cat.remove_unused_categories()
-    sizes = labels.value_counts()
-    if len(sizes) < 2:
-        raise ValueError(
-            f"class_key={class_key!r} has the class {', '.join(map(repr, sizes.index)) or 'of no cell'} alone, and "
-            f"nothing to tell it from; add cells of other classes, or name another column."
-        )
-    if split_key is None:
-        _check_fractions(train_split, val_split)
-        needed = int(np.ceil(1 / min(train_split, val_split, 1 - train_split - val_split) - 1e-9))
-        if sizes.min() < needed:
-            raise ValueError(
-                f"class_key={class_key!r}: class {sizes.idxmin()!r} has {sizes.min()} cells, but {needed} are needed "
-                f"for one in every set at train_split={train_split}, val_split={val_split}; merge the class with "
-                f"another, drop it, or make the smallest set larger."
-            )
     codes, classes = labels.cat.codes.to_numpy(np.int64), labels.cat.categories
-    options = layer, normalize_total, log1p, num_workers
-    sets = _split(adata, stored, codes, classes, (train_split, val_split, random_state, split_key), options)
-    for name, one in zip(("train", "val", "test"), sets, strict=True):
+    if len(classes) < 2:
+        raise ValueError(
+            f"class_key={class_key!r} has the class {', '.join(map(repr, classes)) or 'of no cell'} alone, and nothing "
+            f"to tell it from; add cells of other classes, or name another column."
+        )
+    rows = _rows(adata, labels, train_split, val_split, random_state, split_key)
+    x = _checked(adata, stored, layer, normalize_total, log1p)
+    genes = adata.var_names
+    sets = tuple(ExpressionDataset(take(x, i), codes[i], genes, classes, i, layer, num_workers) for i in rows)
+    for name, one in zip(SETS, sets, strict=True):
         lacking = [str(classes[code]) for code in np.setdiff1d(codes, one.y.numpy())]
         if lacking:
             what = "cannot be learnt" if name == "train" else f"does not count in what is said of {name} cells"
@@ -567,31 +421,26 @@ def get_regression_datasets(
     Parameters
     ----------
     target_key
-        Key of ``adata.obsm`` with the targets (cell x out), an array or a DataFrame whose columns name the outputs.
+        Key of ``obsm`` with the targets (cell x out), an array or a DataFrame whose columns name the outputs.
     adata, train_split, val_split, random_state, layer, split_key, normalize_total, log1p, num_workers
         As in :func:`get_classification_datasets`.
 
     Returns
     -------
-    Train, validation and test set; outputs of an array are named ``<target_key>_0``, ``<target_key>_1``, ...
+    Train, validation and test set. Outputs of an array are named ``<target_key>_0``, ``<target_key>_1``, ...
 
     Raises
     ------
-    KeyError
-        `target_key`, `layer` or `split_key` is not in `adata`.
     ValueError
-        The targets are not a finite cell x out table or one of them is constant or named twice, the fractions leave a
-        set empty, or the expression is not finite and non-negative.
-    FileNotFoundError, OSError
-        There is no file at that path, or it cannot be read.
+        A target is constant or not finite, or the expression has values that are negative, NaN or infinite.
 
     Examples
     --------
     >>> train, validation, test = datasets.get_regression_datasets(adata, "programs")
-    >>> list(train.output_names)
-    ['program_01', 'program_02', 'program_03', 'program_04']
+    >>> list(train.output_names[:2])
+    ['program_01', 'program_02']
     """
-    adata, stored = _cells(adata, layer)
+    adata, stored = open_cells(adata, layer)
     if not isinstance(target_key, str) or target_key not in adata.obsm:
         raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}.")
     target, where = adata.obsm[target_key], f"adata.obsm[{target_key!r}]"
@@ -600,8 +449,8 @@ def get_regression_datasets(
         names = plain_names(target.columns, where)
         # Numbers that a pipeline made categorical are numbers all the same.
         numeric = [pd.api.types.is_numeric_dtype(getattr(kind, "categories", kind)) for kind in target.dtypes]
-        target = target.astype({name: float for name, yes in zip(target.columns, numeric, strict=True) if yes})
-    if np.ndim(target) == 1 and not isinstance(target, pd.DataFrame):
+        target = target.astype(dict.fromkeys(target.columns[numeric], float))
+    elif np.ndim(target) == 1:
         target = np.asarray(target)[:, None]
     y = numeric_matrix(target, where, np.float32)
     y = y.toarray() if sparse.issparse(y) else y
@@ -610,36 +459,66 @@ def get_regression_datasets(
     constant = [str(name) for name, column in zip(names, y.T, strict=True) if len(y) == 0 or np.ptp(column) == 0]
     if constant or not len(names):
         raise ValueError(
-            f"adata.obsm[{target_key!r}] is the same in every cell for {', '.join(constant) or 'want of a column'}: "
-            f"there is nothing to learn; drop such columns."
+            f"{where} is the same in every cell for {', '.join(constant) or 'want of a column'}: there is nothing to "
+            f"learn; drop such columns."
         )
-    if split_key is None:
-        _check_fractions(train_split, val_split)
-    options = layer, normalize_total, log1p, num_workers
-    return _split(adata, stored, y, names, (train_split, val_split, random_state, split_key), options)
+    rows = _rows(adata, None, train_split, val_split, random_state, split_key)
+    x = _checked(adata, stored, layer, normalize_total, log1p)
+    return tuple(ExpressionDataset(take(x, i), y[i], adata.var_names, names, i, layer, num_workers) for i in rows)
 
 
-def _check_fractions(train_split: float, val_split: float) -> None:
+def _rows(
+    adata: AnnData, labels: pd.Series | None, train_split: float, val_split: float, random_state: int, split_key: Any
+) -> list[np.ndarray]:
+    """Return the rows of the three sets, with every label in equal proportion if labels are given."""
+    if split_key is not None:
+        part = obs_column(adata, split_key, "split_key").astype(str)  # a missing label is no label
+        rows = [np.flatnonzero(part == name) for name in SETS]
+        if not all(map(len, rows)):
+            raise ValueError(
+                f"split_key={split_key!r} has {len(rows[0])} cells of 'train', {len(rows[1])} of 'val' and "
+                f"{len(rows[2])} of 'test'; label at least one cell for each."
+            )
+        return rows
     numbers = isinstance(train_split, Real) and isinstance(val_split, Real)
     if not (numbers and train_split > 0 and val_split > 0 and train_split + val_split < 1):
         raise ValueError(
-            f"train_split={train_split!r} and val_split={val_split!r} must be positive and add up to less than 1, "
-            f"so that a test set is left; the default is 0.7 and 0.15."
+            f"train_split={train_split!r} and val_split={val_split!r} must be positive and add up to less than 1, so "
+            f"that a test set is left; the default is 0.7 and 0.15."
         )
-
-
-def _cells(adata: Any, layer: str | None) -> tuple[AnnData, StoredMatrix | None]:
-    """Return what is known of the cells, and their expression where it is in a file."""
-    return open_cells(adata, layer) if is_stored(adata, layer) else (adata, None)
+    codes = None
+    if labels is not None:
+        codes, sizes = labels.cat.codes.to_numpy(), labels.value_counts()
+        needed = int(np.ceil(1 / min(train_split, val_split, 1 - train_split - val_split) - 1e-9))
+        if sizes.min() < needed:
+            raise ValueError(
+                f"class_key={labels.name!r}: class {sizes.idxmin()!r} has {sizes.min()} cells, but {needed} are needed "
+                f"for one in every set at train_split={train_split}, val_split={val_split}; merge the class with "
+                f"another, drop it, or make the smallest set larger."
+            )
+    n_train, n_val = round(train_split * adata.n_obs), round(val_split * adata.n_obs)
+    if min(n_train, n_val, adata.n_obs - n_train - n_val) < 1:
+        raise ValueError(
+            f"train_split={train_split}, val_split={val_split} leave a set of {adata.n_obs} cells empty; take more "
+            f"cells, or other fractions."
+        )
+    seed = whole_number(random_state, "random_state", 0, 2**32 - 1)
+    train, rest = train_test_split(np.arange(adata.n_obs), train_size=n_train, stratify=codes, random_state=seed)
+    codes = None if codes is None else codes[rest]
+    val, test = train_test_split(rest, train_size=n_val, stratify=codes, random_state=seed)
+    return [np.sort(part) for part in (train, val, test)]
 
 
 def _checked(
     adata: AnnData, x: StoredMatrix | None, layer: str | None, normalize_total: bool | float, log1p: bool
 ) -> Matrix:
-    """Return expression of which every cell was looked at, scaled and on the scale of logarithms if asked for."""
+    """Return expression of which every value is checked, normalised as asked for."""
+    if not adata.var_names.is_unique:
+        raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
     check_normalisation(normalize_total, log1p)
     as_it_is = normalize_total is False and not log1p
     if x is not None:
+        # The median of totals walks all cells, so that they are checked there.
         if normalize_total is not True and x.totals()[1] and as_it_is:
             warn_of_counts(x.where)
         return x.scaled(normalize_total, log1p)
@@ -651,40 +530,3 @@ def _checked(
     check_not_negative(x, where)
     target = median_total(row_totals(x), where) if normalize_total is True else normalize_total or None
     return normalised(x, target, log1p)
-
-
-def _split(adata, stored, y, output_names, how, options):
-    """Cut the checked expression and `y` into three sets; integer targets are stratified."""
-    *which, num_workers = options
-    if not adata.var_names.is_unique:
-        raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
-    x = _checked(adata, stored, *which)
-    train_split, val_split, random_state, split_key = how
-
-    def cut(cells, fraction):
-        strata = y[cells] if y.ndim == 1 else None
-        size = round(fraction * adata.n_obs)
-        return train_test_split(cells, train_size=size, stratify=strata, random_state=random_state)
-
-    if split_key is None:
-        sizes = round(train_split * adata.n_obs), round(val_split * adata.n_obs)
-        if min(*sizes, adata.n_obs - sum(sizes)) < 1:
-            raise ValueError(
-                f"train_split={train_split}, val_split={val_split} leave a set of {adata.n_obs} cells empty; take more "
-                f"cells, or other fractions."
-            )
-        whole_number(random_state, "random_state", 0, 2**32 - 1)
-        train, rest = cut(np.arange(adata.n_obs), train_split)
-        val, test = cut(rest, val_split)
-    else:
-        part = obs_column(adata, split_key, "split_key").astype(str)  # a missing label is no label
-        train, val, test = (np.flatnonzero(part == name) for name in ("train", "val", "test"))
-        if not (len(train) and len(val) and len(test)):
-            raise ValueError(
-                f"split_key={split_key!r} has {len(train)} cells of 'train', {len(val)} of 'val' and {len(test)} of "
-                f"'test'; label at least one cell for each."
-            )
-    return tuple(
-        ExpressionDataset(take(x, i), y[i], adata.var_names, output_names, i, which[0], num_workers)
-        for i in map(np.sort, (train, val, test))
-    )

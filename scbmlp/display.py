@@ -13,56 +13,36 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-if TYPE_CHECKING:  # a second of every import else
+if TYPE_CHECKING:  # importing it takes a second
     from matplotlib.figure import Figure
 
 
 def watched() -> bool:
-    """Say whether somebody sees a progress bar move: in a terminal or a live notebook, and not when a page is built."""
+    """Say whether somebody sees a progress bar: in a terminal or a live notebook, but not while a page is built."""
     return sys.stderr.isatty() or "JPY_SESSION_NAME" in os.environ  # of a notebook that a Jupyter server has open
 
 
 def listed(names: Iterable[Any], n: int = 5) -> str:
-    """Return the first few names, and how many more there are.
-
-    Parameters
-    ----------
-    names
-        Names.
-    n
-        Most names to show.
-    """
+    """Return the first `n` names, and how many more there are."""
     names = list(map(str, names))
     return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
 
 
 def as_html(rows: Mapping[str, Any], title: str = "", table: pd.DataFrame | None = None) -> str:
-    """Return what is known of an object as HTML, every text of it escaped.
-
-    Parameters
-    ----------
-    rows
-        Values by name.
-    title
-        Heading; none if empty.
-    table
-        Table to show below.
-    """
-    parts = [f"<strong>{html.escape(title)}</strong>"] if title else []
+    """Return an object as HTML: a heading, values by name, and a table below; every text is escaped."""
+    heading = f"<strong>{html.escape(title)}</strong>" if title else ""
     cells = "".join(
         f'<tr><th style="text-align:left;vertical-align:top">{html.escape(str(key))}</th>'
         f'<td style="text-align:left;overflow-wrap:anywhere">{html.escape(str(value))}</td></tr>'
         for key, value in rows.items()
     )
-    parts.append(f"<table><tbody>{cells}</tbody></table>")
-    if table is not None:
-        parts.append(table.to_html(border=0, justify="left", float_format="{:.3g}".format))
-    return "".join(parts)
+    below = "" if table is None else table.to_html(border=0, justify="left", float_format="{:.3g}".format)
+    return f"{heading}<table><tbody>{cells}</tbody></table>{below}"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that brings its description along, to whichever page shows it."""
+    """A figure that carries its description to every page that shows it."""
 
     figure: Figure
     alt: str

@@ -13,57 +13,42 @@ from sklearn.linear_model import LinearRegression
 from scbmlp.checks import by_cell, control_labels, obs_column, obs_labels, positions, strata_of, whole_number
 
 AGREE = 0.2  # correlation of halves from which on they say the same
+Scores = pd.DataFrame | pd.Series
+Columns = str | Sequence[str] | None
 
 
 def response_directions(
-    adata: AnnData,
-    embedding: str = "X_pert",
-    doses: str = "X_dose",
-    *,
-    strata: str | None = None,
-    cells: Any = None,
+    adata: AnnData, embedding: str = "X_pert", doses: str = "X_dose", *, strata: str | None = None, cells: Any = None
 ) -> pd.DataFrame:
-    """Return where each compound takes a cell: the slopes of an embedding on the doses, within each stratum.
+    """Return where each compound takes a cell: the least-squares slopes of an embedding on the doses.
 
-    By least squares, one intercept a stratum. A compound need not do the same in every line of cells, so that what is
-    a stratum here is better a line than a plate.
+    A compound may act differently on each cell line, so that the line is a better stratum than the plate.
 
     Parameters
     ----------
     adata
-        Cells with both tables.
-    embedding
-        ``obsm[embedding]``, as from :func:`perturbation_response` (cell x comp).
-    doses
-        ``obsm[doses]``, a DataFrame as from :func:`dose_coordinates` (cell x compound).
+        Cells with both tables, as from :func:`perturbation_response` and :func:`dose_coordinates`.
+    embedding, doses
+        Keys of ``obsm``: of an embedding (cell x comp), and of a DataFrame of doses (cell x compound).
     strata
-        Column of ``obs`` within which slopes are fitted; all cells together if None.
+        Column of ``obs``; each stratum gets slopes and an intercept of its own. None fits all cells together.
     cells
         Positions or mask of the cells to fit on; all if None.
 
     Returns
     -------
-    A row a stratum and compound, ``(stratum, compound)``, or a compound if `strata` is None: what the highest dose
-    adds to each component of the embedding.
-
-    Raises
-    ------
-    KeyError
-        A table or column is not there.
+    What the highest dose adds to each component: a row a compound, or ``(stratum, compound)``.
 
     Examples
     --------
     >>> targets.dose_coordinates(screen, "perturbation", "dose_value", "control")
     >>> screen.obsm["X_genes"] = screen[:, ["DHRS2", "AURKA"]].to_df()
-    >>> effects.response_directions(screen, "X_genes").round(1)
-                      DHRS2  AURKA
-    AR-42               2.6   -0.7
-    AR-42+Hesperadin    2.4   -2.0
-    Hesperadin         -0.1   -1.0
+    >>> effects.response_directions(screen, "X_genes").loc[["AR-42"]].round(1)
+           DHRS2  AURKA
+    AR-42    2.6   -0.7
     """
-    for key in (embedding, doses):
-        if key not in adata.obsm:
-            raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
+    for key in {embedding, doses} - set(adata.obsm):
+        raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
     table, y = adata.obsm[doses], np.asarray(adata.obsm[embedding])
     rows = positions(cells, adata)
     labels = np.full(adata.n_obs, "all") if strata is None else obs_labels(adata, strata, "strata").astype(str)
@@ -75,33 +60,20 @@ def response_directions(
 
 
 def against_control(
-    scores: pd.DataFrame | pd.Series,
-    adata: AnnData,
-    perturbation_key: str,
-    control: Any,
-    *,
-    strata: str | Sequence[str] | None = None,
+    scores: Scores, adata: AnnData, perturbation_key: str, control: Any, *, strata: Columns = None
 ) -> pd.DataFrame:
     """Return scores of cells less the mean of their stratum's control cells, in the controls' standard deviation.
 
     Parameters
     ----------
     scores
-        Scores of the cells of `adata` (cell x score), matched by the names of the cells where they have them.
+        Scores (cell x score), matched to `adata` by the names of the cells where they have them.
     adata
         Cells.
     perturbation_key, control
         Column of ``obs`` with the perturbation of every cell, and its label for control cells.
     strata
-        Columns of ``obs`` within which cells are compared, such as line, plate and replicate. The standard deviation
-        is that of all control cells around the means of their strata.
-
-    Raises
-    ------
-    KeyError
-        A column is not in ``obs``, or `control` is not one of the labels.
-    ValueError
-        A label is missing, a stratum has no control cells, or `scores` are not those of the cells.
+        Columns of ``obs`` within which cells are compared. The standard deviation is pooled over the strata.
 
     Examples
     --------
@@ -109,9 +81,8 @@ def against_control(
     >>> z = effects.against_control(
     ...     score, screen, "perturbation", "control", strata="cell_line"
     ... )
-    >>> z[screen.obs["perturbation"] == "AR-42"].mean().round(1)
-    DHRS2    0.5
-    dtype: float32
+    >>> float(z[screen.obs["perturbation"] == "AR-42"]["DHRS2"].mean().round(1))
+    0.5
     """
     control_cells, stratum = _controls(adata, perturbation_key, control, strata)
     scores = by_cell(scores, adata, "scores")
@@ -124,20 +95,19 @@ def against_control(
 
 
 def mean_effects(
-    scores: pd.DataFrame | pd.Series,
+    scores: Scores,
     adata: AnnData,
     perturbation_key: str,
     control: Any,
     *,
-    by: str | Sequence[str] | None = None,
-    strata: str | Sequence[str] | None = None,
+    by: Columns = None,
+    strata: Columns = None,
     cells: Any = None,
 ) -> pd.DataFrame:
     """Return the mean score of every condition against control cells of the same strata, with its standard error.
 
-    The error has two parts: that of the condition's own cells, and that of the control means which were taken off,
-    1 / (control cells) in each stratum, weighted by the square of the stratum's share of the condition's cells. Cells
-    are taken as independent within a stratum; what differs from well to well is in neither part.
+    The error includes the noise of the control means. It takes cells of a stratum as independent, so that it lacks
+    what differs from well to well.
 
     Parameters
     ----------
@@ -150,24 +120,17 @@ def mean_effects(
 
     Returns
     -------
-    A row a condition and score: ``effect``, in standard deviations of the controls, ``error``, ``z`` (the one over the
-    other; about standard normal where nothing is done) and ``n_cells``. Conditions of a single cell have no error.
-
-    Raises
-    ------
-    KeyError, ValueError
-        As for :func:`against_control`, and if a column of `by` is not there.
+    A row a condition and score: ``effect`` in standard deviations of the controls, ``error``, ``z`` (their ratio,
+    about standard normal without an effect) and ``n_cells``. Conditions of a single cell have no error.
 
     Examples
     --------
     >>> score = screen.to_df()["DHRS2"]
-    >>> effects.mean_effects(score, screen, "perturbation", "control").round(1)
-                            effect  error    z  n_cells
-    perturbation     score
-    AR-42            DHRS2     0.5    0.2  3.2       65
-    AR-42+Hesperadin DHRS2     0.6    0.1  4.2       70
-    Hesperadin       DHRS2    -0.1    0.1 -0.9       67
-    control          DHRS2     0.0    0.0  0.0      960
+    >>> found = effects.mean_effects(score, screen, "perturbation", "control")
+    >>> found.loc["AR-42"].round(1)
+           effect  error    z  n_cells
+    score
+    DHRS2     0.5    0.2  3.2       65
     """
     effects = against_control(scores, adata, perturbation_key, control, strata=strata)
     control_cells, stratum = _controls(adata, perturbation_key, control, strata)
@@ -178,7 +141,7 @@ def mean_effects(
     found = {}
     for name, group in pd.Series(rows).groupby([key[rows] for key in keys], observed=True):
         share = pd.Series(stratum[group]).value_counts(normalize=True)
-        of_controls = (share**2 / per_stratum[share.index]).sum()
+        of_controls = (share**2 / per_stratum[share.index]).sum()  # squared error of the control means taken off
         here = effects.iloc[group]
         mean, error = here.mean(), np.sqrt(here.var() / len(group) + of_controls)
         table = pd.DataFrame({"effect": mean, "error": error, "z": mean / error, "n_cells": len(group)})
@@ -198,45 +161,30 @@ def additivity(
 ) -> pd.DataFrame:
     """Say how well the effects of two perturbations add up to that of both, and how well they could at most.
 
-    An effect is the mean of a perturbation's cells less that of the control cells. A correlation of noisy means is low
-    even where effects add up, and one of effects that share their controls is high even where they do not. So all
-    cells, controls included, are split into halves at random: what the halves say of one and the same effect is the
-    most that a prediction across halves can reach :cite:p:`spearman1904`.
+    An effect is the mean of a perturbation's cells less that of the control cells. All cells are split into random
+    halves: what the halves say of the same effect limits any prediction across halves :cite:p:`spearman1904`.
 
     Parameters
     ----------
     values
         Expression or an embedding of the cells of `adata` (cell x feature).
-    adata
-        Cells.
-    perturbation_key, control
-        Column of ``obs`` with the perturbation of every cell, and its label for control cells.
+    adata, perturbation_key, control
+        As in :func:`against_control`.
     separator
         What joins two perturbations in the label of both.
-    n_splits
-        Number of random halvings to average over.
-    random_state
-        Seed of the halvings.
+    n_splits, random_state
+        Number of random halvings to average over, and their seed.
 
     Returns
     -------
     A row a double perturbation whose two singles are there.
 
     - ``n_cells``: fewest cells of the three and the controls.
-    - ``r``: correlation over features of the double's effect and the sum of the singles' effects, on all cells, whose
-      controls they share.
+    - ``r``: correlation of the double's effect and the singles' sum. Shared controls raise it, noise lowers it.
     - ``r_halves``: the same between halves, so that no cell is in both.
-    - ``ceiling``: geometric mean of the correlations between halves of the double's effect with itself and of the sum
-      with itself, 0 where either is not positive. Additive effects reach it; near 0, nothing can be said.
-    - ``slope``: length of the double's effect along the sum, in lengths of the sum; 1 if effects add up, and NaN where
-      halves of the sum correlate by less than 0.2: it would be a ratio of noise.
-
-    Raises
-    ------
-    KeyError
-        The column is not in ``obs``, or `control` is not one of the labels.
-    ValueError
-        No double has both singles, one of the labels has fewer than two cells, or `values` are not those of the cells.
+    - ``ceiling``: what ``r_halves`` reaches if effects add up; near 0, nothing can be said.
+    - ``slope``: length of the double's effect along the sum, in lengths of the sum; 1 if effects add up. It is NaN
+      where halves of the sum correlate by less than 0.2.
 
     Examples
     --------
@@ -251,33 +199,34 @@ def additivity(
     pairs = {name: name.split(separator) for name in sorted(present)}
     pairs = {name: pair for name, pair in pairs.items() if len(pair) == 2 and present.issuperset(pair)}
     if not pairs:
-        raise ValueError(
-            f"no label of obs[{perturbation_key!r}] is two others joined by {separator!r}; there are: "
-            f"{', '.join(sorted(present)[:10])}."
-        )
+        there = f"{separator!r}; there are: {', '.join(sorted(present)[:10])}."
+        raise ValueError(f"no label of obs[{perturbation_key!r}] is two others joined by {there}")
     # In order: a set's differs from process to process, and the halves with it.
     names = sorted({control, *pairs, *sum(pairs.values(), [])})
     cells = {name: np.flatnonzero(labels == name) for name in names}
     if few := [name for name, rows in cells.items() if len(rows) < 2]:
-        raise ValueError(f"{', '.join(sorted(few))} have a single cell, which cannot be split; drop these labels.")
-    n_splits = whole_number(n_splits, "n_splits")
+        raise ValueError(f"{', '.join(few)} have a single cell, which cannot be split; drop these labels.")
+
+    def double_and_sum(mean: dict[str, np.ndarray], name: str) -> tuple[np.ndarray, np.ndarray]:
+        a, b = pairs[name]
+        return mean[name] - mean[control], mean[a] + mean[b] - 2 * mean[control]
+
     rng, rows = np.random.default_rng(random_state), {name: [] for name in pairs}
-    for _ in range(n_splits):
+    for _ in range(whole_number(n_splits, "n_splits")):
         halves = {name: np.array_split(rng.permutation(found), 2) for name, found in cells.items()}
         mean = {name: np.stack([x[half].mean(axis=0) for half in both]) for name, both in halves.items()}
-        for name, (a, b) in pairs.items():
-            double, total = mean[name] - mean[control], mean[a] + mean[b] - 2 * mean[control]
+        for name in pairs:
+            double, total = double_and_sum(mean, name)
             r = np.corrcoef(np.vstack([double, total]))
             along = double[0] @ total[1] + double[1] @ total[0]
             rows[name].append([(r[0, 3] + r[1, 2]) / 2, r[0, 1], r[2, 3], along, 2 * total[0] @ total[1]])
+    whole = {name: x[found].mean(axis=0) for name, found in cells.items()}
     table = {}
-    for name, (a, b) in pairs.items():
-        of_all = {key: x[cells[key]].mean(axis=0) for key in (name, a, b, control)}
-        effect, total = of_all[name] - of_all[control], of_all[a] + of_all[b] - 2 * of_all[control]
+    for name, pair in pairs.items():
         between, of_double, of_sum, along, length = np.mean(rows[name], axis=0)
         table[name] = {
-            "n_cells": min(len(cells[key]) for key in of_all),
-            "r": np.corrcoef(effect, total)[0, 1],
+            "n_cells": min(len(cells[key]) for key in (name, *pair, control)),
+            "r": np.corrcoef(*double_and_sum(whole, name))[0, 1],
             "r_halves": between,
             "ceiling": np.sqrt(max(of_double, 0) * max(of_sum, 0)),
             "slope": along / length if of_sum >= AGREE else np.nan,
@@ -285,15 +234,12 @@ def additivity(
     return pd.DataFrame(table).T.astype({"n_cells": int})
 
 
-def _controls(
-    adata: AnnData, perturbation_key: str, control: Any, strata: str | Sequence[str] | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _controls(adata: AnnData, perturbation_key: str, control: Any, strata: Columns) -> tuple[np.ndarray, np.ndarray]:
     """Return which cells are controls and the stratum of every cell; every stratum has controls."""
     labels, control = control_labels(adata, perturbation_key, control)
     stratum, names = strata_of(adata, strata)
     cells, stratum = (labels == control).to_numpy(), stratum.to_numpy()
-    lacking = sorted(set(stratum) - set(stratum[cells]))
-    if lacking:
+    if lacking := sorted(set(stratum) - set(stratum[cells])):
         raise ValueError(
             f"strata={names} have no cell of {control!r} to compare with in {'; '.join(lacking[:5])}; drop the cells "
             f"of these strata, or name fewer columns."

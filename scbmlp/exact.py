@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,12 +25,11 @@ class Mixture(NamedTuple):
     Parameters
     ----------
     weights
-        Pairs of the name of a block and its weight. ``genes``, ``components`` and ``products`` make up the second-order
-        model; ``presence``, ``squares`` and ``depth`` are those of rivals without products.
+        Weights of ``genes``, ``components``, ``products``, and of a rival's ``presence``, ``squares``, ``depth``.
     rank
-        Number of leading principal components that ``components``, ``products`` and ``depth`` are of.
+        Number of leading principal components in ``components``, ``products`` and ``depth``.
     space
-        What products are of: ``"components"``, ``"genes"``, or ``"sd"`` for genes in units of their standard deviation.
+        Factors of products: ``"components"``, ``"genes"``, or ``"sd"``, genes in units of their standard deviation.
 
     Examples
     --------
@@ -54,15 +54,12 @@ class Mixture(NamedTuple):
 class Kernels:
     """Products of cells in the features of every block, less the training mean, in units of their mean squared norm.
 
-    A block is known by these products alone, so that its number of features does not matter: products of components,
-    or of genes, are squares of products of cells.
+    The number of features of a block costs nothing: products of genes are squares of products of cells.
 
     Parameters
     ----------
-    x
-        Training cells (cell x gene).
-    others
-        Cells to predict, such as validation cells (each cell x gene).
+    x, others
+        Training cells, and cells to predict (each cell x gene).
     counts
         How often each training cell counts (cell); once if None.
     device, dtype
@@ -84,18 +81,15 @@ class Kernels:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         self.to = {"device": device, "dtype": dtype}
-        cells = [dense_tensor(part).double() for part in (x, *others)]
-        self.counts = torch.ones(len(cells[0]), dtype=torch.float64) if counts is None else torch.as_tensor(counts)
-        share = self.counts / self.counts.sum()
-        self.mean = share @ cells[0]
-        self._cells = cells
-        self.d = [part - self.mean for part in cells]
-        self.share = share
+        self._cells = [dense_tensor(part).double() for part in (x, *others)]
+        self.counts = torch.as_tensor(np.ones(x.shape[0]) if counts is None else counts)
+        self.share = self.counts / self.counts.sum()
+        self.mean = self.share @ self._cells[0]
+        self.d = [part - self.mean for part in self._cells]
         self._known: dict[str, tuple[list[Tensor], float]] = {}
         self._leading: dict[str, list[Tensor]] = {}
-        self._axes: Tensor | None = None
-        self._sought = 0  # axes, of which fewer may be there
-        self._mixed: tuple[Mixture, list[Tensor]] | None = None
+        self._axes, self._sought = torch.empty(x.shape[1], 0), 0  # fewer may be there than were sought
+        self._mixed: tuple[Mixture | None, list[Tensor]] = None, []
 
     def __len__(self) -> int:
         return len(self.d[0])
@@ -103,7 +97,7 @@ class Kernels:
     def axes(self, rank: int) -> Tensor:
         """Return the leading principal axes (gene x comp), fewer where there are fewer."""
         size = min(self.d[0].shape)
-        if self._axes is None or (self._axes.shape[1] < rank and self._sought < min(rank, size)):
+        if self._axes.shape[1] < rank and self._sought < min(rank, size):
             self._sought = min(max(rank, 100), size)
             d = (self.d[0] * self.share.sqrt()[:, None]).numpy()
             dual = d.shape[0] < d.shape[1]
@@ -126,12 +120,10 @@ class Kernels:
             return [(part > 0).double() for part in self._cells], False
         if block == "squares":
             return [part**2 for part in self._cells], False
-        if block == "components":
-            return self.scores(rank), False
-        if block == "products" and space != "components":
-            return ([part / self.sd for part in self.d] if space == "sd" else self.d), True
+        if block == "components" or (block == "products" and space == "components"):
+            return self.scores(rank), block == "products"
         if block == "products":
-            return self.scores(rank), True
+            return ([part / self.sd for part in self.d] if space == "sd" else self.d), True
         depth = [torch.stack([part.sum(dim=1), (part > 0).sum(dim=1)], dim=1) for part in self._cells]
         mean = self.share @ depth[0]
         sd = (self.share @ (depth[0] - mean) ** 2).sqrt()
@@ -142,7 +134,7 @@ class Kernels:
         each = zip(depth, scores, strict=True)
         return [torch.cat([a, a**2, *(b * c[:, None] / unit for c in a.T)], dim=1) for a, b in each], False
 
-    @property
+    @cached_property
     def sd(self) -> Tensor:
         """Standard deviation of every gene (gene), 1 where a gene does not vary."""
         sd = (self.share @ self.d[0] ** 2).sqrt()
@@ -184,9 +176,7 @@ class Kernels:
             unit = (self.share @ (self.d if name == "genes" else scores)[0] ** 2).sum().sqrt()
             return [(part / unit).to(**self.to) for part in scores]
         if name == "products" and mixture.space == "components" and mixture.rank**2 < len(self):
-            i, j = np.triu_indices(self.scores(mixture.rank)[0].shape[1])
-            twice = torch.as_tensor(np.where(i == j, 1.0, 2**0.5))
-            features = [part[:, i] * part[:, j] * twice for part in self.scores(mixture.rank)]
+            features = [products_of(part) for part in self.scores(mixture.rank)]
             features = [part - self.share @ features[0] for part in features]
             root = self.share.sqrt()[:, None]
             values, vectors = eigh(((features[0] * root).T @ (features[0] * root)).numpy(), check_finite=False)
@@ -202,21 +192,25 @@ class Kernels:
 
     def mixed(self, mixture: Mixture) -> list[Tensor]:
         """Return the products of all cells with the training cells (each cell x cell) in a mixture of blocks."""
-        if self._mixed is None or self._mixed[0] != mixture:  # the last one is kept for the next penalty
-            self._mixed = None
+        if self._mixed[0] != mixture:  # the last one is kept for the next penalty
+            self._mixed = None, []
             blocks = [(self.block(name, *mixture[1:])[0], weight) for name, weight in mixture.weights if weight]
-            found = []
-            for i in range(len(self.d)):
-                whole = blocks[0][0][i] * blocks[0][1]
-                for parts, weight in blocks[1:]:
-                    whole.add_(parts[i], alpha=weight)
-                found.append(whole)
+            found = [part * blocks[0][1] for part in blocks[0][0]]
+            for parts, weight in blocks[1:]:
+                for whole, part in zip(found, parts, strict=True):
+                    whole.add_(part, alpha=weight)
             self._mixed = mixture, found
         return self._mixed[1]
 
 
+def products_of(scores: Tensor) -> Tensor:
+    """Return products of scores (cell x product), so that those of fewer components come first."""
+    j, i = torch.tril_indices(scores.shape[1], scores.shape[1])
+    return scores[:, i] * scores[:, j] * torch.where(i == j, 1.0, torch.tensor(2.0).double().sqrt()).to(scores)
+
+
 class Fit(NamedTuple):
-    """Outputs that are ``constant`` (out) + the products with the training cells times ``cells`` (cell x out)."""
+    """Outputs that are ``constant`` (out) + products with the training cells @ ``cells`` (cell x out)."""
 
     cells: Tensor
     constant: Tensor
@@ -227,17 +221,19 @@ class Fit(NamedTuple):
 
 
 def ridge(products: Tensor, y: Tensor, ratio: float, counts: Tensor) -> Fit:
-    """Solve ridge regression on the products of the training cells with each other, for all targets (cell x out).
+    """Solve ridge regression on the products of the training cells.
 
-    Least is the sum over cells of ``counts`` times the squared error, plus the penalty: ``ratio`` times the sum of
-    ``counts`` times the squared norm of the weights of the features.
+    Parameters
+    ----------
+    products, y
+        Products of the training cells with each other (cell x cell), and their targets (cell x out).
+    ratio, counts
+        Penalty of squared weights of features, in units of the sum of `counts`; how often each cell counts (cell).
 
     Examples
     --------
-    >>> kernels = exact.Kernels(train.x)
-    >>> fit = exact.ridge(
-    ...     kernels.mixed(exact.Mixture())[0], state, 1e-3, kernels.counts
-    ... )
+    >>> products = exact.Kernels(train.x).mixed(exact.Mixture())[0]
+    >>> fit = exact.ridge(products, state, 1e-3, torch.ones(700))
     >>> tuple(fit.cells.shape)
     (700, 4)
     """
@@ -260,79 +256,96 @@ def softmax(
     start: Fit | None = None,
     tol: float = 1e-10,
 ) -> Fit:
-    """Solve multinomial logistic regression on the products of the training cells, or on features of theirs.
+    """Solve multinomial logistic regression by L-BFGS and a bound of the curvature :cite:p:`bohning1992`.
 
-    The curvature of the log-loss is at most one half :cite:p:`bohning1992`, and a tenth is nearer to it where classes
-    are told well. So one inverse serves all steps of a quasi-Newton method, L-BFGS, in the space of functions. It ends
-    where a step would gain less than `tol` a cell.
-    With `features` the result has weights of features in place of cells; `gram` are their products summed over cells,
-    if known.
+    Parameters
+    ----------
+    products, y, ratio, counts
+        As for :func:`ridge`; `y` are classes as 0 and 1 (cell x out).
+    features, gram
+        Features in place of `products` (cell x feature), and their products summed over cells, if known.
+    start, tol
+        Fit to start from, and the least gain of a step in nats a cell.
+
+    Returns
+    -------
+    The fit; with `features` it has weights of features in place of cells.
 
     Examples
     --------
-    >>> kernels = exact.Kernels(train.x)
-    >>> products = kernels.mixed(exact.Mixture())[0]
-    >>> fit = exact.softmax(
-    ...     products, torch.eye(2).double()[train.y], 1e-3, kernels.counts
-    ... )
-    >>> bool(fit.cells.sum(dim=0).abs().max() < 1e-3)
-    True
+    >>> products = exact.Kernels(train.x).mixed(exact.Mixture())[0]
+    >>> y, counts = exact.targets_of(train, 2), torch.ones(700)
+    >>> tuple(exact.softmax(products, y, 1e-3, counts).cells.shape)
+    (700, 2)
     """
     dual, weight = features is None, counts.to(y)[:, None]
     n, penalty = float(counts.sum()), ratio * float(counts.sum())
     if gram is None:
         gram = products if dual else features.T @ (features * weight)
+    # One inverse serves all steps. The curvature is at most a half; a tenth is nearer where classes are told well.
     bound = gram * CURVATURE
     raised = penalty + torch.finfo(bound.dtype).eps * float(bound.diagonal().sum())  # above what rounding leaves
     bound.diagonal().add_(raised)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).to(y)
+    size = len(bound)
     if start is None:
-        start = Fit(y.new_zeros(len(bound), y.shape[1]), torch.log((weight * y).sum(dim=0).clamp_min(1e-3) / n))
-    at, constant = start
-    out = (products if dual else features) @ at
+        start = Fit(y.new_zeros(size, y.shape[1]), torch.log((weight * y).sum(dim=0).clamp_min(1e-3) / n))
+    # A point is weights, constant and outputs. Of cells, a slope is products @ slope: outputs take its inner products.
+    point = torch.cat([start.cells, start.constant[None], (products if dual else features) @ start.cells])
 
-    def value(at: Tensor, out: Tensor, constant: Tensor) -> float:
+    def value(point: Tensor) -> float:
+        at, constant, out = point.split([size, 1, len(y)])
         fitted = (weight * y * torch.log_softmax(out + constant, dim=1)).sum()
         return float(penalty / 2 * (at * (out if dual else at)).sum() - fitted)
 
-    def slope(at: Tensor, out: Tensor, constant: Tensor) -> tuple[Tensor, Tensor]:
+    def slope(point: Tensor) -> Tensor:
+        at, constant, out = point.split([size, 1, len(y)])
         left = weight * (torch.softmax(out + constant, dim=1) - y)
-        return (left if dual else features.T @ left) + penalty * at, left.sum(dim=0)
+        of_at, of_constant = (left if dual else features.T @ left) + penalty * at, left.sum(dim=0, keepdim=True)
+        return torch.cat([of_constant, of_at] if dual else [of_at, of_constant])
 
-    # Of cells, the slope is products @ slopes[0]: an inner product takes a step by what it does to the outputs.
-    here, slopes = value(at, out, constant), slope(at, out, constant)
-    steps: list[tuple[Tensor, ...]] = []
+    def bounded(turn: Tensor) -> Tensor:
+        of_at, of_constant = (turn[1:], turn[:1]) if dual else (turn[:-1], turn[-1:])
+        step = inverse @ of_at
+        out = (of_at - raised * step) / CURVATURE if dual else features @ step  # products @ step, without a product
+        return torch.cat([step, of_constant / (n * CURVATURE), out])
+
+    point = _minimum(point, value, slope, bounded, slice(size, None) if dual else slice(size + 1), tol * n)
+    return Fit(point[:size], point[size])
+
+
+def _minimum(
+    point: Tensor,
+    value: Callable[[Tensor], float],
+    slope: Callable[[Tensor], Tensor],
+    bounded: Callable[[Tensor], Tensor],
+    own: slice,
+    least: float,
+) -> Tensor:
+    """Walk by L-BFGS until a step gains too little: `bounded` is its first guess, slopes are multiplied with `own`."""
+    here, turn = value(point), slope(point)
+    known: list[tuple[Tensor, Tensor, float]] = []  # changes of points and slopes
     for _ in range(2000):
-        turn, turn_c = slopes
-        shares = []
-        for _, _, own, d_c, d_slope, d_slope_c, scale in reversed(steps):
-            shares.append(scale * ((own * turn).sum() + d_c @ turn_c))
-            turn, turn_c = turn - shares[-1] * d_slope, turn_c - shares[-1] * d_slope_c
-        step, step_c = inverse @ turn, turn_c / (n * CURVATURE)
-        step_out = (turn - raised * step) / CURVATURE if dual else features @ step  # products @ step, without a product
-        for (d_at, d_out, _, d_c, d_slope, d_slope_c, scale), share in zip(steps, reversed(shares), strict=True):
-            more = share - scale * ((d_slope * (step_out if dual else step)).sum() + d_slope_c @ step_c)
-            step, step_out, step_c = step + more * d_at, step_out + more * d_out, step_c + more * d_c
-        gain = float(((step_out if dual else step) * slopes[0]).sum() + step_c @ slopes[1])
-        if not gain > tol * n:
+        left, shares = turn, []
+        for change, bend, scale in reversed(known):
+            shares.append(scale * (change[own] * left).sum())
+            left = left - shares[-1] * bend
+        step = bounded(left)
+        for (change, bend, scale), share in zip(known, reversed(shares), strict=True):
+            step = step + (share - scale * (bend * step[own]).sum()) * change
+        gain, length = float((step[own] * turn).sum()), 1.0
+        if not gain > least:
             break
-        size = 1.0
-        while size > 1e-4:
-            new = at - size * step, out - size * step_out, constant - size * step_c
-            there = value(*new)
-            if there <= here - 1e-4 * size * gain:
-                break
-            size /= 2
-        else:  # no step is better within rounding
-            break
-        after = slope(*new)
-        d_at, d_out, d_c = new[0] - at, new[1] - out, new[2] - constant
-        own, d_slope, d_slope_c = d_out if dual else d_at, after[0] - slopes[0], after[1] - slopes[1]
-        curvature = float((own * d_slope).sum() + d_c @ d_slope_c)
+        while not (there := value(new := point - length * step)) <= here - 1e-4 * length * gain:
+            length /= 2
+            if length <= 1e-4:  # no step is better within rounding
+                return point
+        change, bend = new - point, (after := slope(new)) - turn
+        curvature = float((change[own] * bend).sum())
         if curvature > 0:
-            steps = [*steps[-5:], (d_at, d_out, own, d_c, d_slope, d_slope_c, 1 / curvature)]
-        (at, out, constant), slopes, here = new, after, there
-    return Fit(at, constant)
+            known = [*known[-5:], (change, bend, 1 / curvature)]
+        point, turn, here = new, after, there
+    return point
 
 
 def counts_of(dataset: ExpressionDataset, train: ExpressionDataset, class_weight: str | None) -> np.ndarray:
@@ -348,20 +361,16 @@ def targets_of(dataset: ExpressionDataset, n_outputs: int) -> Tensor:
 
 
 class Solution(NamedTuple):
-    """A second-order model around the mean cell: constant + direct d + power (hidden d)^2.
+    """A second-order model of d, a cell less the mean cell: constant + direct d + power (hidden d)^2.
 
     Parameters
     ----------
-    mean
-        Mean training cell (gene).
-    constant
-        Outputs there (out).
+    mean, constant
+        Mean training cell (gene), and the outputs there (out).
     direct
         Linear weights (out x gene).
-    hidden
-        What is squared (hid x gene).
-    power
-        What each square adds to the outputs (out x hid).
+    hidden, power
+        What is squared (hid x gene), and what each square adds to the outputs (out x hid).
     """
 
     mean: np.ndarray
@@ -387,10 +396,8 @@ def solution(
         Cells to fit, with their targets.
     mixtures, ratios
         Mixture and penalty of each output; one alone for classes.
-    counts
-        How often each cell counts (cell); once if None.
-    device
-        Where to solve.
+    counts, device
+        How often each cell counts (cell), once if None; and where to solve.
 
     Examples
     --------
@@ -401,15 +408,12 @@ def solution(
     """
     kernels = Kernels(train.x, counts=counts, device=device)
     y = targets_of(train, len(train.output_names))
-    classes, n_outputs, n_genes = train.y.ndim == 1, y.shape[1], len(train.gene_names)
+    n_outputs, n_genes = y.shape[1], len(train.gene_names)
     constant, direct = np.zeros(n_outputs), np.zeros((n_outputs, n_genes))
     parts: list[tuple[list[int], np.ndarray, np.ndarray]] = []
-    for mixture, ratio in dict.fromkeys(zip(mixtures, ratios, strict=True)):
-        here = [i for i, pair in enumerate(zip(mixtures, ratios, strict=True)) if pair == (mixture, ratio)]
-        here = list(range(n_outputs)) if classes else here
+    for mixture, ratio, here in alike(mixtures, ratios, n_outputs):
         products = kernels.mixed(mixture)[0]
-        known = y[:, here].to(products)
-        fit = (softmax if classes else ridge)(products, known, ratio, kernels.counts)
+        fit = (softmax if train.y.ndim == 1 else ridge)(products, y[:, here].to(products), ratio, kernels.counts)
         # Features are less their mean, and so are the weights of the cells.
         cells = fit.cells.double().cpu()
         cells = cells - kernels.share[:, None] * cells.sum(dim=0)
@@ -430,6 +434,16 @@ def solution(
     return Solution(kernels.mean.numpy(), constant, direct, *together(n_outputs, n_genes, parts))
 
 
+def alike(
+    mixtures: Sequence[Mixture], ratios: Sequence[float], n_outputs: int
+) -> Iterator[tuple[Mixture, float, list[int]]]:
+    """Yield each mixture and penalty, and the outputs that have them: all outputs, if there is one pair."""
+    pairs = list(zip(mixtures, ratios, strict=True))
+    for pair in dict.fromkeys(pairs):
+        here = [i for i, own in enumerate(pairs) if own == pair]
+        yield *pair, here if len(pairs) > 1 else list(range(n_outputs))
+
+
 def together(n_outputs: int, n_genes: int, parts: Sequence[tuple[Any, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
     """Return hidden units (hid x gene) and their power (out x hid) of parts: some outputs, their units and power."""
     if not parts:  # no product pays: one hidden unit that adds nothing
@@ -447,16 +461,16 @@ def _squares(kernels: Kernels, mixture: Mixture, cells: Tensor) -> tuple[np.ndar
         back = kernels.axes(mixture.rank).T
     else:
         back = torch.diag(1 / kernels.sd) if mixture.space == "sd" else torch.eye(features.shape[1]).double()
-    n_outputs, (n_cells, n_features) = cells.shape[1], features.shape
     second = features.T @ (features * kernels.share[:, None])
-    if n_features * n_outputs > n_cells:  # fewer training cells than eigenvectors: Q is a sum over the cells
-        means = torch.einsum("ci,ij,cj,co->o", features, second, features, cells)
-        return (features @ back).numpy(), cells.T.numpy(), means.numpy()
-    units, powers, means = [], [], []
-    for i in range(n_outputs):
-        matrix = features.T @ (features * cells[:, [i]])
-        means.append(float((matrix * second).sum()))
-        values, vectors = torch.linalg.eigh(matrix)
-        units.append((vectors.T @ back).numpy())
-        powers.append(values[None].numpy())
-    return np.vstack(units), block_diag(*powers), np.array(means)
+    means = (((features @ second) * features).sum(dim=1) @ cells).numpy()
+    if features.shape[1] * cells.shape[1] > len(features):  # fewer cells than eigenvectors: Q is a sum over the cells
+        return (features @ back).numpy(), cells.T.numpy(), means
+    return *squares_of([features.T @ (features * own[:, None]) for own in cells.T], back), means
+
+
+def squares_of(matrices: Iterable[Tensor], back: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvectors of each output's matrix, turned back to genes (hid x gene), and their power (out x hid)."""
+    found = [torch.linalg.eigh(matrix) for matrix in matrices]
+    return np.vstack([(vectors.T @ back).numpy() for _, vectors in found]), block_diag(
+        *(one[0].numpy() for one in found)
+    )

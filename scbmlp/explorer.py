@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,19 @@ from scbmlp.stores import annotations
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SIGNIFICANT, MOST_SETS = 0.05, 10  # gene sets of a module that are shown: up to this q, and so many
 EVIDENCE = ("trusted", "stability", "p", "gain_curved")  # of the trust table
+POLES = {"positive": "+", "negative": "-"}
+
+templates = Environment(loader=PackageLoader("scbmlp"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
+# `tojson` escapes what could end a script; NaN, which JSON has not, is refused.
+templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
 
 
 @dataclass(frozen=True)
 class Explorer:
-    """Modules to look through in a browser; the page holds all data, and asks no other place for anything.
+    """Modules to look through in a browser, shown by a notebook as the last value of a cell.
 
-    A notebook shows it as the last value of a cell. Without JavaScript, and in print, it is a table of all modules.
-    What is chosen is in the address, as ``#<name>:output=Beta&module=1&gene=Ins1``, and such an address opens that
-    view.
+    The page holds all data. Without JavaScript, and in print, it is a table of all modules. What is chosen is in the
+    address, as ``#<name>:output=Beta&module=1&gene=Ins1``, and such an address opens that view.
 
     Parameters
     ----------
@@ -46,22 +49,15 @@ class Explorer:
 
     def __repr__(self) -> str:
         outputs, groups = self.data["outputs"], self.data["groups"]
-        n_modules, n_cells = sum(len(one["modules"]) for one in outputs), sum(one["cells"] for one in groups)
-        return (
-            f"Explorer: {n_modules:,} modules of {len(outputs):,} outputs; {self.data['n_genes']} genes a pole; "
-            f"{n_cells:,} cells in {len(groups):,} groups"
-        )
+        modules, cells = sum(len(one["modules"]) for one in outputs), sum(one["cells"] for one in groups)
+        shown = f"{modules:,} modules of {len(outputs):,} outputs; {self.data['n_genes']} genes a pole"
+        return f"Explorer: {shown}; {cells:,} cells in {len(groups):,} groups"
 
     def _repr_html_(self) -> str:
         return self._render("explorer.html.j2")
 
     def save(self, path: str | Path) -> None:
-        """Write a page of its own, which a browser opens from disk.
-
-        Parameters
-        ----------
-        path
-            File to write, such as ``modules.html``.
+        """Write an HTML file, which a browser opens from disk.
 
         Examples
         --------
@@ -71,15 +67,7 @@ class Explorer:
 
     def _render(self, template: str) -> str:
         colors = {"positive": POSITIVE, "negative": NEGATIVE}
-        return _templates().get_template(template).render(data=self.data, name=self.name, colors=colors)
-
-
-@cache
-def _templates() -> Environment:
-    env = Environment(loader=PackageLoader("scbmlp"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    # `tojson` escapes what could end a script; NaN, which JSON has not, is refused.
-    env.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    return env
+        return templates.get_template(template).render(data=self.data, name=self.name, colors=colors)
 
 
 def explorer(
@@ -91,30 +79,22 @@ def explorer(
     n_genes: int = 20,
     name: str = "explorer",
 ) -> Explorer:
-    """Make a figure to look through modules with: their genes, scores in groups of cells, gene sets, and trust.
+    """Make a figure to look through modules with: genes, scores in groups of cells, gene sets, and trust if known.
 
     Parameters
     ----------
     modules
-        Modules of one output, or of several by name. What :func:`scbmlp.evidence.trust` found of them is shown.
+        Modules of one output, or of several by name.
     cells
         Cells to score, as :meth:`scbmlp.modules.GeneModules.scores` takes them.
     groups
-        Column of ``obs``, or a label for every cell (cell); cells without a label are left out. If None, the classes
-        of a data set.
+        Column of ``obs``, or a label for every cell (cell), None where it has none; if None, the classes of a data set.
     enriched
-        What :func:`scbmlp.enrichment.enrich` returned for the modules; sets with q below 0.05 are shown.
+        Result of :func:`scbmlp.enrichment.enrich` for the modules; sets with q below 0.05 are shown.
     n_genes
         Most genes to show of each pole.
     name
         What the address of a view begins with.
-
-    Raises
-    ------
-    KeyError
-        `groups` is no column of ``obs``, `enriched` lacks a column, or cells lack genes.
-    ValueError
-        There are no modules, labels are not one a cell, `enriched` has none of the outputs, or `name` is no plain word.
 
     Examples
     --------
@@ -133,18 +113,17 @@ def explorer(
         mean, quantiles = grouped.mean(), grouped.quantile(list(QUANTILES))
         rows = []
         for module, eigenvalue in one.eigenvalues.items():
+            poles = {pole: one.top_genes(module, n_genes, pole=sign) for pole, sign in POLES.items()}
             box = np.column_stack([mean[module], quantiles[module].unstack()])
             rows.append({
                 "eigenvalue": _number(eigenvalue),
-                "positive": _genes(one.top_genes(module, n_genes, pole="+")),
-                "negative": _genes(one.top_genes(module, n_genes, pole="-")),
+                **{pole: [[str(gene), _number(value)] for gene, value in top.items()] for pole, top in poles.items()},
                 "scores": [[_number(value) for value in row] for row in box],
                 "sets": None if sets is None else sets.get((output, str(module)), []),
                 "trust": None if one.trust is None else _evidence(one.trust.loc[module]),
             })  # fmt: skip
         outputs.append({"name": output, "modules": rows})
-    counts = labels.value_counts()
-    shown = [{"name": str(group), "cells": int(counts[group])} for group in labels.categories]
+    shown = [{"name": str(group), "cells": int(n_cells)} for group, n_cells in labels.value_counts().items()]
     return Explorer({"n_genes": n_genes, "groups": shown, "outputs": outputs}, name)
 
 
@@ -154,8 +133,7 @@ def _named(modules: Any) -> dict[str, GeneModules]:
     if other or not named:
         kind = f"holds {other[0]}" if other else "is empty"
         raise ValueError(f"modules {kind}; pass GeneModules of one output, or a dictionary of several by name.")
-    keys = plain_names([str(key) for key in named], "modules")
-    return dict(zip(keys, named.values(), strict=True))
+    return dict(zip(plain_names(map(str, named), "modules"), named.values(), strict=True))
 
 
 def _labels(cells: Any, groups: Any, n_cells: int) -> pd.Categorical:
@@ -163,10 +141,8 @@ def _labels(cells: Any, groups: Any, n_cells: int) -> pd.Categorical:
     kind = type(cells).__name__
     if groups is None:
         if not isinstance(cells, ExpressionDataset) or cells.y.ndim == 2:
-            raise ValueError(
-                f"groups=None: cells of type {kind} have no classes; name a column of obs, or pass a label for every "
-                f"cell."
-            )
+            label = "name a column of obs, or pass a label for every cell"
+            raise ValueError(f"groups=None: cells of type {kind} have no classes; {label}.")
         groups = pd.Categorical.from_codes(cells.y.numpy(), cells.output_names)
     elif isinstance(groups, str):
         known = annotations(cells) if isinstance(cells, str | Path) else cells
@@ -189,33 +165,22 @@ def _sets(enriched: pd.DataFrame, outputs: list[str]) -> dict[tuple[str, str], l
     missing = [name for name in columns if name not in enriched]
     if missing:
         raise KeyError(f"enriched lacks the columns {', '.join(missing)}; pass what scbmlp.enrichment.enrich returned.")
-    of = enriched["output"].astype(str)
-    if not of.isin(outputs).any():
+    kinds = {"output": str, "module": str, "term": str, "genes": str, "overlap": int, "size": int}
+    known = enriched["output"].astype(str)
+    if not known.isin(outputs).any():
         raise ValueError(
-            f"enriched is of the outputs {', '.join(of.unique()[:5])}, none of which is in modules: "
+            f"enriched is of the outputs {', '.join(known.unique()[:5])}, none of which is in modules: "
             f"{', '.join(outputs[:5])}; pass what enrich returned for these modules."
         )
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for row in enriched[enriched["q"] < SIGNIFICANT].sort_values("q", kind="stable").to_dict("records"):
-        own = found.setdefault((str(row["output"]), str(row["module"])), [])
-        if len(own) < MOST_SETS:
-            own.append({
-                "term": str(row["term"]),
-                "pole": "positive" if row["pole"] == "+" else "negative",
-                "overlap": int(row["overlap"]),
-                "size": int(row["size"]),
-                "q": _number(row["q"]),
-                "genes": str(row["genes"]),
-            })  # fmt: skip
-    return found
-
-
-def _genes(loadings: pd.Series) -> list[list[Any]]:
-    return [[str(gene), _number(loading)] for gene, loading in loadings.items()]
+    table = enriched.loc[enriched["q"] < SIGNIFICANT, columns].sort_values("q", kind="stable").astype(kinds)
+    table["pole"] = np.where(table["pole"] == "+", "positive", "negative")
+    table["q"] = table["q"].map(_number)
+    own = table.groupby(["output", "module"])
+    return {key: rows.iloc[:MOST_SETS, 2:].to_dict("records") for key, rows in own}
 
 
 def _evidence(row: pd.Series) -> dict[str, Any]:
-    known = {column: row[column] for column in EVIDENCE if column in row.index and pd.notna(row[column])}
+    known = row.reindex(EVIDENCE).dropna()
     return {column: bool(value) if column == "trusted" else _number(value) for column, value in known.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from numbers import Real
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, s
 from scbmlp.exact import Mixture, counts_of, solution
 from scbmlp.interactions import InteractionMatrix, Output, direction
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.nested import Search, leading
+from scbmlp.nested import Search, Trial, leading
 
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of products beside genes, that are tried
 SWEEPS = 5  # over all genes, in which the scores of tied cells and the correlations are found from one another
@@ -33,36 +34,27 @@ def knockoffs(
 ) -> list[ExpressionDataset]:
     """Put beside every gene a knock-off: values of its own in other cells, drawn without a look at the targets.
 
-    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores. Each gene's ranks become those of a normal
-    variable; tied cells, the zeros above all, get scores that the other genes make likely, drawn within the tie. The
-    correlations are those of a factor model: what genes share stands out of the noise of as many cells, as in
-    :cite:t:`laloux1999`, and the rest is each gene's own. A knock-off has the scores' correlations with all genes but
-    its own, with which it has 1 - min(1, twice the variance that is the gene's own). Its ranks are filled with the
-    gene's own values, so that no marginal changes, the number of zeros included.
+    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores. Tied cells, such as zeros, get scores that
+    the other genes make likely. The correlations are those of a factor model of what stands out of noise, as in
+    :cite:t:`laloux1999`. A knock-off has a gene's correlations with all other genes, and no marginal changes.
 
     Permuted knock-offs take a gene's values in random order. They are right where genes are independent, and only
-    there: a gene that goes along with one that matters has more to tell than its permutation.
+    there: a gene that goes along with one that matters tells more than its permutation.
 
     Parameters
     ----------
     train, others
-        Cells. The correlations are those of `train`; each data set keeps marginals of its own.
+        Cells in memory. The correlations are those of `train`; each data set keeps marginals of its own.
     kind
         ``"gaussian"`` or ``"permuted"``.
     random_state
         Seed of the draw.
     max_gb
-        Most memory to use, in GB. Gaussian knock-offs need several dense arrays of gene x gene and of cell x gene.
+        Most memory to use, in GB. Gaussian knock-offs need dense arrays of gene x gene and of cell x gene.
 
     Returns
     -------
     For each data set one with twice the genes, the second half called ``"<gene> (knock-off)"``.
-
-    Raises
-    ------
-    ValueError
-        `kind` is unknown, there are fewer than three cells in `train`, genes of the data sets differ, or are knock-offs
-        already, cells are stored, or more memory is needed than `max_gb`.
 
     Examples
     --------
@@ -86,10 +78,9 @@ def knockoffs(
             f"set without them."
         )
     n_genes, n_cells = len(train.gene_names), max(map(len, (train, *others)))
-    square, long = ARRAYS[kind]
-    size = 8e-9 * n_genes * (square * n_genes + long * n_cells)
+    size = _gigabytes(kind, n_genes, n_cells)
     if size > max_gb:
-        fit = _fitting(kind, n_cells, max_gb)
+        fit = np.count_nonzero(_gigabytes(kind, np.arange(1, n_genes), n_cells) <= max_gb)
         raise ValueError(
             f"train has {n_genes} genes, whose {kind} knock-offs take {size:.1f} GB, more than max_gb={max_gb}; of "
             f"{n_cells} cells {fit} genes would fit: keep the most variable {fit} of them, or allow more."
@@ -107,17 +98,15 @@ def knockoffs(
         for gene in range(n_genes):
             new[np.argsort(drawn[:, gene]), gene] = np.sort(x[:, gene])
         both = sparse.hstack([dataset.x, new], format="csr") if sparse.issparse(dataset.x) else np.hstack([x, new])
-        found.append(
-            ExpressionDataset(both, dataset.y.numpy(), names, dataset.output_names, dataset.indices, dataset.layer)
-        )
+        outputs, y = dataset.output_names, dataset.y.numpy()
+        found.append(ExpressionDataset(both, y, names, outputs, dataset.indices, dataset.layer))
     return found
 
 
-def _fitting(kind: str, n_cells: int, max_gb: float) -> int:
-    """Return how many genes' knock-offs take no more than `max_gb`."""
+def _gigabytes(kind: str, n_genes: int | np.ndarray, n_cells: int) -> Any:
+    """Return how much memory knock-offs take, in GB."""
     square, long = ARRAYS[kind]
-    a, b, c = square, long * n_cells, -max_gb / 8e-9
-    return int(-c / b if a == 0 else (np.sqrt(b * b - 4 * a * c) - b) / (2 * a))
+    return 8e-9 * n_genes * (square * n_genes + long * n_cells)
 
 
 class _Law(NamedTuple):
@@ -195,15 +184,12 @@ def pair_discoveries(
 ) -> pd.DataFrame:
     """Return pairs of genes that interact, with the false discovery rate of each list of the strongest.
 
-    The second-order model of all genes and their knock-offs, which it cannot tell apart, in units of their standard
-    deviation, is solved as by :func:`scbmlp.models.solve`. Pairs with a knock-off in them then show how strong pairs
-    come out that do not interact, as decoys do for peptides :cite:p:`walzthoeni2012` and knock-offs for interactions
-    :cite:p:`chen2025diamond`.
+    A second-order model of all genes and their knock-offs is solved as by :func:`scbmlp.models.solve`, in units of
+    their standard deviation. Pairs with a knock-off in them show how strong pairs come out that do not interact, as
+    decoys do for peptides :cite:p:`walzthoeni2012` and knock-offs for interactions :cite:p:`chen2025diamond`.
 
-    Strength is that of ``top_pairs(dataset=train)``, with what functions of either gene can do taken off. It is
-    compared with the noise around it, the root of the product of both genes' median strengths, since pairs of a gene
-    that the model uses are all stronger. A pair next to a stronger one, whose genes go along with its own, is left out,
-    be it of genes or of knock-offs: the stronger one stands for both.
+    A pair's contrast is its strength, as in ``top_pairs(dataset=train)``, over the noise: the root of the product of
+    both genes' median strengths. A pair is left out next to a stronger one whose genes go along with its own.
 
     Parameters
     ----------
@@ -224,28 +210,18 @@ def pair_discoveries(
 
     Returns
     -------
-    A row a pair, greatest contrast first: ``gene_a``, ``gene_b``, ``interaction`` and ``strength`` as in ``top_pairs``,
-    ``contrast``, the strength over the noise, and ``q``: the least estimated false discovery rate, (1 + pairs with
-    knock-offs) / pairs of genes, of all lists from the top that the pair is in. Ten pairs can have 0.1, and no less.
-
-    Raises
-    ------
-    ValueError
-        An argument is out of its range, the data do not fit `ModelClass`, or as in :func:`knockoffs`.
-    KeyError
-        `output` is unknown.
+    A row a pair, greatest ``contrast`` first: ``gene_a``, ``gene_b``, ``interaction`` and ``strength`` as in
+    ``top_pairs``. ``q`` is the least estimated false discovery rate, (1 + pairs with knock-offs) / pairs of genes, of
+    all lists from the top that the pair is in. Ten pairs can have 0.1, and no less.
 
     Notes
     -----
-    For a gene that matters and one that does not, a pair and its like with the knock-off of the second are equally
-    likely to be strong, if knock-offs are right: the estimate is then right in expectation, or too large; for two genes
-    that do not matter it is three times too large. It is no theorem: one gene takes part in many pairs, whose signs are
-    not independent. And two genes that both matter, but not as a pair, have no like among knock-offs: if the model
-    mixes them up, they count as a discovery. Most of these go along with a right pair, and clumping takes them off.
-    Knock-offs have the correlations of ranks, not what is beyond them, such as extremes that come together. What is
-    found depends on the draw, so look at several.
-
-    ``benchmarks/pairs.py`` measures rate and power on planted pairs, with and without clumps.
+    The estimate is no theorem: one gene takes part in many pairs, whose signs are not independent. For a gene that
+    matters and one that does not, it is right in expectation or too large, if knock-offs are right. For two genes that
+    do not matter, it is three times too large. Two genes that both matter, but not as a pair, have no like among
+    knock-offs, and may count as a discovery. Most of these go along with a right pair, and clumping takes them off.
+    Knock-offs lack what is beyond correlations of ranks, such as extremes that come together. What is found depends on
+    the draw, so look at several. ``benchmarks/pairs.py`` measures rate and power on planted pairs.
 
     Examples
     --------
@@ -282,9 +258,7 @@ def _solved(
     search = Search([(train, val)], class_weight)
     linear = search.path("", Mixture(space="sd"))
     trials = [search.path("", linear.mixtures[0].plus("products", weight), leading(linear)[1]) for weight in WEIGHTS]
-    best = trials[0]
-    for trial in trials[1:]:
-        best = best.or_better(trial)
+    best = reduce(Trial.or_better, trials)
     counts = None if class_weight is None else counts_of(train, train, class_weight)
     found = solution(train, best.mixtures, best.ratios, counts=counts)
     power = mix @ found.power
@@ -298,10 +272,7 @@ def _strongest(matrix: InteractionMatrix, dataset: ExpressionDataset, n: int) ->
     scaled = matrix.scaled(np.divide(1, unit, out=np.zeros(len(unit)), where=unit > 0))
     top = scaled.top_pairs(n, dataset=dataset)
     back = unit[top["gene_a"]] * unit[top["gene_b"]]
-    top["interaction"] *= back
-    return top.rename(columns={"strength": "contrast"}).assign(strength=top["strength"] * back)[
-        ["gene_a", "gene_b", "interaction", "strength", "contrast"]
-    ]
+    return top.assign(interaction=top["interaction"] * back, strength=top["strength"] * back, contrast=top["strength"])
 
 
 def _noise(matrix: InteractionMatrix, sd: np.ndarray, block: int = 256) -> np.ndarray:
@@ -317,9 +288,7 @@ def _leading(i: np.ndarray, j: np.ndarray, x: Any, clump: float) -> np.ndarray:
     """Return which pairs (pair), strongest first, no stronger one of genes that go along with theirs stands for."""
     used, at = np.unique(np.concatenate([i, j]), return_inverse=True)
     columns = x[:, used].toarray() if sparse.issparse(x) else x[:, used]
-    centred = columns - columns.mean(axis=0, dtype=np.float64)
-    centred /= np.sqrt((centred**2).sum(axis=0))
-    near = np.abs(centred.T @ centred) >= clump
+    near = np.abs(np.corrcoef(columns, rowvar=False)) >= clump
     np.fill_diagonal(near, True)
     a, b = np.split(at, 2)
     kept: list[int] = []

@@ -33,15 +33,7 @@ from scbmlp.datasets import (
 )
 from scbmlp.display import as_html, listed, watched
 from scbmlp.storage import read_file, write_file
-from scbmlp.training import (
-    Training,
-    accelerator,
-    check_trainer,
-    interruptible,
-    loader,
-    quiet_lightning,
-    seeded,
-)
+from scbmlp.training import Training, accelerator, check_trainer, interruptible, loader, quiet_lightning, seeded
 
 __all__ = [
     "Config", "ScBMLPClassifier", "ScBMLPRegressor", "Statistics", "solve", "solve_replicas", "statistics", "tune",
@@ -51,6 +43,10 @@ MARGIN = 0.01  # below the linear baseline by less than this is noise
 
 # What a field is where it is not given: in the plain form, and with a linear part.
 _DEFAULTS = {"n_epochs": (100, 40), "batch_size": (32, 64), "dropout_rate": (0.0, 0.2), "weight_decay": (1e-4, 3e-3)}
+_RATES = {"lr": "positive", "dropout_rate": "at least 0 and below 1"}
+_RATES |= dict.fromkeys(("weight_decay", "weight_decay_linear"), "at least 0")
+# What a fit asks of Lightning; its loaders share out by themselves.
+_TRAINER = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
 
 
 @dataclass
@@ -64,9 +60,7 @@ class Config:
     bias
         Add biases to both hidden branches and to the output.
     linear
-        Centre the genes on the training mean and add a linear term with weights of its own and a constant. The linear
-        term starts at the linear baseline, the bilinear one small; targets are standardised inside; and the best
-        epoch on the validation cells is kept, the linear start included.
+        Add a linear term on centred genes. It starts at the linear baseline, and the best epoch is kept.
     n_epochs, batch_size
         Passes over the training cells, and cells a step; if None 100 and 32, with `linear` 40 and 64.
     lr
@@ -74,27 +68,17 @@ class Config:
     dropout_rate
         Chance that a hidden product is dropped in a training step; if None 0, with `linear` 0.2.
     weight_decay
-        L2 penalty of Adam. On the factors of a bilinear model it favours interaction matrices of low rank. If None
-        1e-4, with `linear` 3e-3.
+        L2 penalty of Adam, which favours interaction matrices of low rank; if None 1e-4, with `linear` 3e-3.
     seed
         Seed of the initial weights, the order of the cells and dropout.
     device
         ``"auto"``, or a name that torch understands: ``"cpu"``, ``"cuda:0"``, ``"mps"``.
     patience
-        Stop after that many epochs without a better loss on the validation cells, and keep the best epoch. If None,
-        no epoch is left out, and the last is kept; with `linear` the best.
+        Epochs to go on without a better loss on validation cells; the best is kept. If None all epochs are run.
     weight_decay_linear
         L2 penalty of Adam on the weights of the linear term.
     class_weight
-        ``"balanced"`` for a classifier in whose losses every class counts alike, however rare: a cell of one with m of
-        the n training cells counts n / (classes m), in training and validation. The linear baseline beside it and
-        the additive models of the audit are weighted alike, and the score is the mean recall of the classes,
-        ``balanced_accuracy``. If None, every cell counts alike.
-
-    Raises
-    ------
-    ValueError
-        A size or rate is out of its range, or `class_weight` is unknown.
+        ``"balanced"``: each class counts alike in loss, baseline and score, the mean recall. If None each cell does.
 
     Examples
     --------
@@ -128,12 +112,11 @@ class Config:
             if name != "patience" or self.patience is not None:
                 least, most = (0, 2**63 - 1) if name == "seed" else (1, np.inf)
                 setattr(self, name, whole_number(getattr(self, name), name, least, most, config=True))
-        for name in ("lr", "dropout_rate", "weight_decay", "weight_decay_linear"):
+        for name, allowed in _RATES.items():
             value = getattr(self, name)
             number = isinstance(value, Real) and not isinstance(value, bool | np.bool_)
-            most, positive = 1 if name == "dropout_rate" else np.inf, name == "lr"
-            if not (number and 0 <= value < most) or (positive and value == 0):
-                allowed = "at least 0 and below 1" if most == 1 else "positive" if positive else "at least 0"
+            most = 1 if name == "dropout_rate" else np.inf
+            if not (number and 0 <= value < most) or (name == "lr" and value == 0):
                 raise ValueError(f"Config({name}={value!r}): a number is needed, {allowed}.")
             setattr(self, name, float(value))
         for name in ("bias", "linear"):
@@ -152,7 +135,7 @@ class Config:
 
 
 class Statistics(NamedTuple):
-    """What modules need of the training cells, so that they can be read from a model whose cells are not at hand.
+    """What modules need of the training cells; no cell can be told from it.
 
     Parameters
     ----------
@@ -161,8 +144,7 @@ class Statistics(NamedTuple):
     covariance
         Covariance of the genes and the hidden pre-activations [L x, R x] (gene x 2 hid).
     target
-        Covariance of the genes and the outputs' targets, 0 or 1 for classes (gene x out): which cells an output is
-        about.
+        Covariance of the genes and the targets, 0 or 1 for classes (gene x out).
     """
 
     mean: np.ndarray
@@ -198,8 +180,6 @@ class _BilinearMLP(nn.Module):
         self.trials: pd.DataFrame | None = None
         self.recipe: list[tuple[exact.Mixture, float]] | None = None
 
-    # ------------------------------------------------------------------------------------------------ the model
-
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p.
 
@@ -232,10 +212,8 @@ class _BilinearMLP(nn.Module):
 
     @property
     def origin(self) -> np.ndarray:
-        """What the model is a quadratic form around (gene), the training mean if ``cfg.linear``, else 0."""
+        """What the model is a quadratic form around (gene): the training mean if ``cfg.linear``, else 0."""
         return (self.center * self.cfg.linear).cpu().numpy().astype(np.float64)
-
-    # ------------------------------------------------------------------------------------------------- training
 
     def fit(
         self,
@@ -248,97 +226,145 @@ class _BilinearMLP(nn.Module):
     ) -> pd.DataFrame:
         """Train from the seed's initial weights, and leave the model in evaluation mode.
 
+        Ctrl-C is a KeyboardInterrupt, and leaves the best weights so far, or the last where none are kept.
+
         Parameters
         ----------
         train, val
-            Cells to learn from, and cells to report on after each epoch. Of stored cells the latter are read once where
-            256 MB hold them.
+            Cells to learn from, and cells to report on after each epoch.
         baseline
-            Whether to fit a linear model first, ridge regression or a quick logistic regression, whose penalty `val`
-            chooses; or one from :func:`scbmlp.baselines.linear_baseline`. It is where the linear part starts, row 0 of
-            the history, and what the fitted model is warned to be below of. Without `val` there is none.
+            Whether to fit a linear baseline first, or one of your own; without `val` there is none.
         ckpt_path
-            Checkpoint of an interrupted fit to go on from, as if it had not been interrupted; ``"last"`` for the newest
-            whole one in ``default_root_dir``, or a fresh start where there is none.
+            Checkpoint of an interrupted fit to go on from; ``"last"`` for the newest in ``default_root_dir``, if any.
         trainer_kwargs
-            Handed to ``lightning.Trainer``: ``enable_progress_bar=False`` for a quiet fit, ``default_root_dir=...``
-            for a folder that gets a checkpoint after each epoch, ``callbacks=[...]`` for early stopping, ``devices=2,
-            strategy="ddp"`` for several processes, ``num_nodes=`` for several machines. Processes share every batch
-            among them, so that ``cfg.batch_size`` is that of all together, and have the same model and history in the
-            end.
+            Of ``lightning.Trainer``: ``default_root_dir`` keeps checkpoints, ``strategy="ddp"`` shares every batch.
 
         Returns
         -------
-        One row an epoch: ``train_loss``, ``train_<metric>`` (under dropout), ``val_loss``, ``val_<metric>``; epoch 0
-        is the linear baseline. Ctrl-C ends a fit after the step it is in: a KeyboardInterrupt, upon which the model has
-        its best weights so far, or the last where none are kept, and ``history`` the rows of whole epochs.
-
-        Raises
-        ------
-        ValueError
-            The data do not have ``cfg.d_input`` genes and ``cfg.d_output`` outputs, `val` has others than `train`, a
-            baseline cannot be fitted (one class, a constant target), or ``cfg.patience`` lacks validation cells.
+        Loss and metric of training cells (under dropout) and validation cells, a row an epoch; 0 is the baseline.
 
         Examples
         --------
         >>> model = ScBMLPClassifier(Config(40, 8, 2, linear=True, n_epochs=3))
         >>> history = model.fit(train, validation, enable_progress_bar=False)
-        >>> history[["val_loss", "val_accuracy"]].round(2)
-               val_loss  val_accuracy
-        epoch
-        0          0.69          0.59
-        1          0.67          0.65
-        2          0.66          0.69
-        3          0.66          0.70
+        >>> history["val_accuracy"].round(2).tolist()
+        [0.59, 0.65, 0.69, 0.7]
         """
-        _fit(self, train, val, baseline, ckpt_path, trainer_kwargs)
+        check_trainer(trainer_kwargs)
+        self._check_sets(train, val, baseline)
+        if val is not None and val.stored and len(val) <= val.x.holds():
+            val = val.load()  # from all over a file, they would cost reading it anew after every epoch
+        cfg, linear_model = self.cfg, baseline if isinstance(baseline, LinearModel) else None
+        if baseline is True and val is not None:
+            linear_model = linear_baseline(train, val, exact=False, class_weight=cfg.class_weight)
+        order = torch.Generator().manual_seed(cfg.seed)
+        training = Training(self, *self._begin(train, val, linear_model), order)
+        loaders = [loader(train, cfg.batch_size, order)]
+        if val is not None:
+            loaders.append(loader(val, max(cfg.batch_size, 1024)))
+        if ckpt_path == "last":
+            ckpt_path = _newest_checkpoint(Path(trainer_kwargs.get("default_root_dir") or "."))
+        options = _TRAINER | {"max_epochs": cfg.n_epochs, "enable_progress_bar": watched()} | accelerator(cfg.device)
+        options |= {"enable_checkpointing": "default_root_dir" in trainer_kwargs} | trainer_kwargs
+        try:
+            with seeded(cfg.seed, cfg.device), quiet_lightning(), interruptible():
+                lightning.Trainer(**options).fit(training, *loaders, ckpt_path=ckpt_path)
+        finally:
+            training.finish()
+            self.statistics = statistics(self, train)
+        if linear_model is not None and val is not None:
+            self._compare(val)
         return self.history
 
-    def _begin(self, train: ExpressionDataset, baseline: LinearModel | None, units: tuple | None) -> None:
-        """Take the names and go to where a fit starts: the seed's weights, and the baseline for the linear part."""
-        with seeded(self.cfg.seed):
+    def _check_sets(
+        self, train: ExpressionDataset, val: ExpressionDataset | None, baseline: bool | LinearModel
+    ) -> None:
+        """Raise an error for cells that do not fit, and warn of what a fit without validation cells lacks."""
+        self.check(train, names=False)
+        if val is not None:
+            self.check(val, names=False)
+            if not (val.gene_names.equals(train.gene_names) and val.output_names.equals(train.output_names)):
+                raise ValueError(
+                    "val does not have the genes and outputs of train, in its order; cut both from one AnnData."
+                )
+        elif self.cfg.patience is not None:
+            raise ValueError(
+                f"Config(patience={self.cfg.patience}) needs validation cells to tell the best epoch by; pass val= to "
+                f"fit, or patience=None to keep the last."
+            )
+        elif self.cfg.linear and baseline is True:
+            warn(
+                "fit has no validation cells: the linear part starts at 0 and not at the linear baseline, whose "
+                "penalty they choose, the last epoch is kept and not the best, and the fit is not compared with a "
+                "linear model; pass val=."
+            )
+
+    def _begin(
+        self, train: ExpressionDataset, val: ExpressionDataset | None, baseline: LinearModel | None
+    ) -> tuple[tuple[np.ndarray, np.ndarray] | None, tuple[float, dict[str, Tensor]] | None]:
+        """Go to where a fit starts; return units of the targets, and the loss and weights that an epoch has to beat."""
+        cfg = self.cfg
+        with seeded(cfg.seed):
             for layer in filter(None, (self.branches, self.project, self.direct)):
                 layer.reset_parameters()
         self.train()
         self._rows, self._baseline, self.statistics, self.trials, self.recipe = [], None, None, None, None
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
-        if self.cfg.linear:
+        if cfg.class_weight is not None:
+            counts = class_counts(cfg.class_weight, train.y.numpy(), cfg.d_output)
+            self.class_weight.copy_(torch.as_tensor(counts))
+        units, shift, scale = None, 0.0, np.ones(1)
+        if cfg.linear and train.y.ndim == 2:
+            target = train.y.numpy().astype(np.float64)
+            shift, scale = target.mean(axis=0), np.where(np.ptp(target, axis=0) > 0, target.std(axis=0), 1.0)
+            units = shift, scale
+        if cfg.linear:
             self.center.copy_(torch.as_tensor(mean(train.x)))
             nn.init.zeros_(self.direct.weight)
             nn.init.zeros_(self.project.bias)
-            if baseline is not None:
-                shift, scale = units or (0.0, np.ones(1))
+        if baseline is not None:
+            self._baseline = {}
+            for stage, part in {"train": train, "val": val}.items():
+                if part is not None:
+                    outputs = baseline.outputs(part)
+                    loss = self.loss(torch.as_tensor(outputs, dtype=torch.float32), part.y)
+                    self._baseline[f"{stage}_loss"] = float(loss)
+                    self._baseline[f"{stage}_{self.metric}"] = float(self._measure(outputs, part.y.numpy()))
+            if cfg.linear:
                 at_center = baseline.constant + baseline.weight @ self.origin
                 with torch.no_grad():
                     self.direct.weight.copy_(torch.as_tensor(baseline.weight / scale[:, None]))
                     self.project.bias.copy_(torch.as_tensor((at_center - shift) / scale))
-
-    def _start(
-        self, val: ExpressionDataset, baseline: LinearModel | None, units: tuple | None
-    ) -> tuple[float, dict[str, Tensor]]:
-        """Return the loss on validation cells, and the weights, of the start, of a linear form its linear part."""
-        shift, scale = units or (0.0, 1.0)
+        if val is None or not (cfg.linear or cfg.patience is not None):
+            return units, None
         weights = {name: value.detach().clone() for name, value in self.named_parameters()}
-        if not self.cfg.linear:
+        if not cfg.linear:
             outputs = self.outputs(val)
-        else:
+        else:  # the linear part alone; `outputs` are those of the baseline for `val`
             weights["project.weight"].zero_()
-            outputs = np.zeros((len(val), self.cfg.d_output)) if baseline is None else baseline.outputs(val)
-            outputs = outputs if baseline is None else (outputs - shift) / scale
+            outputs = np.zeros((len(val), cfg.d_output)) if baseline is None else (outputs - shift) / scale
         target = val.y if units is None else torch.as_tensor((val.y.numpy() - shift) / scale)
-        return float(self.loss(torch.as_tensor(outputs), target)), weights
+        return units, (float(self.loss(torch.as_tensor(outputs), target)), weights)
+
+    def _compare(self, val: ExpressionDataset) -> None:
+        """Warn of a model that ends below the linear baseline."""
+        name = f"val_{self.metric}"
+        score, least, margin = self.score(val), self._baseline[name], MARGIN
+        if self.cfg.class_weight is not None:  # nor is one cell of the rarest class more than noise
+            sizes = np.unique(val.y, return_counts=True)[1]
+            margin += 1 / (len(sizes) * sizes.min())
+        if score < least - margin:
+            remedy = "scbmlp.models.solve is never below it beyond noise"
+            if not self.cfg.linear:
+                remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
+            warn(
+                f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
+                f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
+            )
 
     def _counts(self, target: np.ndarray) -> np.ndarray | None:
         """Return how often cells of these classes count in the loss (cell); None if all count alike."""
         return None if self.class_weight is None else self.class_weight.cpu().numpy()[target]
-
-    def _row(self, stages: dict[str, tuple[np.ndarray, Tensor]]) -> dict[str, float]:
-        """Return loss and metric of given outputs (cell x out), for each stage."""
-        row = {}
-        for stage, (outputs, y) in stages.items():
-            row[f"{stage}_loss"] = float(self.loss(torch.as_tensor(outputs, dtype=torch.float32), y))
-            row[f"{stage}_{self.metric}"] = float(self._measure(outputs, y.numpy()))
-        return row
 
     @property
     def history(self) -> pd.DataFrame:
@@ -348,20 +374,7 @@ class _BilinearMLP(nn.Module):
         return pd.DataFrame(rows, index=pd.RangeIndex(first, first + len(rows), name="epoch"))
 
     def check(self, dataset: ExpressionDataset, *, names: bool = True) -> None:
-        """Raise an error if a dataset does not fit the model.
-
-        Parameters
-        ----------
-        dataset
-            Cells with their targets.
-        names
-            Whether the outputs must also have the model's names, in its order.
-
-        Raises
-        ------
-        ValueError
-            The number of genes or outputs is not the model's, the outputs are others, or targets are continuous for a
-            classifier, classes for a regressor.
+        """Raise an error if a dataset does not fit the model, whose outputs it must have by name too if `names`.
 
         Examples
         --------
@@ -374,17 +387,17 @@ class _BilinearMLP(nn.Module):
         check_dataset(dataset)
         kind = "class codes" if dataset.y.ndim == 1 else "continuous targets"
         if kind != self._targets:
-            getter = {"class codes": "get_classification_datasets"}.get(self._targets, "get_regression_datasets")
+            task = "classification" if self._targets == "class codes" else "regression"
             raise ValueError(
                 f"the data have {kind}, {type(self).__name__} takes {self._targets}; cut them by "
-                f"scbmlp.datasets.{getter}, or choose the other model."
+                f"scbmlp.datasets.get_{task}_datasets, or choose the other model."
             )
-        for name, what in (("d_input", "genes"), ("d_output", "outputs")):
-            size = len(dataset.gene_names if name == "d_input" else dataset.output_names)
+        sizes = {"d_input": len(dataset.gene_names), "d_output": len(dataset.output_names)}
+        for name, size in sizes.items():
             if getattr(self.cfg, name) != size:
                 raise ValueError(
-                    f"Config({name}={getattr(self.cfg, name)}) does not match the data, which have {size} {what}; "
-                    f"build the model with Config({name}={size})."
+                    f"Config({name}={getattr(self.cfg, name)}) does not match the data, which have {size} "
+                    f"{'genes' if name == 'd_input' else 'outputs'}; build the model with Config({name}={size})."
                 )
         named = names and not isinstance(self.output_names, pd.RangeIndex)
         if named and not self.output_names.equals(dataset.output_names):
@@ -394,7 +407,7 @@ class _BilinearMLP(nn.Module):
             )
 
     def _options(self) -> dict[str, Any]:
-        """Arguments of the constructor beside the configuration."""
+        """Return arguments of the constructor beside the configuration."""
         return {}
 
     def _known(self) -> dict[str, str]:
@@ -425,41 +438,25 @@ class _BilinearMLP(nn.Module):
         return rows
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}: " + "; ".join(
-            f"{name[0].lower()}{name[1:]} {value}" for name, value in self._known().items()
-        )
+        known = (f"{name[0].lower()}{name[1:]} {value}" for name, value in self._known().items())
+        return f"{type(self).__name__}: {'; '.join(known)}"
 
     def _repr_html_(self) -> str:
         return as_html(self._known(), type(self).__name__)
 
-    # ----------------------------------------------------------------------------------------------- prediction
-
     def outputs(
         self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None, batch_size: int = 1024
     ) -> np.ndarray:
-        """Return the raw outputs of cells: logits of a classifier, predictions of a regressor.
+        """Return the raw outputs of cells (cell x out): logits of a classifier, predictions of a regressor.
 
         Parameters
         ----------
         x
-            Cells, cell x gene: AnnData, in memory or backed, a DataFrame, a dataset, a stored matrix or the path of an
-            ``.h5ad`` file or zarr store, whose genes are matched by name, or a dense, sparse or dask matrix with the
-            model's genes in order. What is in a file is read block by block.
+            Cells, cell x gene: AnnData, DataFrame, dataset, file or matrix. Named genes are matched by name.
         layer
-            Layer of AnnData to read; that of the training cells if None, ``X`` where they were read from ``X``.
+            Layer of AnnData to read; that of the training cells if None.
         batch_size
-            Cells made dense at a time.
-
-        Returns
-        -------
-        Outputs, cell x out.
-
-        Raises
-        ------
-        ValueError
-            The number of genes is not the model's, a gene comes twice, or values are not finite or negative.
-        KeyError
-            Genes of the model are missing, or the layer is.
+            Cells made dense at a time; a file is read in blocks of so many.
 
         Examples
         --------
@@ -482,19 +479,7 @@ class _BilinearMLP(nn.Module):
         return torch.cat(parts).numpy() if parts else np.empty((0, self.cfg.d_output), np.float32)
 
     def score(self, dataset: ExpressionDataset) -> float:
-        """Return the accuracy of a classifier, or R2 averaged over the outputs of a regressor.
-
-        Accuracy is the mean recall of the classes if ``cfg.class_weight`` is ``"balanced"``.
-
-        Parameters
-        ----------
-        dataset
-            Cells with their targets.
-
-        Raises
-        ------
-        ValueError
-            The dataset does not fit the model, as in :meth:`check`.
+        """Return the accuracy of a classifier, balanced if the classes are, or R2 averaged over the outputs.
 
         Examples
         --------
@@ -504,24 +489,10 @@ class _BilinearMLP(nn.Module):
         self.check(dataset)
         return self._measure(self.outputs(dataset), dataset.y.numpy())
 
-    # --------------------------------------------------------------------------------------------------- storage
-
     def save(self, path: str | Path) -> None:
-        """Write configuration, weights, names, history and the statistics of the training cells to one file.
+        """Write configuration, weights, names, history and statistics to one safetensors file, numbers and text alone.
 
-        The file is in the safetensors format, which holds numbers and text alone, written under another name and
-        renamed: a file that was there is whole until then. The statistics are a gene's mean and standard deviation and
-        covariances: no cell can be told from them.
-
-        Parameters
-        ----------
-        path
-            File to write.
-
-        Raises
-        ------
-        ValueError
-            A name is neither text nor a number, which a file could not hold.
+        A file that was there is whole until the new one is. No cell can be told from the statistics.
 
         Examples
         --------
@@ -532,8 +503,7 @@ class _BilinearMLP(nn.Module):
         """
         tensors = dict(self.state_dict())
         if self.statistics is not None:
-            for name, part in self.statistics._asdict().items():
-                tensors[f"statistics.{name}"] = torch.as_tensor(part)
+            tensors |= {f"statistics.{name}": torch.as_tensor(part) for name, part in self.statistics._asdict().items()}
         known = {
             "class": type(self).__name__,
             "config": asdict(self.cfg),
@@ -546,31 +516,13 @@ class _BilinearMLP(nn.Module):
             "baseline": self._baseline,
             "best_epoch": self.best_epoch,
             "trials": None if self.trials is None else self.trials.to_dict("list"),
-            "recipe": None if self.recipe is None else [[mixture._asdict(), ratio] for mixture, ratio in self.recipe],
+            "recipe": self.recipe and [[mixture._asdict(), ratio] for mixture, ratio in self.recipe],
         }
         write_file(Path(path), known, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a model that :meth:`save` wrote; it is on the CPU.
-
-        Parameters
-        ----------
-        path
-            File to read; files of earlier versions of scbmlp are read too. No code is run from any file.
-
-        Returns
-        -------
-        The model, in evaluation mode, with the names of its genes and outputs. A file of the first version
-        has no ``statistics``: pass ``dataset=`` where modules are read.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is no such file.
-        ValueError
-            The file holds another class of model, or no model of scbmlp, is damaged, or was written by a later
-            version.
+        """Read a model that :meth:`save` wrote, in evaluation mode on the CPU; no code is run from the file.
 
         Examples
         --------
@@ -592,7 +544,7 @@ class _BilinearMLP(nn.Module):
                 model.statistics = Statistics(**{key: part.numpy() for key, part in parts.items()})
             if known["trials"]:
                 model.trials = pd.DataFrame(known["trials"])
-            if known.get("recipe"):
+            if known["recipe"]:
                 model.recipe = [
                     (exact.Mixture(tuple(map(tuple, mixture["weights"])), mixture["rank"], mixture["space"]), ratio)
                     for mixture, ratio in known["recipe"]
@@ -603,15 +555,7 @@ class _BilinearMLP(nn.Module):
 
 
 class ScBMLPClassifier(_BilinearMLP):
-    """Bilinear MLP that classifies cells, after :cite:t:`pearce2025bilinear`.
-
-    The logits are quadratic forms of the expression, y = P((L x + b_l) * (R x + b_r)) + b_p, trained by
-    cross-entropy.
-
-    Parameters
-    ----------
-    cfg
-        Size and training.
+    """Bilinear MLP that classifies cells by logits y = P((L x + b_l) * (R x + b_r)) + b_p :cite:p:`pearce2025bilinear`.
 
     Attributes
     ----------
@@ -622,7 +566,7 @@ class ScBMLPClassifier(_BilinearMLP):
     statistics
         What modules need of the training cells.
     trials
-        What :func:`tune` tried, a row a setting; None if the model was not tuned.
+        What :func:`solve` or :func:`tune` tried, a row a setting; else None.
 
     Examples
     --------
@@ -638,10 +582,8 @@ class ScBMLPClassifier(_BilinearMLP):
         """What the score is: ``accuracy``, or ``balanced_accuracy``."""
         return "accuracy" if self.cfg.class_weight is None else "balanced_accuracy"
 
-    def loss(self, outputs: Tensor, target: Tensor, count: Tensor | None = None) -> Tensor:
-        """Return the cross-entropy of logits (cell x out) and class codes (cell), each cell counted so often (cell).
-
-        It is a mean over cells, not over weights: so that losses of batches, or of processes' shares of one, add up.
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy of logits (cell x out) and class codes (cell), averaged over cells.
 
         Examples
         --------
@@ -650,9 +592,8 @@ class ScBMLPClassifier(_BilinearMLP):
         0.31
         """
         weight = None if self.class_weight is None else self.class_weight.to(outputs)
-        if count is None:
-            return nn.functional.cross_entropy(outputs, target, weight, reduction="sum") / len(target)
-        return (nn.functional.cross_entropy(outputs, target, weight, reduction="none") * count).mean()
+        # A mean over cells and not over weights, so that losses of batches add up.
+        return nn.functional.cross_entropy(outputs, target, weight, reduction="sum") / len(target)
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:
         return accuracy(outputs, target, self.cfg.class_weight)
@@ -666,12 +607,7 @@ class ScBMLPClassifier(_BilinearMLP):
         return recall_score(target, outputs.argmax(axis=1), labels=codes, average=None, zero_division=np.nan)
 
     def predict(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
-        """Return the name of the most probable class of every cell (cell); codes while the model has no names.
-
-        Parameters
-        ----------
-        x, layer
-            Cells, as in :meth:`outputs`.
+        """Return the name of the most probable class (cell) of cells as in :meth:`outputs`; codes if it has no name.
 
         Examples
         --------
@@ -681,12 +617,7 @@ class ScBMLPClassifier(_BilinearMLP):
         return self.output_names.to_numpy()[self.outputs(x, layer=layer).argmax(axis=1)]
 
     def predict_proba(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
-        """Return the probability of every class (cell x out).
-
-        Parameters
-        ----------
-        x, layer
-            Cells, as in :meth:`outputs`.
+        """Return the probability of every class (cell x out) of cells as in :meth:`outputs`.
 
         Examples
         --------
@@ -698,7 +629,7 @@ class ScBMLPClassifier(_BilinearMLP):
 
 
 class ScBMLPRegressor(_BilinearMLP):
-    """Bilinear MLP that predicts continuous targets, after :cite:t:`pearce2025bilinear`.
+    """Bilinear MLP that predicts continuous targets :cite:p:`pearce2025bilinear`, as :class:`ScBMLPClassifier`.
 
     Parameters
     ----------
@@ -706,18 +637,6 @@ class ScBMLPRegressor(_BilinearMLP):
         Size and training.
     loss_fn
         Mean squared error, mean absolute error, or Huber's loss with its threshold at 1 target unit.
-
-    Attributes
-    ----------
-    gene_names, output_names
-        Names of the genes and of the targets, known once fitted.
-    best_epoch, statistics, trials
-        As in :class:`ScBMLPClassifier`.
-
-    Raises
-    ------
-    ValueError
-        `loss_fn` is not one of the three, or `cfg` has a ``class_weight``.
 
     Examples
     --------
@@ -740,8 +659,8 @@ class ScBMLPRegressor(_BilinearMLP):
     def _options(self) -> dict[str, Any]:
         return {"loss_fn": self.loss_fn}
 
-    def loss(self, outputs: Tensor, target: Tensor, count: Tensor | None = None) -> Tensor:
-        """Return the loss of outputs and targets, both cell x out, each cell counted so often (cell).
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of outputs and targets, both cell x out.
 
         Examples
         --------
@@ -749,9 +668,7 @@ class ScBMLPRegressor(_BilinearMLP):
         >>> round(regressor.loss(regressor(x), y).item(), 2)
         0.02
         """
-        if count is None:
-            return self._losses[self.loss_fn](outputs, target)
-        return (self._losses[self.loss_fn](outputs, target, reduction="none") * count[:, None]).mean()
+        return self._losses[self.loss_fn](outputs, target)
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:
         return float(self._measure_each(outputs, target).mean())
@@ -765,12 +682,7 @@ class ScBMLPRegressor(_BilinearMLP):
         return r2_score(target, outputs, multioutput="raw_values")
 
     def predict(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
-        """Return the predicted targets (cell x out).
-
-        Parameters
-        ----------
-        x, layer
-            Cells, as in :meth:`outputs`.
+        """Return the predicted targets (cell x out) of cells as in :meth:`outputs`.
 
         Examples
         --------
@@ -782,50 +694,21 @@ class ScBMLPRegressor(_BilinearMLP):
     def evaluate(self, dataset: ExpressionDataset) -> pd.DataFrame:
         """Return ``r2`` and ``mae``, the mean absolute error in target units, of every output (out).
 
-        Parameters
-        ----------
-        dataset
-            Cells with their targets.
-
-        Raises
-        ------
-        ValueError
-            The dataset does not fit the model, as in :meth:`check`.
-
         Examples
         --------
-        >>> regressor.evaluate(graded[2]).round(2)
-                      r2   mae
-        output
-        program_01  0.90  0.13
-        program_02  0.90  0.13
-        program_03  0.90  0.12
-        program_04  0.91  0.12
+        >>> table = regressor.evaluate(graded[2])
+        >>> list(table), round(float(table["r2"].mean()), 2)
+        (['r2', 'mae'], 0.9)
         """
         self.check(dataset)
         outputs, target = self.outputs(dataset), dataset.y.numpy()
         mae = mean_absolute_error(target, outputs, multioutput="raw_values")
-        return pd.DataFrame(
-            {"r2": self._measure_each(outputs, target), "mae": mae}, pd.Index(self.output_names, name="output")
-        )
+        names = pd.Index(self.output_names, name="output")
+        return pd.DataFrame({"r2": self._measure_each(outputs, target), "mae": mae}, names)
 
 
 def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDataset) -> Statistics:
-    """Take from cells what modules need of them, a block at a time.
-
-    Parameters
-    ----------
-    model
-        A model.
-    dataset
-        Cells with their targets.
-
-    Raises
-    ------
-    ValueError
-        `dataset` does not fit the model, as in ``model.check``.
-    KeyError
-        `dataset` lacks genes of the model.
+    """Return what modules need of cells with their targets, taken a block at a time.
 
     Examples
     --------
@@ -845,91 +728,6 @@ def statistics(model: ScBMLPClassifier | ScBMLPRegressor, dataset: ExpressionDat
         for total, factor in zip(found, (d @ weight - shift.float(), y[part].float()), strict=True):
             total += d.T @ factor
     return Statistics(center, standard_deviation(x), *(total.numpy() / x.shape[0] for total in found))
-
-
-def _fit(
-    model: _BilinearMLP,
-    train: ExpressionDataset,
-    val: ExpressionDataset | None,
-    baseline: bool | LinearModel,
-    ckpt_path: str | Path | None,
-    trainer_kwargs: dict[str, Any],
-) -> None:
-    """Fit a model as ``fit`` says."""
-    check_trainer(trainer_kwargs)
-    cfg = model.cfg
-    for dataset in (train,) if val is None else (train, val):
-        model.check(dataset, names=False)
-    if val is not None and not (
-        val.gene_names.equals(train.gene_names) and val.output_names.equals(train.output_names)
-    ):
-        raise ValueError("val does not have the genes and outputs of train, in its order; cut both from one AnnData.")
-    if val is None and cfg.patience is not None:
-        raise ValueError(
-            f"Config(patience={cfg.patience}) needs validation cells to tell the best epoch by; pass val= to fit, or "
-            f"patience=None to keep the last."
-        )
-    if val is None and cfg.linear and baseline is True:
-        warn(
-            "fit has no validation cells: the linear part starts at 0 and not at the linear baseline, whose penalty "
-            "they choose, the last epoch is kept and not the best, and the fit is not compared with a linear model; "
-            "pass val=."
-        )
-    if val is not None and val.stored and len(val) <= val.x.holds():
-        val = val.load()  # from all over a file, they would cost reading it anew after every epoch
-    linear_model = baseline if isinstance(baseline, LinearModel) else None
-    if baseline is True and val is not None:
-        linear_model = linear_baseline(train, val, exact=False, class_weight=cfg.class_weight)
-    units = None
-    if cfg.linear and train.y.ndim == 2:
-        target = train.y.numpy().astype(np.float64)
-        units = target.mean(axis=0), np.where(np.ptp(target, axis=0) > 0, target.std(axis=0), 1.0)
-    model._begin(train, linear_model, units)
-    if cfg.class_weight is not None:
-        model.class_weight.copy_(torch.as_tensor(class_counts(cfg.class_weight, train.y.numpy(), cfg.d_output)))
-    if linear_model is not None:
-        sets = {"train": train} if val is None else {"train": train, "val": val}
-        model._baseline = model._row({stage: (linear_model.outputs(part), part.y) for stage, part in sets.items()})
-    best = val is not None and (cfg.linear or cfg.patience is not None)
-    order = torch.Generator().manual_seed(cfg.seed)
-    training = Training(model, units, model._start(val, linear_model, units) if best else None, order)
-    loaders = [loader(train, cfg.batch_size, order)]
-    if val is not None:
-        loaders.append(loader(val, max(cfg.batch_size, 1024)))
-    defaults = {
-        "max_epochs": cfg.n_epochs,
-        "logger": False,
-        "enable_checkpointing": "default_root_dir" in trainer_kwargs,
-        "enable_model_summary": False,
-        "enable_progress_bar": watched(),
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # the loaders share out by themselves
-        **accelerator(cfg.device),
-    }
-    if ckpt_path == "last":
-        ckpt_path = _newest_checkpoint(Path(trainer_kwargs.get("default_root_dir") or "."))
-    try:
-        with seeded(cfg.seed, cfg.device), quiet_lightning(), interruptible(training):
-            trainer = lightning.Trainer(**(defaults | trainer_kwargs))
-            trainer.fit(training, *loaders, ckpt_path=ckpt_path)
-    finally:
-        training.finish()
-        model.statistics = statistics(model, train)
-    if linear_model is None or val is None:
-        return
-    name = f"val_{model.metric}"
-    score, least, margin = model.score(val), model._baseline[name], MARGIN
-    if cfg.class_weight is not None:  # nor is one cell of the rarest class more than noise
-        sizes = np.unique(val.y, return_counts=True)[1]
-        margin += 1 / (len(sizes) * sizes.min())
-    if score < least - margin:
-        remedy = "scbmlp.models.solve is never below it beyond noise"
-        if not cfg.linear:
-            remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
-        warn(
-            f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
-            f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
-        )
 
 
 def _newest_checkpoint(folder: Path) -> Path | None:

@@ -25,31 +25,33 @@ __all__ = [
     "principal_angles", "stability", "truncation_curve",
 ]  # fmt: skip
 
+Metric = Literal["sd", "identity", "covariance"]
+
 
 @dataclass(frozen=True)
 class GeneModules:
     """Modules of one output, strongest first.
+
+    A module has two poles, genes of positive and of negative loading. Cells that the output is about score high.
 
     Parameters
     ----------
     eigenvalues
         Strength of every module (comp); positive ones push the output up, negative ones down.
     loadings
-        Part of every gene in every module (gene x comp): eigenvectors, unit columns, or in metric ``covariance`` the
-        gene's correlation with the score. A module has two poles, genes of positive and of negative loading; the sign
-        is such that the cells that the output is about score high.
+        Eigenvectors (gene x comp); in metric ``covariance`` the correlations of the genes with the scores.
     weights
         What turns log-expression, less `origin`, into scores (gene x comp).
     origin
-        The training mean for a model with a linear part, whose modules hold interactions alone, else 0 (gene).
+        Training mean for a model with a linear part, whose modules hold interactions alone, else 0 (gene).
     unit
         Standard deviation of every gene, or 1 in metric ``identity`` (gene), log-expression.
     output
         What the modules are modules of.
     layer
-        Layer of AnnData that the model was trained on, and scores are read from; None for ``X``.
+        Layer of the training cells, from which scores are read; None for ``X``.
     trust
-        What speaks for each module, as :func:`scbmlp.evidence.trust` has found it; None before.
+        What speaks for each module, as from :func:`scbmlp.evidence.trust`; None before.
     metric
         Units that the eigenvectors were taken in, as in :func:`gene_modules`.
     """
@@ -65,6 +67,7 @@ class GeneModules:
     metric: str | None = None
 
     def _known(self) -> dict[str, str]:
+        """Return what a reader sees first."""
         rows = {"Output": str(self.output), "Modules": f"{len(self.eigenvalues):,} of {len(self.loadings):,} genes"}
         rows |= {} if self.metric is None else {"Metric": self.metric}
         return rows if self.trust is None else rows | {"Trusted": f"{int(self.trust['trusted'].sum()):,}"}
@@ -74,15 +77,20 @@ class GeneModules:
         return "GeneModules: " + "; ".join(f"{name.lower()} {value}" for name, value in rows.items())
 
     def _repr_html_(self) -> str:
-        shown = self.eigenvalues.index[:10]
-        poles = {
-            f"genes, {pole}": [", ".join(map(str, self.top_genes(name, 6, pole=pole).index)) for name in shown]
-            for pole in "+-"
-        }
-        table = pd.DataFrame({"eigenvalue": self.eigenvalues[shown], **poles}, shown)
+        table = self.eigenvalues.iloc[:10].to_frame("eigenvalue")
+        for pole in "+-":
+            table[f"genes, {pole}"] = [listed(self.top_genes(name, 6, pole=pole).index, 6) for name in table.index]
         if self.trust is not None:
-            table["trusted"] = np.where(self.trust["trusted"].reindex(shown, fill_value=False), "yes", "no")
+            table["trusted"] = np.where(self.trust["trusted"].reindex(table.index, fill_value=False), "yes", "no")
         return as_html(self._known(), "GeneModules", table)
+
+    def _name(self, module: int | str) -> str:
+        """Return the name of a module, given by name or rank."""
+        names = list(self.loadings.columns)
+        if module not in names and module not in range(len(names)):
+            known = f", {names[0]!r} to {names[-1]!r}" if names else ": the model has no products for this output"
+            raise KeyError(f"module={module!r} is unknown; there are {len(names)}{known}.")
+        return module if module in names else names[module]
 
     def scores(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return the module scores v'(x - origin) of cells (cell x comp).
@@ -90,26 +98,15 @@ class GeneModules:
         Parameters
         ----------
         x
-            AnnData, a DataFrame, a dataset or the path of a file, whose genes are matched by name, or a matrix with
-            the modules' genes in order.
+            Cells (cell x gene) as in ``model.outputs``; genes are matched by name where they have names.
         layer
             Layer of AnnData to read; that of the training cells if None.
 
-        Raises
-        ------
-        KeyError
-            Genes of the modules are missing, or the layer is.
-        ValueError
-            A gene comes twice, or values are not finite.
-
         Examples
         --------
-        >>> scores = on.scores(adata)[["module_1", "module_2"]]
-        >>> scores.groupby(labels, observed=True).var().round(1)
-               module_1  module_2
-        label
-        off         0.5       9.6
-        on         10.2       0.6
+        >>> scores = on.scores(adata)["module_1"]
+        >>> scores.groupby(labels, observed=True).var().round(1).to_dict()
+        {'off': 10.3, 'on': 0.5}
         """
         index, x = cell_names(x), match_genes(x, self.weights.index, layer or self.layer)
         weights = self.weights.to_numpy()
@@ -117,54 +114,33 @@ class GeneModules:
         return pd.DataFrame(product(x, weights) - self.origin.to_numpy() @ weights, index, self.weights.columns)
 
     def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
-        """Return what each module adds to the output of cells, eigenvalue times squared score (cell x comp).
+        """Return what each module adds to the output of cells as in :meth:`scores` (cell x comp).
 
-        All modules together add up to the output, or to its quadratic part where the model has biases or a linear part.
-
-        Parameters
-        ----------
-        x, layer
-            Cells, as in :meth:`scores`.
+        It is eigenvalue times squared score. All modules add up to the output, or to its quadratic part if the model
+        has biases or a linear part.
 
         Examples
         --------
         >>> added = on.contributions(adata)["module_1"]
-        >>> added.groupby(labels, observed=True).mean().round(2)
-        label
-        off    0.04
-        on     0.76
-        Name: module_1, dtype: float64
+        >>> added.groupby(labels, observed=True).mean().round(2).to_dict()
+        {'off': -5.89, 'on': -0.3}
         """
         return self.scores(x, layer=layer) ** 2 * self.eigenvalues
 
     def top_genes(self, module: int | str = 0, n: int = 20, *, pole: Literal["+", "-", "both"] = "+") -> pd.Series:
-        """Return the loadings of the `n` strongest genes of a module.
+        """Return the loadings of the strongest genes of a module, given by rank or name.
 
         Parameters
         ----------
-        module
-            Rank or name of the module.
         n
             Most genes to return; a pole of a small panel may have fewer.
         pole
             Genes of positive loading, of negative loading, or the strongest whatever their sign.
 
-        Raises
-        ------
-        KeyError
-            There is no such module.
-        ValueError
-            `pole` is unknown.
-
         Examples
         --------
-        >>> on.top_genes(n=3).round(2)
-        Sim0017    0.27
-        Sim0037    0.25
-        Sim0020    0.24
-        Name: module_1, dtype: float64
-        >>> set(on.top_genes(n=10, pole="-").index) == set(programs["program_04"])
-        True
+        >>> on.top_genes(n=3).round(2).to_dict()
+        {'Sim0017': 0.28, 'Sim0030': 0.26, 'Sim0009': 0.25}
         """
         loading = self.loadings[self._name(module)]
         keys = {"+": loading, "-": -loading, "both": loading.abs()}
@@ -177,28 +153,18 @@ class GeneModules:
     def factors(self, first: int | str = 0, second: int | str | None = None) -> pd.DataFrame:
         """Return what turns two modules of opposite sign into the two factors whose product they are (comp x 2).
 
-        ``scores(x) @ factors()`` are the scores of the factors: their product is what the two modules contribute.
-        ``loadings @ factors()`` are their genes.
+        The product of ``scores(x) @ factors()`` is what the two modules contribute. ``loadings @ factors()`` has the
+        genes of the factors.
 
         Parameters
         ----------
         first, second
-            Rank or name of the modules, one with a positive and one with a negative eigenvalue. Without `second`, the
-            strongest module whose sign is not that of `first`.
-
-        Raises
-        ------
-        ValueError
-            Both eigenvalues have the same sign.
-        KeyError
-            There is no such module.
+            Rank or name of two modules of opposite sign; without `second`, the strongest of the other sign.
 
         Examples
         --------
         >>> genes = on.loadings @ on.factors()
         >>> set(genes["plus"].nlargest(10).index) == set(programs["program_03"])
-        True
-        >>> set(genes["minus"].nsmallest(10).index) == set(programs["program_04"])
         True
         """
         first = self._name(first)
@@ -217,43 +183,28 @@ class GeneModules:
         return mix
 
     def factor_along(
-        self,
-        x: AnnData | ExpressionDataset | Any,
-        values: Any,
-        first: int | str = 0,
-        second: int | str = 1,
+        self, x: AnnData | ExpressionDataset | Any, values: Any, first: int | str = 0, second: int | str = 1
     ) -> pd.Series:
-        """Return what turns the scores of two modules into one score, the one that follows given values (comp).
+        """Return what turns the scores of two modules into one score that follows and rises with given values (comp).
 
-        Of two modules of opposite sign it is one of their two :meth:`factors`, of two of the same sign one of the
-        modules, whichever correlates more with `values`, turned so that it rises with them. ``scores(x) @ factor`` is
-        its score, ``loadings @ factor`` are its genes.
+        It is one of the :meth:`factors` of two modules of opposite sign, or one of two modules of the same sign.
 
         Parameters
         ----------
-        x
-            Cells, as in :meth:`scores`.
+        x, first, second
+            Cells, as in :meth:`scores`, and the two modules, by rank or name.
         values
             What to follow (cell), such as the target along the direction of the modules.
-        first, second
-            Rank or name of the modules.
 
         Returns
         -------
         Weight of every module. ``attrs["correlation"]`` says how well the score follows `values`.
 
-        Raises
-        ------
-        KeyError
-            There is no such module.
-        ValueError
-            `values` are not one a cell, or constant.
-
         Examples
         --------
         >>> factor = on.factor_along(adata, adata.obsm["programs"]["program_03"])
         >>> round(factor.attrs["correlation"], 2)
-        0.93
+        0.95
         """
         names, values = [self._name(first), self._name(second)], np.asarray(values, dtype=np.float64).ravel()
         if self.eigenvalues[names].prod() < 0:
@@ -273,32 +224,18 @@ class GeneModules:
         factor.attrs["correlation"] = float(abs(r[best]))
         return factor
 
-    def _name(self, module: int | str) -> str:
-        names = list(self.loadings.columns)
-        if module not in names and module not in range(len(names)):
-            known = f", {names[0]!r} to {names[-1]!r}" if names else ": the model has no products for this output"
-            raise KeyError(f"module={module!r} is unknown; there are {len(names)}{known}.")
-        return module if module in names else names[module]
-
     def to_adata(self, adata: AnnData, *, key: str | None = None, layer: str | None = None) -> None:
         """Write the modules into AnnData, where scanpy finds them.
 
-        ``varm[key]`` has the loadings, NaN for genes the model did not see; ``obsm[f"X_{key}"]`` the scores, ready
-        for ``scanpy.pl.embedding``; ``uns[key]`` the eigenvalues, the output and, where it is known, the trust table.
+        ``varm[key]`` gets the loadings, NaN for other genes; ``obsm[f"X_{key}"]`` the scores; ``uns[key]`` eigenvalues,
+        output and trust. A file that backs `adata` stays as it is.
 
         Parameters
         ----------
-        adata
-            Cells with all genes of the modules; it is changed. If it is backed, its file is not.
+        adata, layer
+            Cells with all genes of the modules, as in :meth:`scores`.
         key
             Where to write; ``modules_<output>`` if None.
-        layer
-            Layer of `adata` to read; that of the training cells if None.
-
-        Raises
-        ------
-        KeyError, ValueError
-            As for :meth:`scores`; nothing is written then.
 
         Examples
         --------
@@ -323,24 +260,11 @@ class GeneModules:
     def save(self, path: str | Path) -> None:
         """Write the modules to one file, so that they score other cells where there is no model.
 
-        The file is of the format of a model's: numbers and text alone, with a checksum, whole or not there at all.
-
-        Parameters
-        ----------
-        path
-            File to write.
-
-        Raises
-        ------
-        ValueError
-            A name is neither text nor a number, which a file could not hold.
+        The file holds numbers and text alone, with a checksum. It is whole or not there at all.
 
         Examples
         --------
         >>> on.save("on.safetensors")
-        >>> again = modules.GeneModules.load("on.safetensors")
-        >>> bool(np.allclose(again.scores(adata), on.scores(adata)))
-        True
         """
         genes, trust, mix = self.weights.index, self.trust, isinstance(self.output, Mapping)
         known = {
@@ -354,37 +278,24 @@ class GeneModules:
             "trust": None if trust is None else {name: column.tolist() for name, column in trust.items()},
         }
         parts = ("eigenvalues", "loadings", "weights", "origin", "unit")
-        tensors = {name: torch.tensor(getattr(self, name).to_numpy(np.float64)) for name in parts}
-        write_file(Path(path), known, tensors)
+        write_file(Path(path), known, {name: torch.tensor(getattr(self, name).to_numpy(np.float64)) for name in parts})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read modules that :meth:`save` wrote.
-
-        Parameters
-        ----------
-        path
-            File to read; no code is run from it.
-
-        Raises
-        ------
-        FileNotFoundError
-            There is no such file.
-        ValueError
-            The file holds a model, or nothing of scbmlp, is damaged, or was written by a later version.
+        """Read modules that :meth:`save` wrote; no code is run from the file.
 
         Examples
         --------
         >>> on.save("on.safetensors")
-        >>> modules.GeneModules.load("on.safetensors").output
-        'on'
+        >>> again = modules.GeneModules.load("on.safetensors")
+        >>> bool(np.allclose(again.scores(adata), on.scores(adata)))
+        True
         """
         known, tensors = read_file(Path(path), cls.__name__, "modules")
         try:
             part = {name: tensor.numpy() for name, tensor in tensors.items()}
-            names, genes = pd.Index(known["modules"]), known["genes"]
+            names, genes, output = pd.Index(known["modules"]), known["genes"], known["output"]
             genes = pd.RangeIndex(len(part["unit"])) if genes is None else plain_names(genes, "genes")
-            output = known["output"]
             return cls(
                 pd.Series(part["eigenvalues"], names),
                 pd.DataFrame(part["loadings"], genes, names),
@@ -405,15 +316,15 @@ def gene_modules(
     model: Model,
     output: Output,
     n_modules: int | None = 10,
-    metric: Literal["sd", "identity", "covariance"] = "sd",
+    metric: Metric = "sd",
     *,
     dataset: ExpressionDataset | None = None,
 ) -> GeneModules:
     """Take the leading eigenvectors of an interaction matrix as gene modules.
 
-    Eigenvectors depend on the units of the genes: S Q S = V Lambda V' is solved, where S holds the unit of each gene.
-    In raw units, barely expressed genes whose weights were hardly trained can lead. In metric ``covariance``, S is
-    the root of the genes' covariance: scores are uncorrelated over the training cells, with variance 1.
+    S Q S = V Lambda V' is solved, where S holds the unit of each gene. In raw units, barely expressed genes can lead,
+    whose weights were hardly trained. In metric ``covariance``, S is the root of the genes' covariance: scores are
+    uncorrelated over the training cells, with variance 1.
 
     Parameters
     ----------
@@ -424,25 +335,15 @@ def gene_modules(
     n_modules
         Number of modules; all that can be non-zero if None.
     metric
-        Genes in units of their standard deviation over the training cells, in log-expression as it is, or in units in
-        which the data have no correlations.
+        Unit of genes: their standard deviation, log-expression as it is, or one in which genes do not correlate.
     dataset
-        Cells that give the units, and the sign of each module, instead of the training cells, whose statistics a
-        fitted model keeps.
-
-    Raises
-    ------
-    ValueError
-        `metric` is unknown, there are fewer than `n_modules` modules, `dataset` does not fit the model, or the model
-        has no statistics.
+        Cells that give the units and the signs; the training cells, whose statistics the model keeps, if None.
 
     Examples
     --------
     >>> on = modules.gene_modules(model, "on", n_modules=4)
     >>> on.eigenvalues.round(3).tolist()
     [0.075, -0.045, -0.009, 0.007]
-    >>> set(on.top_genes(n=10).index) == set(programs["program_03"])
-    True
     """
     return _modules(model, [output], n_modules, metric, dataset)[0]
 
@@ -451,11 +352,11 @@ def all_gene_modules(
     model: Model,
     outputs: Iterable[str | int] | None = None,
     n_modules: int | None = 10,
-    metric: Literal["sd", "identity", "covariance"] = "sd",
+    metric: Metric = "sd",
     *,
     dataset: ExpressionDataset | None = None,
 ) -> dict[str | int, GeneModules]:
-    """Take the gene modules of several outputs, with one decomposition of the genes for all.
+    """Take the gene modules of several outputs, by output, with one decomposition of the genes for all.
 
     Parameters
     ----------
@@ -464,56 +365,46 @@ def all_gene_modules(
     model, n_modules, metric, dataset
         As in :func:`gene_modules`.
 
-    Returns
-    -------
-    The modules of each output, by `outputs`.
-
-    Raises
-    ------
-    KeyError
-        An output is unknown.
-    ValueError
-        As in :func:`gene_modules`.
-
     Examples
     --------
-    >>> each = modules.all_gene_modules(model, n_modules=4)
+    >>> each = modules.all_gene_modules(model, n_modules=2)
     >>> {name: found.eigenvalues.round(3).tolist() for name, found in each.items()}
-    {'off': [-0.075, 0.045, 0.009, -0.007], 'on': [0.075, -0.045, -0.009, 0.007]}
+    {'off': [-0.075, 0.045], 'on': [0.075, -0.045]}
     """
     outputs = list(model.output_names if outputs is None else outputs)
     return dict(zip(outputs, _modules(model, outputs, n_modules, metric, dataset), strict=True))
 
 
-def _modules(
-    model: Model, outputs: list[Output], n_modules: int | None, metric: str, dataset: ExpressionDataset | None = None
-) -> list[GeneModules]:
+def _check_metric(metric: Any) -> None:
+    """Raise an error for a metric that modules are not taken in."""
     if metric not in ("sd", "identity", "covariance"):
         raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
+
+
+def _modules(
+    model: Model, outputs: list[Output], n_modules: int | None, metric: str, dataset: ExpressionDataset | None
+) -> list[GeneModules]:
+    """Return the modules of every output."""
+    _check_metric(metric)
     known = model.statistics if dataset is None else statistics(model, dataset)
     if known is None:
         raise ValueError(
             "the model has no statistics of its training cells, since it was not fitted or was saved by an earlier "
             "version of scbmlp; pass dataset= with the training cells."
         )
-    unit = np.ones(len(model.gene_names)) if metric == "identity" else known.sd
+    unit, found = np.ones(len(model.gene_names)) if metric == "identity" else known.sd, []
     matrices = interaction_matrices(model, outputs, scale=unit if metric == "sd" else None)
-    white: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
-    found = []
     for output, matrix in zip(outputs, matrices, strict=True):
         n = n_modules if matrix.basis.shape[1] else None  # no products, no modules
         if metric == "covariance":
             used = squares(model, output)
-            used = np.arange(known.covariance.shape[1]) if used is None else used
-            covariance = known.covariance[:, used]
-            if used.tobytes() not in white:
-                white[used.tobytes()] = _whitened(matrix.basis, covariance)
-            values, in_basis = _uncorrelated(matrix.core, *white[used.tobytes()], n)
+            covariance = known.covariance if used is None else known.covariance[:, used]
+            values, in_basis = _uncorrelated(matrix.core, *_whitened(matrix.basis.T @ covariance), n)
             parts = values, matrix.basis @ in_basis, covariance @ in_basis
         else:
             values, vectors = matrix.eigh(n)
             parts = values, _over(vectors, unit), vectors * unit[:, None]
-        found.append(_signed(model, output, known, unit, *parts, metric))
+        found.append(_signed(model, output, known, unit, parts, metric))
     return found
 
 
@@ -523,19 +414,10 @@ def _over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
 
 
 def _signed(
-    model: Model,
-    output: Output,
-    known: Statistics,
-    unit: np.ndarray,
-    values: np.ndarray,
-    weights: np.ndarray,
-    with_genes: np.ndarray,
-    metric: str,
+    model: Model, output: Output, known: Statistics, unit: np.ndarray, parts: tuple[np.ndarray, ...], metric: str
 ) -> GeneModules:
-    """Return modules whose scores are high in the cells that the output is about, those of a high target.
-
-    From eigenvalues (comp), what makes scores of cells, and what loadings are in units of the genes (each gene x comp).
-    """
+    """Return modules that score high where the target is, from eigenvalues, weights, and loadings times units."""
+    values, weights, with_genes = parts
     sign = np.where((known.target @ direction(model, output)) @ weights < 0, -1.0, 1.0)
     names, genes = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)]), model.gene_names
     # A number stands for the output at that place, which has a name.
@@ -552,14 +434,9 @@ def _signed(
     )
 
 
-def _whitened(basis: np.ndarray, with_genes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the axes in the basis B (2 hid x comp) along which the data vary, and by how much (comp).
-
-    From B (gene x 2 hid) and Cov B: B' Cov B is the covariance of the hidden pre-activations, so all of it happens in
-    2 hid dimensions.
-    """
-    hidden = basis.T @ with_genes
-    variance, axes = np.linalg.eigh((hidden + hidden.T) / 2)
+def _whitened(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the axes along which a basis varies (basis x comp), and by how much (comp), from its covariance."""
+    variance, axes = np.linalg.eigh((covariance + covariance.T) / 2)
     kept = variance > 1e-10 * variance.max(initial=0)
     return axes[:, kept], np.sqrt(variance[kept])
 
@@ -567,7 +444,7 @@ def _whitened(basis: np.ndarray, with_genes: np.ndarray) -> tuple[np.ndarray, np
 def _uncorrelated(
     core: np.ndarray, axes: np.ndarray, root: np.ndarray, n_modules: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues (comp) and score weights in the basis (2 hid x comp), in the metric of the covariance."""
+    """Return eigenvalues (comp) and weights of uncorrelated scores (basis x comp), from what ``_whitened`` returns."""
     values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ core @ axes) * root)
     if n_modules is not None and not (isinstance(n_modules, int | np.integer) and 1 <= n_modules <= len(values)):
         raise ValueError(f"n_modules={n_modules!r} were asked for; there are {len(values)} uncorrelated modules.")
@@ -580,7 +457,7 @@ def truncation_curve(
 ) -> pd.DataFrame:
     """Return the score that the model keeps with the `k` strongest modules of every output.
 
-    What biases and a direct linear part add to the outputs is always kept.
+    The model always keeps its biases and its linear part.
 
     Parameters
     ----------
@@ -597,26 +474,16 @@ def truncation_curve(
     -------
     A row a ``k``: ``score`` over all outputs, and a column for the recall or R2 of each output.
 
-    Raises
-    ------
-    ValueError
-        `dataset` does not fit the model.
-    KeyError
-        Modules of an output are missing.
-
     Examples
     --------
     >>> each = modules.all_gene_modules(model, n_modules=None)
-    >>> modules.truncation_curve(model, each, test, ks=[0, 1, 2]).round(2)
-       score   off    on
-    k
-    0   0.46  0.64  0.28
-    1   0.75  0.51  1.00
-    2   1.00  1.00  1.00
+    >>> modules.truncation_curve(model, each, test, [0, 1, 2])["score"].round(
+    ...     2
+    ... ).tolist()
+    [0.46, 0.75, 1.0]
     """
     model.check(dataset)
-    missing = [str(name) for name in model.output_names if name not in modules]
-    if missing:
+    if missing := [str(name) for name in model.output_names if name not in modules]:
         raise KeyError(f"modules has none for the outputs {', '.join(missing)}; all outputs are needed for a score.")
     most = min(len(modules[name].eigenvalues) for name in model.output_names)
     ks = [0, *(2**i for i in range(most.bit_length()))] if ks is None else list(ks)

@@ -15,7 +15,7 @@ from joblib import Parallel, delayed, parallel_config
 from torch import Tensor
 
 from scbmlp.datasets import ExpressionDataset, Matrix, blocks, dense_tensor, match_genes, some, take
-from scbmlp.exact import Mixture, Solution, counts_of, softmax, targets_of, together
+from scbmlp.exact import Mixture, Solution, alike, counts_of, products_of, softmax, squares_of, targets_of, together
 from scbmlp.nested import FORMS, SMALL, Search, Trial
 
 LARGE = 5_000  # training cells from which on sums are taken, and no products of cells
@@ -27,10 +27,9 @@ SINGLE = 10**12  # cells x genes x genes from which on products are in single pr
 
 
 class Moments:
-    """Sums over training cells that the model is solved from: of genes, and of products of components.
+    """Sums over training cells, of genes and of products of components, from which the model is solved.
 
-    Two walks over the cells are made. With ``joblib.parallel_config``, or an active dask client, tasks of 65,536 cells
-    go to other processes or machines; their sums are added in the order of the cells.
+    ``joblib.parallel_config``, or an active dask client, sends tasks of 65,536 cells to other processes or machines.
 
     Parameters
     ----------
@@ -39,9 +38,9 @@ class Moments:
     counts
         How often each cell counts (cell); once if None.
     rank
-        Number of leading components whose products can be in a mixture; if None 50, 30 of stored cells.
+        Number of leading components whose products can be in a mixture; 50 if None, of stored cells 30.
     device, dtype
-        Where products are taken, and how precisely; in single precision where there are many.
+        Where products are taken, and how precisely; if None, single precision for very many.
 
     Examples
     --------
@@ -72,9 +71,9 @@ class Moments:
         self.to = {"device": device, "dtype": dtype}
         self.counts = np.ones(n_cells) if counts is None else np.asarray(counts, float)
         self.n = self.counts.sum()
-        target = self.counts @ y / self.n
-        y = y - target
-        self.target, self.variance = (torch.as_tensor(one) for one in (target, self.counts @ y**2 / self.n))
+        self.target = torch.as_tensor(self.counts @ y / self.n)
+        y = y - self.target.numpy()
+        self.variance = torch.as_tensor(self.counts @ y**2 / self.n)
         shift = dense_tensor(x[: min(n_cells, 1024)]).double().mean(dim=0).numpy()  # near the mean, against rounding
         first, second, cross = self._summed(_genes, x, y, shift)
         self.mean, self.cross = torch.as_tensor(shift) + first, cross  # of genes, and of genes with targets
@@ -89,7 +88,7 @@ class Moments:
         self.rank = min(rank, kept)
         most = SCORE_BYTES // (4 * n_cells) if train.stored else kept
         self.held = min(max(most, self.rank), kept)  # components that classes are linear in
-        expected = _products(torch.diag(self.values[: self.rank].sqrt())).sum(dim=0)
+        expected = products_of(torch.diag(self.values[: self.rank].sqrt())).sum(dim=0)
         arguments = self.mean.numpy(), self.axes[:, : self.rank].numpy(), expected.numpy()
         left, mixed, self.products, cross = self._summed(_second, x, y, *arguments)
         self.expected = expected + left  # mean of every product
@@ -163,18 +162,14 @@ class Moments:
     def form(self, linear: Tensor, products: Tensor) -> tuple[np.ndarray, ...]:
         """Return what weights of components and products are: constant, direct, hidden units and their power."""
         size = len(products)
-        constant = -(products.T @ self.expected[:size]).numpy()
+        constant, direct = -(products.T @ self.expected[:size]).numpy(), self.axes[:, : len(linear)] @ linear
+        if not size:
+            return constant, direct.T.numpy(), np.zeros((0, len(self.mean))), np.zeros((products.shape[1], 0))
         rank = int((2 * size) ** 0.5)
         j, i = torch.tril_indices(rank, rank)
-        hidden, power = np.zeros((0, len(self.mean))), np.zeros((products.shape[1], 0))
-        for k, own in enumerate(products.T):
-            matrix = torch.zeros(rank, rank, dtype=torch.float64)
-            matrix[i, j] = matrix[j, i] = torch.where(i == j, own, own / 2**0.5)
-            values, vectors = torch.linalg.eigh(matrix)
-            hidden = np.vstack([hidden, (self.axes[:, :rank] @ vectors).T.numpy()])
-            power = np.hstack([power, np.zeros((len(power), rank))])
-            power[k, power.shape[1] - rank :] = values
-        return constant, (self.axes[:, : len(linear)] @ linear).T.numpy(), hidden, power
+        matrices = torch.zeros(products.shape[1], rank, rank, dtype=torch.float64)
+        matrices[:, i, j] = matrices[:, j, i] = torch.where(i == j, products.T, products.T / 2**0.5)
+        return constant, direct.T.numpy(), *squares_of(matrices, self.axes[:, :rank].T)
 
 
 def _engine() -> AbstractContextManager:
@@ -184,12 +179,6 @@ def _engine() -> AbstractContextManager:
     except (KeyError, ValueError):  # not in use
         return nullcontext()
     return parallel_config("dask")
-
-
-def _products(scores: Tensor) -> Tensor:
-    """Return products of scores (cell x product), so that those of fewer components come first."""
-    j, i = torch.tril_indices(scores.shape[1], scores.shape[1])
-    return scores[:, i] * scores[:, j] * torch.where(i == j, 1.0, torch.tensor(2.0).double().sqrt()).to(scores)
 
 
 def _blocks(x: Matrix, y: np.ndarray, counts: np.ndarray, to: dict, center: np.ndarray) -> Iterator[tuple[Tensor, ...]]:
@@ -222,7 +211,7 @@ def _second(
     size = len(expected)
     found = [np.zeros(shape) for shape in ((size,), (len(mean), size), (size, size), (size, y.shape[1]))]
     for d, weighted, known, often in _blocks(x, y, counts, to, mean):
-        products = _products(d @ axes) - expected
+        products = products_of(d @ axes) - expected
         own = products * often
         parts = own.sum(dim=0, dtype=torch.float64), weighted.T @ products, own.T @ products, own.T @ known
         for total, part in zip(found, parts, strict=True):
@@ -246,7 +235,7 @@ class _Features:
         scale, expected = self.scale.to(self.scores), self.expected.to(self.scores)
         for start in range(0, len(self.scores), BLOCK):
             own = self.scores[start : start + BLOCK]
-            products = _products(own[:, : self.rank]) - expected
+            products = products_of(own[:, : self.rank]) - expected
             yield slice(start, start + len(own)), torch.cat([own, products], dim=1) * scale
 
     def __matmul__(self, other: Tensor) -> Tensor:
@@ -272,7 +261,7 @@ class SumSearch(Search):
             self.folds = [(self, targets_of(train, self.n_outputs)[rows], self.y, None, of_val)]
         else:
             scores = known.scores(x, len(known.values)).double()
-            self.cells = scores, _products(scores[:, : known.rank]) - known.expected
+            self.cells = scores, products_of(scores[:, : known.rank]) - known.expected
 
     def leading_features(self, mixture: Mixture) -> list[Tensor]:
         """Return the features of the cells that a search among models of classes makes do with."""
@@ -309,11 +298,9 @@ def search(
     class_weight: str | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[list[Trial], Moments | None, np.ndarray | None]:
-    """Return the best models of each form, sums over the training cells, and groups of the cells that chose.
+    """Return the best models of each form, as :func:`scbmlp.nested.search` does, sums and groups of cells that chose.
 
-    Up to 5,000 validation cells choose; where these are few and in no `groups`, as many of the training cells, a tenth
-    at most, which then are in no sums, and no sums are returned. Penalties of classes are chosen on 20,000 training
-    cells. Parameters are those of :func:`scbmlp.nested.search`.
+    Of few validation cells, a tenth of the training cells at most choose: they are in no sums, and none are returned.
     """
     few, fitted = val is None or (len(val) < SMALL and groups is None), train
     if few:
@@ -339,10 +326,9 @@ def solution(
     device: str | torch.device = "cpu",
     known: Moments | None = None,
 ) -> Solution:
-    """Solve a model whose mixture and penalty are known, as :func:`scbmlp.exact.solution` does, from sums over cells.
+    """Solve a model whose mixture and penalty are known from sums over cells, as :func:`scbmlp.exact.solution` does.
 
-    Classes take one walk a step, over scores that are held: all components in memory, of cells on disk as many of the
-    leading ones as 512 MB hold. The linear part is then of those alone.
+    Classes of stored cells are linear in as many leading components as 512 MB hold.
 
     Parameters
     ----------
@@ -361,10 +347,9 @@ def solution(
     n_outputs, n_genes = len(train.output_names), len(train.gene_names)
     constant, direct = known.target.clone().numpy(), np.zeros((n_outputs, n_genes))
     parts = []
-    for mixture, ratio in dict.fromkeys(zip(mixtures, ratios, strict=True)):
-        here = [i for i, pair in enumerate(zip(mixtures, ratios, strict=True)) if pair == (mixture, ratio)]
+    for mixture, ratio, here in alike(mixtures, ratios, n_outputs):
         if train.y.ndim == 1:
-            here, features = list(range(n_outputs)), known.features(mixture, known.scores(train.x, known.held))
+            features = known.features(mixture, known.scores(train.x, known.held))
             y, of_cells = targets_of(train, n_outputs).to(features.scores), torch.as_tensor(known.counts)
             fit = softmax(None, y, ratio, of_cells, features=features, gram=known.gram(features))
             linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([known.held])

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from scbmlp.datasets import ExpressionDataset, Matrix, dense_tensor, match_genes
 from scbmlp.display import watched
-from scbmlp.exact import Fit, Kernels, Mixture, counts_of, ridge, softmax, targets_of
+from scbmlp.exact import Fit, Kernels, Mixture, alike, counts_of, ridge, softmax, targets_of
 
 TIE = 1e-5  # a share of the loss that is no difference
 FLAT, WORTH = 1e-3, 5e-3  # shares that end a walk to penalties below the first, and a climb, where less is won
@@ -35,8 +35,7 @@ class Trial:
     mixtures, ratios
         Mixture and penalty of every output, one for all classes.
     losses
-        Loss on every cell that chose (cell x out): in nats for classes, else squared error in units of the target's
-        variance.
+        Loss on every cell that chose (cell x out): in nats, or squared error in units of the target's variance.
     """
 
     form: str
@@ -52,10 +51,13 @@ class Trial:
     def or_better(self, other: Trial) -> Trial:
         """Return for each output the better of two, this one where they are equal."""
         which = other.losses.mean(axis=0) < (1 - TIE) * self.losses.mean(axis=0)
-        each = zip(which, self.mixtures, other.mixtures, self.ratios, other.ratios, strict=True)
-        chosen = [(b, d) if yes else (a, c) for yes, a, b, c, d in each]
+        own, others = (zip(one.mixtures, one.ratios, strict=True) for one in (self, other))
+        chosen = [b if better else a for better, a, b in zip(which, own, others, strict=True)]
         mixtures, ratios = zip(*chosen, strict=True)
         return Trial(self.form, mixtures, ratios, np.where(which, other.losses, self.losses))
+
+
+Fold = tuple[ExpressionDataset, ExpressionDataset]
 
 
 class Search:
@@ -65,10 +67,8 @@ class Search:
     ----------
     folds
         For each fold the data set to fit, and the one to compare on.
-    class_weight
+    class_weight, device
         As in :class:`scbmlp.models.Config`.
-    device
-        Where to solve.
 
     Examples
     --------
@@ -78,19 +78,14 @@ class Search:
     """
 
     def __init__(
-        self,
-        folds: Sequence[tuple[ExpressionDataset, ExpressionDataset]],
-        class_weight: str | None = None,
-        device: str | torch.device = "cpu",
+        self, folds: Sequence[Fold], class_weight: str | None = None, device: str | torch.device = "cpu"
     ) -> None:
-        first = folds[0][0]
-        self.classes = first.y.ndim == 1
-        self.n_outputs = len(first.output_names)
+        self.classes, self.n_outputs = folds[0][0].y.ndim == 1, len(folds[0][0].output_names)
         self.folds = []
         for train, val in folds:
             own, of_val = (counts_of(one, train, class_weight) for one in (train, val))
-            cells = train.x, match_genes(val, train.gene_names)
-            kernels = Kernels(*cells, counts=own, device=device, dtype=_precision(train))
+            x_val = match_genes(val, train.gene_names)
+            kernels = Kernels(train.x, x_val, counts=own, device=device, dtype=_precision(train))
             y, y_val = (targets_of(one, self.n_outputs) for one in (train, val))
             scale = (kernels.share @ (y - kernels.share @ y) ** 2).clamp_min(1e-30)
             self.folds.append((kernels, y, y_val, scale, torch.as_tensor(of_val)[:, None]))
@@ -98,22 +93,22 @@ class Search:
 
     def losses(self, mixture: Mixture, ratio: float) -> np.ndarray:
         """Return the loss on every cell that was left out of a fit (cell x out, or one column for classes)."""
-        found, logistic = [], self.classes
+        found = []
         for i, (kernels, y, y_val, scale, counts) in enumerate(self.folds):
-            products, seen = kernels.leading_features(mixture) if logistic else kernels.mixed(mixture)
-            known = y.to(products)
+            products, seen = kernels.leading_features(mixture) if self.classes else kernels.mixed(mixture)
+            known, start = y.to(products), self._last[i]
             try:
-                if logistic:
-                    start = self._last[i]
+                if self.classes:
                     start = start if start is not None and len(start.cells) == products.shape[1] else None
                     fit = softmax(None, known, ratio, kernels.counts, features=products, start=start, tol=2e-5)
                     self._last[i] = fit
                 else:
                     fit = ridge(products, known, ratio, kernels.counts)
             except torch.linalg.LinAlgError:  # next to no penalty, and cells that are copies of each other
-                return np.full((sum(len(fold[2]) for fold in self.folds), 1 if logistic else self.n_outputs), np.inf)
+                shape = sum(len(fold[2]) for fold in self.folds), 1 if self.classes else self.n_outputs
+                return np.full(shape, np.inf)
             outputs = fit.outputs(seen).double().cpu()
-            if logistic:
+            if self.classes:
                 loss = -(y_val * torch.log_softmax(outputs, dim=1)).sum(dim=1, keepdim=True)
             else:
                 loss = (outputs - y_val) ** 2 / scale
@@ -153,8 +148,7 @@ class Search:
     ) -> Trial:
         """Return the best of a trial and of its leading mixture with a block more, climbing over ranks and weights.
 
-        There is no climb where the first try does not `beat` a trial, the one before if there is no other. If it `must`
-        be, the block is there even if the trial does better without.
+        It climbs only if the first try does `beat` a trial, by default the one before. A block that `must` be stays.
         """
         mixture, ratio = leading(trial)
         known: dict[tuple[float, int], Trial] = {}
@@ -166,26 +160,23 @@ class Search:
                     near = next(iter(known.values())).ratios
                     known[weight, rank] = Trial(form, (more,), near, self.losses(more, *near))
                 else:
-                    known[weight, rank] = self.path(form, more, ratio)
+                    known[weight, rank] = self.path(form, more, min(ratio, START))
             return known[weight, rank]
 
         here: list[Any] = [WEIGHTS[block], mixture.rank]
         grids = [[here[0] * 3.0**i for i in range(-3, 4)], RANKS]
-        climbs = [0] if climb else []
-        if climb and block in ("components", "products") and changes.get("space", "components") == "components":
-            climbs = [1, 0]
+        ranked = block in ("components", "products") and changes.get("space", "components") == "components"
+        climbs = ([1, 0] if ranked else [0]) if climb else []
         if at(*here).loss >= (beat or trial).loss:
             climbs = []
             if beat is None:  # too much of it, or of no use
                 here[0] = grids[0][1]
                 climbs = [0] if at(*here).loss < trial.loss else []
         for which in climbs:
-            grid = grids[which]
-            place = grid.index(here[which])
+            grid, place = grids[which], grids[which].index(here[which])
             for direction in (1, -1):
                 while 0 <= place + direction < len(grid):
-                    other = [*here]
-                    other[which] = grid[place + direction]
+                    other = [*here[:which], grid[place + direction], *here[which + 1 :]]
                     if at(*other).loss >= (1 - WORTH) * at(*here).loss:
                         break
                     here, place = other, place + direction
@@ -197,15 +188,7 @@ class Search:
         return replace(best, form=form)
 
     def nested(self, forms: Sequence[tuple[str, str, dict[str, Any]]], must: str | None = None) -> list[Trial]:
-        """Return the best trial of a linear model, and of one block more at a time.
-
-        Parameters
-        ----------
-        forms
-            Name, block and other fields of the mixture, each on top of the one before.
-        must
-            Form whose block is there even if it does not help.
-        """
+        """Return the best trials of a linear model and of each form, a block on top of the one before."""
         found = [self.path("linear in genes", Mixture())]
         for form, block, changes in forms:
             found.append(self.add(form, found[-1], block, must=form == must, **changes))
@@ -219,20 +202,26 @@ def leading(trial: Trial) -> tuple[Mixture, float]:
     return mixture, ratios[len(ratios) // 2]
 
 
-def folds_of(
-    train: ExpressionDataset, val: ExpressionDataset | None, n_folds: int = 5
-) -> list[tuple[ExpressionDataset, ExpressionDataset]]:
-    """Return folds of all cells, of every class in each, that do not depend on the order of the cells."""
+def folds_of(train: ExpressionDataset, val: ExpressionDataset | None) -> list[Fold]:
+    """Return five folds of all cells, of every class in each, that do not depend on the order of the cells."""
     whole = pooled([train] if val is None else [train, val])
-    fold = fold_of(whole, n_folds)
-    return [(whole.load(fold != i), whole.load(fold == i)) for i in range(n_folds)]
+    fold = fold_of(whole, 5)
+    return [(whole.load(fold != i), whole.load(fold == i)) for i in range(5)]
 
 
 def choose(trials: Sequence[Trial], groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return for each output the first trial that is not behind the best beyond noise (out).
+    """Return for each output the first trial that is behind the best by at most a standard error.
 
-    Noise is the standard error of the paired difference over cells, or over groups of them. With it come how far each
-    is behind, and that error (each trial x out).
+    Parameters
+    ----------
+    trials
+        Trials of the same cells, from the simplest on.
+    groups
+        Group of every cell (cell); the error of the paired difference is then over groups.
+
+    Returns
+    -------
+    The first such trial (out), how far each is behind, and the standard error of that (trial x out).
 
     Examples
     --------
@@ -244,16 +233,12 @@ def choose(trials: Sequence[Trial], groups: np.ndarray | None = None) -> tuple[n
     """
     losses = np.stack([trial.losses for trial in trials])
     if groups is not None:
-        of_groups = [np.stack([own.mean(axis=0) for own in _split(one, groups)]) for one in losses]
-        losses = np.stack(of_groups)
+        names = np.unique(groups)
+        losses = np.stack([[one[groups == name].mean(axis=0) for name in names] for one in losses])
     means = losses.mean(axis=1)
     behind = losses - np.take_along_axis(losses, means.argmin(axis=0)[None, None], axis=0)
     error = behind.std(axis=1, ddof=1) / np.sqrt(losses.shape[1])
     return (behind.mean(axis=1) <= error).argmax(axis=0), behind.mean(axis=1), error
-
-
-def _split(losses: np.ndarray, groups: np.ndarray) -> list[np.ndarray]:
-    return [losses[groups == group] for group in np.unique(groups)]
 
 
 FORMS = (
@@ -279,15 +264,13 @@ def search(
     Parameters
     ----------
     train, val
-        Cells to fit, and cells that choose; where these are few and in no `groups`, folds of all cells choose.
+        Cells to fit, and cells that choose; folds of all cells choose, if `val` are fewer than 300 without `groups`.
     must
         Form whose block is there even if it does not help.
     groups
         Donor or batch of every validation cell.
-    class_weight
+    class_weight, device
         As in :class:`scbmlp.models.Config`.
-    device
-        Where to solve.
     progress
         Show how many forms are done, in a terminal or a notebook.
 
@@ -340,11 +323,8 @@ def fold_of(dataset: ExpressionDataset, n_folds: int, groups: np.ndarray | None 
 
 
 def without_products(train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None) -> Trial:
-    """Return the best model of genes, components, presence and squares, for an audit that has to be quick.
-
-    Each block has the first weight that is tried; one that does not help is tried with lower ones.
-    Depth is no block of it: it is a sum of genes, so that its products hold some of theirs.
-    """
+    """Return the best model of genes, components, presence and squares, for an audit that has to be quick."""
+    # Depth is no block: it is a sum of genes, so that its products hold some of theirs.
     search = Search([(train, val)], class_weight)
     best = search.path("without products", Mixture())
     for block in ("components", "presence", "squares"):
@@ -353,11 +333,9 @@ def without_products(train: ExpressionDataset, val: ExpressionDataset, class_wei
 
 
 def compared(train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None) -> tuple[Trial, Trial]:
-    """Return the best model whose features are no products but those of depth, and the best with products on top.
+    """Return the best model without products but those of depth, and the best with products: the same if none pay.
 
-    A block stays where it helps; where products do not, both are the same. For classes, weights of blocks are searched
-    by squared error of their indicators, which is quick. Presence, squares and depth have the first weight that is
-    tried, or a lower one if that does not help. Log-loss decides which of the blocks stay.
+    For classes, squared error of their indicators chooses weights, which is quick; log-loss decides which blocks stay.
     """
     search = Search([(train, val)], class_weight)
     quick = Search([(_graded(train), _graded(val))]) if search.classes else search
@@ -368,13 +346,10 @@ def compared(train: ExpressionDataset, val: ExpressionDataset, class_weight: str
     (mixture, ratio), more = leading(rival), leading(best)[0]
     if search.classes:
         few = dict.fromkeys(leading(found[i])[0] for i in (0, 1, -1))
-        trials = [search.path(rival.form, one) for one in few]
-        rival = min(trials, key=lambda one: one.loss)
-        (mixture, ratio), best = leading(rival), rival
-        if more.weight("products"):
-            best = search.path(
-                "with products", mixture.plus("products", more.weight("products"), rank=more.rank), ratio
-            )
+        rival = best = min((search.path(rival.form, one) for one in few), key=lambda one: one.loss)
+        mixture, ratio = leading(rival)
+        if weight := more.weight("products"):
+            best = search.path("with products", mixture.plus("products", weight, rank=more.rank), ratio)
     if more.rank != mixture.rank:  # more components are no products
         rival = rival.or_better(search.path(rival.form, mixture._replace(rank=more.rank), ratio))
     return rival, replace(rival.or_better(best), form=best.form)
@@ -406,25 +381,17 @@ def predicted(
 ) -> list[np.ndarray]:
     """Return the outputs of the other cells (each cell x out) where mixtures and penalties are known."""
     found = [np.empty((len(part), y.shape[1])) for part in kernels.d[1:]]
-    pairs = list(zip(mixtures, ratios, strict=True))
-    for mixture, ratio in dict.fromkeys(pairs):
-        here = slice(None) if classes else [i for i, pair in enumerate(pairs) if pair == (mixture, ratio)]
-        products = kernels.mixed(mixture)
-        if classes:
-            fit = softmax(products[0], y, ratio, kernels.counts, tol=1e-6)
-        else:
-            fit = ridge(products[0], y[:, here], ratio, kernels.counts)
-        for outputs, seen in zip(found, products[1:], strict=True):
+    for mixture, ratio, here in alike(mixtures, ratios, y.shape[1]):
+        products, *others = kernels.mixed(mixture)
+        how = {"tol": 1e-6} if classes else {}
+        fit = (softmax if classes else ridge)(products, y[:, here], ratio, kernels.counts, **how)
+        for outputs, seen in zip(found, others, strict=True):
             outputs[:, here] = fit.outputs(seen).numpy()
     return found
 
 
 def linked(kernels: Kernels, y: np.ndarray, mixture: Mixture, ratio: float, n_rounds: int = 8) -> list[np.ndarray]:
-    """Return indices of the other cells (each cell x out) that are fitted together with their links to targets.
-
-    Ridge regression and a curve of the target (cell x out) take turns, as in ACE: each follows the other. A cell's own
-    target has no part in its index while the curve is fitted.
-    """
+    """Return indices of the other cells (each cell x out), fitted in turns with a curve of the target, as in ACE."""
     products, *others = kernels.mixed(mixture)
     n, cells = len(y), np.zeros(y.shape)
     system = products.clone()
@@ -436,7 +403,7 @@ def linked(kernels: Kernels, y: np.ndarray, mixture: Mixture, ratio: float, n_ro
     target = (y[:, varied] - y[:, varied].mean(axis=0)) / y[:, varied].std(axis=0)
     for _ in range(n_rounds):
         index = target - ratio * n * (inverse @ target)
-        index = (index - own[:, None] * target) / (1 - own[:, None])
+        index = (index - own[:, None] * target) / (1 - own[:, None])  # without the cell's own target
         bent = [curve @ (fit @ index[:, k]) for k, (curve, fit) in enumerate(curves)]
         target = np.stack(bent, axis=1) if bent else target
         target = (target - target.mean(axis=0)) / np.maximum(target.std(axis=0), 1e-12)

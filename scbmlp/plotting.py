@@ -1,9 +1,13 @@
-"""From computed tables to matplotlib axes, or to a styled table: nothing here fits, tests or opens a figure."""
+"""From computed tables to matplotlib axes, or to a styled table: nothing here fits, tests or opens a figure.
+
+Figures are drawn on the axes given as `ax`, which the functions return.
+"""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,20 +23,12 @@ MUTED = ("#332288", "#88CCEE", "#44AA99", "#117733", "#CC6677", "#DDCC77", "#882
 # What the figures of the book have in common, for plt.rcParams.update.
 STYLE = {"figure.dpi": 110, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
 POSITIVE, NEGATIVE, NEUTRAL = "#CC6677", "#332288", "#888888"
+PALE = "#dddddd"
 DIVERGING = sns.diverging_palette(272, 10, s=80, l=45, as_cmap=True)  # about the hues of NEGATIVE and POSITIVE
 
 
 def palette(categories: Iterable[str]) -> dict[str, str]:
-    """Return a colour for every category, safe for colour-blind readers for up to nine of them.
-
-    Parameters
-    ----------
-    categories
-        Names, in order.
-
-    Returns
-    -------
-    Name to hexadecimal colour; ``adata.uns["<key>_colors"] = list(colors.values())`` makes scanpy use them too.
+    """Return a colour for every category; up to nine are safe for colour-blind readers.
 
     Examples
     --------
@@ -45,25 +41,9 @@ def palette(categories: Iterable[str]) -> dict[str, str]:
 
 
 def category_colors(adata: AnnData, key: str) -> dict[str, str]:
-    """Return the colours that AnnData has for a column, as scanpy keeps them, or those of :func:`palette`.
+    """Return the colours of the labels of a column of ``obs``: those that scanpy keeps, or those of :func:`palette`.
 
-    Parameters
-    ----------
-    adata
-        Cells.
-    key
-        Column of ``obs`` with a label for every cell.
-
-    Returns
-    -------
-    Label, as text, to colour; labels that no cell has are left out.
-
-    Raises
-    ------
-    KeyError
-        There is no such column.
-    ValueError
-        A cell has no label.
+    Labels that no cell has are left out.
 
     Examples
     --------
@@ -78,7 +58,7 @@ def category_colors(adata: AnnData, key: str) -> dict[str, str]:
 
 
 def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
-    """Draw one quantity of a fit over the epochs, for training and validation cells; dotted, the linear baseline's.
+    """Draw a quantity of a fit over the epochs, for training and validation cells; dotted, the linear baseline's.
 
     Parameters
     ----------
@@ -86,8 +66,6 @@ def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
         What ``fit`` returned, a row an epoch.
     metric
         ``"loss"``, or the model's metric.
-    ax
-        Where to draw.
 
     Examples
     --------
@@ -106,14 +84,7 @@ def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
 
 
 def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw a confusion matrix with its counts, shaded by the share of the true class.
-
-    Parameters
-    ----------
-    table
-        Cells by true class (rows) and predicted class (columns).
-    ax
-        Where to draw.
+    """Draw the counts of cells by true class (rows) and predicted class, shaded by the share of the true class.
 
     Examples
     --------
@@ -124,45 +95,26 @@ def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
     share = table.div(table.sum(axis=1), axis=0)
     sns.heatmap(share, annot=table, fmt="d", cmap="Greys", vmin=0, vmax=1, square=True, cbar=False, ax=ax)
     ax.set(xlabel="predicted", ylabel="true")
-    ax.tick_params(axis="x", rotation=45)
-    for label in ax.get_xticklabels():
-        label.set_horizontalalignment("right")
+    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=45, ha="right")
     return ax
 
 
 def spectrum(eigenvalues: pd.Series, *, ax: Axes) -> Axes:
-    """Draw eigenvalues as bars, those that push the output up apart from those that push it down.
-
-    Parameters
-    ----------
-    eigenvalues
-        Eigenvalues, strongest first (comp).
-    ax
-        Where to draw.
+    """Draw eigenvalues (comp), strongest first, as bars coloured by sign: those above 0 push the output up.
 
     Examples
     --------
     >>> plotting.spectrum(on.eigenvalues, ax=ax)
     <Axes: xlabel='module', ylabel='eigenvalue'>
     """
-    rank = np.arange(1, len(eigenvalues) + 1)
-    ax.bar(rank, eigenvalues, color=np.where(eigenvalues > 0, POSITIVE, NEGATIVE))
+    ax.bar(np.arange(1, len(eigenvalues) + 1), eigenvalues, color=_signed(eigenvalues))
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xlabel="module", ylabel="eigenvalue")
     return ax
 
 
 def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
-    """Draw the strongest genes of both poles of a module.
-
-    Parameters
-    ----------
-    values
-        Loadings of one module (gene).
-    n
-        Genes of each pole.
-    ax
-        Where to draw.
+    """Draw the `n` strongest genes of both poles of a module, from its loadings (gene).
 
     Examples
     --------
@@ -171,7 +123,7 @@ def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
     """
     ordered = values.sort_values()
     shown = pd.concat([ordered[:n], ordered[n:][-n:]])
-    ax.barh(shown.index, shown, color=np.where(shown > 0, POSITIVE, NEGATIVE))
+    ax.barh(shown.index, shown, color=_signed(shown))
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(xlabel="loading", ylabel="")
     ax.margins(y=0.01)
@@ -184,20 +136,15 @@ def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, s
 
     Parameters
     ----------
-    scores
-        Score of every cell (cell).
-    labels
-        Class of every cell (cell).
+    scores, labels
+        Score and class of every cell (cell).
     colors
         Class to colour, from top to bottom.
-    ax
-        Where to draw.
 
     Examples
     --------
     >>> colors = plotting.category_colors(adata, "label")
-    >>> score = on.scores(adata)["module_1"]
-    >>> plotting.score_histogram(score, labels, colors, ax=ax)
+    >>> plotting.score_histogram(on.scores(adata)["module_1"], labels, colors, ax=ax)
     <Axes: xlabel='module score'>
     """
     edges = np.linspace(scores.min(), scores.max(), 61)
@@ -211,16 +158,7 @@ def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, s
 
 
 def enrichment(table: pd.DataFrame, n: int = 8, *, ax: Axes) -> Axes:
-    """Draw the most significant gene sets, with the corrected p-value and the genes found.
-
-    Parameters
-    ----------
-    table
-        Rows of :func:`scbmlp.enrichment.enrich`.
-    n
-        Number of gene sets.
-    ax
-        Where to draw.
+    """Draw the `n` most significant gene sets of :func:`scbmlp.enrichment.enrich`: corrected p-value, genes found.
 
     Examples
     --------
@@ -230,25 +168,17 @@ def enrichment(table: pd.DataFrame, n: int = 8, *, ax: Axes) -> Axes:
     shown = table.nsmallest(n, "p").iloc[::-1]
     # The accession at the end of a GO term is for the table.
     names = [textwrap.fill(term.split(" (GO:")[0], 44) for term in shown["term"]]
-    y, x = np.arange(len(shown)), -np.log10(shown["q"])
-    ax.barh(y, x, color=np.where(shown["pole"] == "+", POSITIVE, NEGATIVE))
+    color = np.where(shown["pole"] == "+", POSITIVE, NEGATIVE)
+    bars = ax.barh(np.arange(len(shown)), -np.log10(shown["q"]), color=color)
     ax.axvline(-np.log10(0.05), color="black", linestyle=":", linewidth=1)
-    for row, at, overlap, size in zip(y, x, shown["overlap"], shown["size"], strict=True):
-        ax.annotate(f" {overlap} of {size}", (at, row), va="center", fontsize="small")
+    ax.bar_label(bars, shown["overlap"].map(" {} of ".format) + shown["size"].map(str), fontsize="small")
     ax.margins(x=0.2)
-    ax.set(xlabel="-log10 q", yticks=y, yticklabels=names)
+    ax.set(xlabel="-log10 q", yticks=np.arange(len(shown)), yticklabels=names)
     return ax
 
 
 def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw what is linear, quadratic and, at most, interaction of the variance of every output, on a log scale.
-
-    Parameters
-    ----------
-    table
-        What :func:`scbmlp.interactions.audit` returned.
-    ax
-        Where to draw.
+    """Draw the audit's shares of the variance of every output: linear, quadratic and, at most, interaction.
 
     Examples
     --------
@@ -256,40 +186,23 @@ def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
     >>> plotting.shares(table, ax=ax)
     <Axes: xlabel='share of the variance over cells'>
     """
-    y = np.arange(len(table))
-    ends = table[["linear", "quadratic", "interaction"]].astype(float)
-    ax.hlines(y, ends.min(axis=1), ends.max(axis=1), color="#dddddd", zorder=0)
-    ax.scatter(ends["linear"], y, color=NEUTRAL, label="linear")
-    ax.scatter(ends["quadratic"], y, color=NEGATIVE, marker="s", label="quadratic")
-    if ends["interaction"].notna().any():
-        ax.scatter(ends["interaction"], y, color=POSITIVE, marker="D", label="interaction, at most")
-    ax.set(xscale="log", xlabel="share of the variance over cells", yticks=y, yticklabels=table.index)
-    ax.invert_yaxis()
+    ends = table[["linear", "quadratic", "interaction"]].astype(float).dropna(axis=1, how="all")
+    ends = ends.rename(columns={"interaction": "interaction, at most"})
+    _points(ends, zip((NEUTRAL, NEGATIVE, POSITIVE), "osD", (None, None, None), strict=True), ax)
+    ax.set(xscale="log", xlabel="share of the variance over cells")
     ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, handletextpad=0.2)
     return ax
 
 
 def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], *, ax: Axes) -> Axes:
-    """Draw cells in two dimensions, coloured by label, each label with an entry for a legend.
-
-    Parameters
-    ----------
-    points
-        Coordinates (cell x 2).
-    labels
-        Label of every cell (cell).
-    colors
-        Label to colour.
-    ax
-        Where to draw.
+    """Draw cells in two dimensions (cell x 2), coloured by label (cell), each label with an entry for a legend.
 
     Examples
     --------
     >>> points = on.scores(adata)[["module_1", "module_2"]].to_numpy()
-    >>> colors = plotting.category_colors(adata, "label")
-    >>> ax = plotting.embedding(points, labels, colors, ax=ax)
+    >>> ax = plotting.embedding(points, labels, {"on": "red"}, ax=ax)
     >>> ax.get_legend_handles_labels()[1]
-    ['off', 'on']
+    ['on']
     """
     for name, color in colors.items():
         ax.scatter(*points[np.asarray(labels == name)].T, s=3, color=color, rasterized=True)
@@ -298,14 +211,7 @@ def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], 
 
 
 def by_output(tables: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
-    """Draw a number of every output, mean and standard deviation over fits, a line for each name.
-
-    Parameters
-    ----------
-    tables
-        Name to a table (fit x out), such as scores on every split, or a column of the audit.
-    ax
-        Where to draw.
+    """Draw the mean and standard deviation over fits of every output, a line for each named table (fit x out).
 
     Examples
     --------
@@ -323,14 +229,7 @@ def by_output(tables: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
 
 
 def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw the interactions of a few genes as a heatmap, red where two genes together push the output up.
-
-    Parameters
-    ----------
-    table
-        What ``InteractionMatrix.between`` returned.
-    ax
-        Where to draw.
+    """Draw ``InteractionMatrix.between`` as a heatmap, red where two genes together push the output up.
 
     Examples
     --------
@@ -339,31 +238,11 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
     >>> [label.get_text() for label in ax.get_xticklabels()[:2]]
     ['Sim0006', 'Sim0008']
     """
-    limit = np.abs(table.to_numpy()).max()
-    bar = {"label": "interaction", "shrink": 0.7}
-    sns.heatmap(
-        table,
-        cmap=DIVERGING,
-        vmin=-limit,
-        vmax=limit,
-        square=True,
-        xticklabels=True,
-        yticklabels=True,
-        cbar_kws=bar,
-        ax=ax,
-    )
-    return ax
+    return _shaded(table, None, ax, cmap=DIVERGING, square=True, cbar_kws={"label": "interaction", "shrink": 0.7})
 
 
 def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw a table as points, a line a row, a colour and marker a column, the first row on top.
-
-    Parameters
-    ----------
-    table
-        What to compare, such as the score of every output (rows) with every model (columns); missing ones are left out.
-    ax
-        Where to draw.
+    """Draw a table as points: a line a row, the first on top, a colour and marker a column; NaN is left out.
 
     Examples
     --------
@@ -371,26 +250,16 @@ def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
     >>> ax.get_legend_handles_labels()[1]
     ['r2', 'mae']
     """
-    y = np.arange(len(table))
-    ax.hlines(y, table.min(axis=1), table.max(axis=1), color="#dddddd", zorder=0)
-    styles = zip((POSITIVE, MUTED[2], "black", NEGATIVE, NEUTRAL), "oD|s^", strict=True)
-    for (name, column), (color, marker) in zip(table.items(), styles, strict=False):
-        ax.scatter(column, y, color=color, marker=marker, s=90 if marker == "|" else 26, label=name)
-    ax.set(yticks=y, yticklabels=table.index)
+    colors = (POSITIVE, MUTED[2], "black", NEGATIVE, NEUTRAL)
+    _points(table, zip(colors, "oD|s^", (26, 26, 90, 26, 26), strict=True), ax)
     ax.margins(y=0.05)
-    ax.invert_yaxis()
     return ax
 
 
 def dose_response(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw mean effects with their 95% interval against the dose on a log scale, a line a compound.
+    """Draw effects with their 95% interval against the dose on a log scale, a line a compound.
 
-    Parameters
-    ----------
-    table
-        ``effect`` and ``error`` by compound and dose (rows), as from :func:`scbmlp.effects.mean_effects`.
-    ax
-        Where to draw.
+    The table has ``effect`` and ``error`` by compound and dose (rows), as :func:`scbmlp.effects.mean_effects` gives.
 
     Examples
     --------
@@ -399,13 +268,10 @@ def dose_response(table: pd.DataFrame, *, ax: Axes) -> Axes:
     >>> plotting.dose_response(table.droplevel("score").drop("control"), ax=ax)
     <Axes: xlabel='dose', ylabel='effect'>
     """
-    compounds = table.index.get_level_values(0).unique()
-    for name, color in palette(compounds).items():
+    line = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1.2}
+    for name, color in palette(table.index.get_level_values(0).unique()).items():
         curve = table.loc[name]
-        ax.errorbar(
-            curve.index, curve["effect"], 1.96 * curve["error"], color=color, marker="o", markersize=4, capsize=2,
-            linewidth=1.2, label=name,
-        )  # fmt: skip
+        ax.errorbar(curve.index, curve["effect"], 1.96 * curve["error"], color=color, label=name, **line)
     ax.axhline(0, color="black", linewidth=0.5)
     ax.set(xscale="log", xlabel="dose", ylabel="effect")
     ax.legend(frameon=False, fontsize="x-small")
@@ -417,14 +283,10 @@ def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *
 
     Parameters
     ----------
-    table
-        Numbers.
     limit
         Value of the darkest shades, either sign; the largest of the table if None.
     fmt
         Format of the numbers.
-    ax
-        Where to draw.
 
     Examples
     --------
@@ -432,10 +294,8 @@ def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *
     >>> [text.get_text() for text in ax.texts[:4]]
     ['1.0', '0.0', '0.0', '0.0']
     """
-    limit = np.nanmax(np.abs(table.to_numpy())) if limit is None else limit
-    text = {"annot": True, "fmt": f"z{fmt}"}  # z: no "-0.0"
-    colors = {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit, "cbar": False}
-    sns.heatmap(table, annot_kws={"fontsize": "small"}, xticklabels=True, yticklabels=True, ax=ax, **text, **colors)
+    text = {"annot": True, "fmt": f"z{fmt}", "annot_kws": {"fontsize": "small"}}  # z: no "-0.0"
+    _shaded(table, limit, ax, cmap="PuOr_r", cbar=False, **text)
     ax.set(xlabel="", ylabel="")
     return ax
 
@@ -449,8 +309,6 @@ def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Ax
         Values of each group, from top to bottom.
     band
         Half the width of the band.
-    ax
-        Where to draw.
 
     Examples
     --------
@@ -463,23 +321,14 @@ def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Ax
         values = np.ravel(list(values))
         color = np.where(np.abs(values) > band, POSITIVE, NEUTRAL)
         ax.scatter(values, row + rng.uniform(-0.2, 0.2, len(values)), s=12, color=color)
-    ax.axvspan(-band, band, color="#dddddd", zorder=0)
+    ax.axvspan(-band, band, color=PALE, zorder=0)
     ax.set(yticks=range(len(groups)), yticklabels=groups)
     ax.invert_yaxis()
     return ax
 
 
 def trust(table: pd.DataFrame) -> Styler:
-    """Show what speaks for each module, those that may not be interpreted in grey.
-
-    Parameters
-    ----------
-    table
-        The ``trust`` of :class:`scbmlp.modules.GeneModules`, or several joined by :func:`pandas.concat`.
-
-    Returns
-    -------
-    The table as a page shows it; the table itself is what to compute with.
+    """Style the ``trust`` of :class:`scbmlp.modules.GeneModules`, or several joined: untrusted modules in grey.
 
     Examples
     --------
@@ -491,13 +340,29 @@ def trust(table: pd.DataFrame) -> Styler:
     shown = table.drop(columns=["trusted", "low"], errors="ignore").rename(columns={"terms_random": "by chance"})
     shown = shown.rename(columns=lambda name: name.replace("_", " "))
     style = shown.style.set_uuid("trust").format(precision=2).format_index(escape="html")
-    style = style.apply(lambda _: grey, axis=0)
+    style = style.format("{:.3f}", subset=shown.columns.intersection(["eigenvalue", "p", "gain curved"]))
     # Eleven columns in the width of a page.
-    style = style.set_table_attributes('style="font-size: 0.72em"')
-    style = style.set_table_styles(
-        [
-            {"selector": "th, td", "props": "padding: 0.15em 0.4em"},
-            {"selector": "th.row_heading", "props": "white-space: nowrap"},
-        ]
-    )
-    return style.format("{:.3f}", subset=shown.columns.intersection(["eigenvalue", "p", "gain curved"]))
+    cells = {"selector": "th, td", "props": "padding: 0.15em 0.4em"}
+    heads = {"selector": "th.row_heading", "props": "white-space: nowrap"}
+    style = style.set_table_attributes('style="font-size: 0.72em"').set_table_styles([cells, heads])
+    return style.apply(lambda _: grey, axis=0)
+
+
+def _signed(values: pd.Series) -> np.ndarray:
+    return np.where(values > 0, POSITIVE, NEGATIVE)
+
+
+def _points(table: pd.DataFrame, styles: Iterable[tuple[str, str, float | None]], ax: Axes) -> None:
+    """Draw a line a row, over its range, and a point a column, each in a colour, a marker and a size."""
+    y = np.arange(len(table))
+    ax.hlines(y, table.min(axis=1), table.max(axis=1), color=PALE, zorder=0)
+    for (name, column), (color, marker, size) in zip(table.items(), styles, strict=False):
+        ax.scatter(column, y, color=color, marker=marker, s=size, label=name)
+    ax.set(yticks=y, yticklabels=table.index)
+    ax.invert_yaxis()
+
+
+def _shaded(table: pd.DataFrame, limit: float | None, ax: Axes, **options: Any) -> Axes:
+    """Draw a heatmap whose shades are symmetric around 0, every row and column named."""
+    limit = np.nanmax(np.abs(table.to_numpy())) if limit is None else limit
+    return sns.heatmap(table, vmin=-limit, vmax=limit, xticklabels=True, yticklabels=True, ax=ax, **options)

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -52,10 +51,8 @@ class Cells:
         Column of ``adata.obs`` to draw the cells by; None for targets of ``obsm``.
     notes
         What was decided about the data, in sentences.
-    card
-        Card of the data.
-    gene_sets
-        Gene sets by name; empty if none were given.
+    card, gene_sets
+        Card of the data; gene sets by name, if any were given.
     """
 
     adata: AnnData
@@ -83,7 +80,7 @@ def prepare(
 ) -> Cells:
     """Check the cells of a report and split them, before anything is trained.
 
-    Where ``X`` is scaled and ``raw`` has log-normalised values, those are taken, of the genes of ``X``.
+    Where ``X`` is scaled, log-normalised values of ``raw`` are taken, of the genes of ``X``.
 
     Parameters
     ----------
@@ -94,8 +91,7 @@ def prepare(
     target_key
         Key of ``obsm`` with numbers to predict.
     perturbation_key, control
-        Column of ``obs`` with perturbations, and its label for cells without one; the response to predict is that of
-        :func:`scbmlp.targets.perturbation_response`, whose components the training cells give.
+        Column of ``obs`` with perturbations and its label for control cells; the response is predicted.
     gene_sets
         Path of a GMT file, or several.
     layer
@@ -105,27 +101,17 @@ def prepare(
     seed
         Seed of the split.
 
-    Raises
-    ------
-    FileNotFoundError
-        There is no such file.
-    KeyError
-        A column, a key of ``obsm``, a layer or the control is not there.
-    ValueError
-        Not exactly one target is named, the file cannot be read, expression is not log-normalised, a class is too
-        small, or the gene sets are of other genes.
-
     Examples
     --------
     >>> cells = report.prepare(adata, class_key="label")
     >>> cells.target, len(cells.train)
     ('the 2 classes of `label`', 700)
     """
-    named = [name for name in (class_key, target_key, perturbation_key) if name is not None]
-    if len(named) != 1:
+    n_named = sum(name is not None for name in (class_key, target_key, perturbation_key))
+    if n_named != 1:
         raise ValueError(
             f"class_key={class_key!r}, target_key={target_key!r}, perturbation_key={perturbation_key!r}: "
-            f"{len(named)} are named; name one, what the model is to learn."
+            f"{n_named} are named; name one, what the model is to learn."
         )
     if (control is None) != (perturbation_key is None):
         raise ValueError(
@@ -158,7 +144,8 @@ def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
     """Return the cells, and what a data card says of their source."""
     known = {"name": "your cells", "kind": "given", "file": "AnnData in memory"}
     if cells is None:
-        cells, known["file"] = sc.datasets.pbmc68k_reduced(), "pbmc68k_reduced, which comes with scanpy"
+        known["file"] = "pbmc68k_reduced, which comes with scanpy"
+        cells = sc.datasets.pbmc68k_reduced()
     elif not isinstance(cells, AnnData):
         path = Path(cells).expanduser()
         if not path.is_file():
@@ -209,17 +196,26 @@ def _log_normalised(adata: AnnData, layer: str | None, notes: list[str]) -> tupl
 
 def _most_variable(x: Any, names: pd.Index, n_genes: int | None, notes: list[str]) -> np.ndarray:
     """Return which genes the model sees, as a mask (gene)."""
-    most = whole_number(n_genes, "n_genes", 2) if n_genes is not None else N_GENES if len(names) > MOST_GENES else None
-    if most is None or most >= len(names):
+    if n_genes is not None:
+        most = whole_number(n_genes, "n_genes", 2)
+    else:
+        most = N_GENES if len(names) > MOST_GENES else len(names)
+    if most >= len(names):
         return np.ones(len(names), bool)
     table = sc.pp.highly_variable_genes(AnnData(x), n_top_genes=most, inplace=False)
     notes.append(f"Of {len(names):,} genes the model sees the {most:,} most variable (`--n-genes`).")
     return table["highly_variable"].to_numpy()
 
 
+def _paths(paths: Any) -> list[Path]:
+    """Return no path, one or several as a list."""
+    return [Path(path) for path in ([] if paths is None else [paths] if isinstance(paths, str | Path) else paths)]
+
+
 def _gene_sets(paths: Any, names: pd.Index) -> dict[str, list[str]]:
-    paths = [] if paths is None else [paths] if isinstance(paths, str | Path) else list(paths)
+    """Return the gene sets of all files; some must be of the genes of the cells."""
     sets, genes = {}, {str(name).upper() for name in names}
+    paths = _paths(paths)
     for path in paths:
         found = read_gene_sets(path)
         if twice := sets.keys() & found.keys():
@@ -244,7 +240,8 @@ def _responses(seen: AnnData, key: str, control: Any, layer: str | None, seed: i
     part = np.empty(seen.n_obs, dtype=object)
     for name, one in zip(("train", "val", "test"), parts, strict=True):
         part[one.indices] = name
-    seen.obs["part"], n = part, min(5, labels.nunique() - 1)
+    seen.obs["part"] = part
+    n = min(5, labels.nunique() - 1)
     try:
         perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer, random_state=seed)
     except ModuleNotFoundError as error:
@@ -270,7 +267,7 @@ def report(
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Make the book's chapter on your own cells with cells of your own.
+    """Make the book's chapter on your own cells with cells of your own, and return the path of its page.
 
     The data are checked before anything is trained, and nothing is written until all is done.
 
@@ -279,8 +276,7 @@ def report(
     cells
         Path of an h5ad file, or AnnData, which is not changed.
     out
-        Folder to write: ``report.html``, a page that needs no network; ``report.ipynb``, the notebook that it is of;
-        ``cells.h5ad``, the cells with their modules, as :meth:`scbmlp.modules.GeneModules.to_adata` writes them.
+        Folder to write the page to, its notebook, and ``cells.h5ad``, the cells with their modules.
     class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes
         As in :func:`prepare`; one of the three keys is needed.
     seed
@@ -290,16 +286,8 @@ def report(
     progress
         Show the step and the time left, in a terminal.
 
-    Returns
-    -------
-    Path of the page.
-
     Raises
     ------
-    FileNotFoundError, KeyError, ValueError
-        As for :func:`prepare`, and if `out` has a report already.
-    ModuleNotFoundError
-        What runs notebooks is not installed: ``pip install "scbmlp[report]"``.
     RuntimeError
         A step of the notebook failed.
 
@@ -319,13 +307,12 @@ def report(
         raise ModuleNotFoundError(
             f"a report takes {error.name}, which is not installed: pip install 'scbmlp[report]'.", name=error.name
         ) from error
-    paths = [] if gene_sets is None else [gene_sets] if isinstance(gene_sets, str | Path) else list(gene_sets)
     options = {
         "class_key": class_key,
         "target_key": target_key,
         "perturbation_key": perturbation_key,
         "control": control if control is None else str(control),
-        "gene_sets": [str(Path(path).expanduser().resolve()) for path in paths] or None,
+        "gene_sets": [str(path.expanduser().resolve()) for path in _paths(gene_sets)] or None,
         "layer": layer,
         "n_genes": n_genes,
         "seed": seed,
@@ -333,23 +320,18 @@ def report(
     prepare(cells, **options)
     out.parent.mkdir(parents=True, exist_ok=True)
     # Beside the folder to be, so that a rename is all that is left to do.
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        path = partial / "in_memory.h5ad"
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
+        partial = Path(folder).resolve()
         if isinstance(cells, AnnData):
+            path, name = partial / "in_memory.h5ad", "AnnData in memory"
             cells.write_h5ad(path)
-        name = "AnnData in memory" if isinstance(cells, AnnData) else Path(cells).name
-        _run(partial, {
-            "path": str(path if isinstance(cells, AnnData) else Path(cells).expanduser().resolve()),
-            **options,
-            "folder": str(partial.resolve()),
-            "command": _command(name, options),
-        }, f"{name}: {class_key or target_key or perturbation_key}", progress)  # fmt: skip
+        else:
+            path, name = Path(cells).expanduser().resolve(), Path(cells).name
+        parameters = {"path": str(path), **options, "folder": str(partial), "command": _command(name, options)}
+        _run(partial, parameters, f"{name}: {class_key or target_key or perturbation_key}", progress)
         out.mkdir(exist_ok=True)
         for file in FILES:
             (partial / file).replace(out / file)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out / FILES[0]
 
 
@@ -368,48 +350,50 @@ def template() -> str:
     return resources.files("scbmlp").joinpath("templates", "your_cells.ipynb").read_text("utf-8")
 
 
-def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -> None:
-    """Execute the template with other parameters, and write notebook and page."""
+def _filled(parameters: dict[str, Any], title: str) -> Any:
+    """Return the template as a notebook without outputs, with other parameters."""
     import nbformat
-    from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-    from jupyter_client.manager import AsyncKernelManager
-    from nbclient import NotebookClient
-    from nbclient.exceptions import CellExecutionError, DeadKernelError
-
-    class Here(KernelSpecManager):
-        """The Python that runs this, whatever kernels the user has."""
-
-        def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-            argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}", "--log-level=ERROR"]
-            return KernelSpec(argv=argv, display_name="Python 3", language="python")
 
     notebook = nbformat.reads(template(), as_version=4)
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-            if "parameters" in cell.metadata.get("tags", []):
-                cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     notebook.metadata["title"] = title
+    return notebook
+
+
+def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -> None:
+    """Execute the template with other parameters, and write notebook and page."""
+    import nbformat
+    from jupyter_client.kernelspec import KernelSpecManager
+    from jupyter_client.manager import AsyncKernelManager
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
+
+    notebook = _filled(parameters, title)
     # What a step takes of the time, measured on 3,000 cells x 2,000 genes, so that the time left is about right.
-    share = [cell.metadata.get("scbmlp", {}).get("share", 0.1) for cell in notebook.cells]
-    steps = [cell.metadata.get("scbmlp", {}).get("step") for cell in notebook.cells]
+    known = [cell.metadata.get("scbmlp", {}) for cell in notebook.cells]
+    shares = [step.get("share", 0.1) for step in known]
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    with tqdm(total=sum(share), desc="start", bar_format=layout, disable=None if progress else True) as bar:
+    step = "start"
+    with tqdm(total=sum(shares), desc=step, bar_format=layout, disable=None if progress else True) as bar:
 
         def begun(cell: Any, cell_index: int) -> None:
-            if steps[cell_index]:
-                bar.set_description_str(steps[cell_index])
-
-        def done(cell: Any, cell_index: int, execute_reply: Any) -> None:
-            bar.update(share[cell_index])
+            nonlocal step
+            step = known[cell_index].get("step", step)
+            bar.set_description_str(step)
 
         client = NotebookClient(
             notebook,
-            AsyncKernelManager(kernel_spec_manager=Here()),
+            # Without the user's kernels there is one, the Python that runs this.
+            AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[])),
+            extra_arguments=["--log-level=ERROR"],
             timeout=None,
             resources={"metadata": {"path": str(folder)}},
             on_cell_start=begun,
-            on_cell_executed=done,
+            on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(shares[cell_index]),
         )
         client.owns_km = True  # so that the kernel ends with it
         try:
@@ -417,9 +401,10 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             # paths of this interpreter, which may have been told by hand where the package is.
             paths = os.pathsep.join(filter(None, sys.path))
             client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths})
-        except (CellExecutionError, DeadKernelError) as error:
-            step, died = getattr(bar, "desc", "start"), isinstance(error, DeadKernelError)
-            reason = "its process ended, perhaps for want of memory" if died else f"{error.ename}: {error.evalue}"
+        except CellExecutionError as error:
+            raise RuntimeError(f"the report stopped at {step!r}: {error.ename}: {error.evalue}") from None
+        except DeadKernelError:
+            reason = "its process ended, perhaps for want of memory"
             raise RuntimeError(f"the report stopped at {step!r}: {reason}") from None
         except AssertionError:
             # nbclient takes Ctrl-C for itself: it ends the kernel, and then asserts that there is one to end.
@@ -438,27 +423,16 @@ def _page(notebook: Any) -> str:
 
     layout = resources.files("scbmlp").joinpath("templates", "page.html.j2").read_text("utf-8")
     config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": HIDDEN}})
-    exporter = HTMLExporter(
-        config=config,
-        template_name="classic",
-        template_file="page.html.j2",
-        extra_loaders=[DictLoader({"page.html.j2": layout})],
-        exclude_anchor_links=True,
-    )
+    loader = DictLoader({"page.html.j2": layout})
+    options = {"template_name": "classic", "template_file": "page.html.j2", "exclude_anchor_links": True}
+    exporter = HTMLExporter(config=config, extra_loaders=[loader], **options)
     return exporter.from_notebook_node(notebook)[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, ``scbmlp report cells.h5ad --class-key louvain --out report/``.
 
-    Parameters
-    ----------
-    arguments
-        Words of the command; those that the program was called with if None.
-
-    Returns
-    -------
-    The exit status: 0, 2 where the data do not fit, or 130 after Ctrl-C.
+    The exit status is 0, 2 where the data do not fit, or 130 after Ctrl-C.
 
     Examples
     --------
@@ -467,7 +441,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="scbmlp", description="Read gene programs off models of your cells.")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("report", help="make a page on cells of your own", description=report.__doc__[:65])
+    one = commands.add_parser(
+        "report", help="make a page on cells of your own", description="Make the book's chapter with your cells."
+    )
     one.add_argument("cells", help="an h5ad file with log-normalised expression")
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--class-key", help="column of obs with classes to tell apart")

@@ -31,10 +31,12 @@ CLUSTER_SIZES = {
     "Ductal": 916, "Ngn3 low EP": 262, "Ngn3 high EP": 642, "Pre-endocrine": 592,
     "Beta": 591, "Alpha": 481, "Delta": 70, "Epsilon": 142,
 }  # fmt: skip
-TRUNK = ("Ductal", "Ngn3 low EP", "Ngn3 high EP", "Pre-endocrine")
-FATES = ("Beta", "Alpha", "Delta", "Epsilon")
+TRUNK, FATES = tuple(CLUSTER_SIZES)[:4], tuple(CLUSTER_SIZES)[4:]
 BORDERS = (0.0, 0.26, 0.38, 0.58, 0.76, 1.0)  # pseudotime at which each cluster of the trunk, then the fates, begin
 FORK = 0.68  # pseudotime at which a pre-endocrine cell leaves the trunk
+
+# What makes the label of planted interactions -> number of programs that it takes.
+RULES = {"exclusive-or": 2, "conjunction": 2, "readout": 2, "additive": 4, "link": 4, "mixed": 4}
 
 HUMAN_PROGRAMS = {
     "hdac_response": "DHRS2 CALN1 COL26A1 RGL1 ACSBG1 TENM1 KCNAB1 ATP1A3 SYT11 KIF5C GNG7 CRISPLD2",
@@ -57,7 +59,6 @@ N_PLATES = 48
 # Two plates in a row, four times in each line and replicate, share 47 compounds. Which of the two has a compound's four
 # doses, lowest first, in either replicate:
 DOSE_PLATES = np.array([[1, 1, 0, 0], [1, 0, 0, 1]])
-N_COMPOUNDS = 188
 # Mechanism -> the lines that respond, what full effect does to each program (+ raises, - silences), and each compound's
 # EC50 in nM (invented, in the order of known potencies). The screen's other compounds are inert, siblings too.
 MECHANISMS = {
@@ -89,28 +90,19 @@ MECHANISMS = {
 def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnData:
     """Simulate the developing mouse pancreas: a lineage from ductal cells to four endocrine fates.
 
-    Stands in for the embryonic day 15.5 endocrinogenesis cells, with their clusters in their proportions. Cells lie
-    continuously along the tree, programs switch on and off along it, and some ductal cells cycle. Four background
-    programs are unrelated to cell type; two sets of target genes rise only where both programs of a pair are active.
+    Programs switch on and off along the tree, and some ductal cells cycle. Four background programs are unrelated to
+    cell type. Two sets of target genes rise only where both programs of a pair are active.
 
     Parameters
     ----------
-    seed
-        Seed of everything random.
-    n_cells, n_genes
-        Number of cells and of genes: about 130 real marker symbols, the others are called ``Sim0001`` and so on.
+    seed, n_cells, n_genes
+        Seed; numbers of cells, and of genes: about 130 real marker symbols, and ``Sim0001`` and so on.
 
     Returns
     -------
     Negative-binomial counts (cell x gene, sparse) with ``clusters`` and ``clusters_coarse`` in ``obs``.
     ``uns["truth"]`` has ``programs`` (name: genes), ``interactions`` (name: ``programs`` pair and target ``genes``),
-    ``activities`` (cell x program, columns in ``program_names``), ``pseudotime`` and ``branch`` (cell); ``cells`` names
-    their rows.
-
-    Raises
-    ------
-    ValueError
-        `n_cells` is too small for every cluster, or `n_genes` for every marker.
+    ``activities`` (cell x program, columns in ``program_names``), ``pseudotime`` and ``branch`` (cell), ``cells``.
 
     Examples
     --------
@@ -164,19 +156,15 @@ def planted_interactions(
 ) -> AnnData:
     """Simulate cells whose label a few gene programs make, by default the exclusive-or of two.
 
-    All programs are equally strong, independent, and on in half of the cells. Single genes are noisy, the mean of a
-    program's genes is not. Neither program of an exclusive-or says anything about the label alone, so that only an
-    interaction predicts it.
+    Programs are independent and on in half of the cells. Single genes are noisy, the mean of a program's genes is
+    not. Neither program of an exclusive-or alone says anything about the label: only an interaction predicts it.
 
     Parameters
     ----------
-    seed
-        Seed of everything random.
-    n_cells, n_genes
-        Number of cells and of genes; genes in no program are noise.
+    seed, n_cells, n_genes
+        Seed; numbers of cells, and of genes; those in no program are noise.
     n_programs, genes_per_program
-        Number of programs, of which two or four, drawn at random, make the label; number of genes that each raises, its
-        own.
+        Number of programs, of which two or four, drawn at random, make the label; number of genes that each raises.
     rule
         What makes the label.
 
@@ -189,40 +177,28 @@ def planted_interactions(
     noise
         Standard deviation of a gene's noise, where 1 is what a program adds to it.
     depth
-        Mean number of counts of a cell. Counts are drawn, brought to the same total and log-transformed. If None there
-        are none: expression is continuous.
+        Mean counts of a cell, which are drawn, scaled to one total and log-transformed; if None, there are none.
 
     Returns
     -------
-    Non-negative expression (cell x gene, float32, log-normalised counts or like them) with the label, ``off`` or
-    ``on``, in ``obs["label"]``; that of an exclusive-or is balanced. ``uns["truth"]`` has ``programs`` (name: genes),
-    ``causes`` (the names of the programs that make the label), ``genes`` (the genes of those), ``pair`` (the names of
-    the two programs that interact, none for ``additive`` and ``link``), ``state`` (cell x program, 0 or 1, columns in
-    ``program_names``), ``cells``, and ``readout`` (the gene of ``rule="readout"``, else none).
-
-    Raises
-    ------
-    ValueError
-        A number is too small: cells for the four states of a pair, programs for the rule, genes for the programs,
-        noise, or depth. Or `rule` is unknown.
+    Non-negative expression (cell x gene, float32, like log-normalised counts) with ``off`` or ``on`` in
+    ``obs["label"]``. ``uns["truth"]`` has ``programs`` (name: genes), ``causes`` (programs that make the label),
+    their ``genes``, ``pair`` (the two programs that interact, none for ``additive`` and ``link``), ``state`` (cell x
+    program, 0 or 1, columns in ``program_names``), ``cells`` and ``readout`` (that gene, or none).
 
     Examples
     --------
     >>> cells = simulate.planted_interactions(0, 400, 600, rule="conjunction")
     >>> cells.uns["truth"]["pair"].tolist()
     ['program_10', 'program_14']
-    >>> cells.obs["label"].value_counts().to_dict()
-    {'off': 300, 'on': 100}
     """
-    rules = {"exclusive-or": 2, "conjunction": 2, "readout": 2, "additive": 4, "link": 4, "mixed": 4}
-    if rule not in rules:
-        raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(map(repr, rules))}.")
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(map(repr, RULES))}.")
     _check_at_least("n_cells", n_cells, 8, "are needed to fill the four states of the pair")
-    _check_at_least("n_programs", n_programs, rules[rule], f"are needed for rule={rule!r}")
+    _check_at_least("n_programs", n_programs, RULES[rule], f"are needed for rule={rule!r}")
     _check_at_least("genes_per_program", genes_per_program, 1, "is needed")
     in_use = n_programs * genes_per_program + (rule == "readout")
-    why = "are needed by n_programs x genes_per_program" + (" and the readout" if rule == "readout" else "")
-    _check_at_least("n_genes", n_genes, in_use, why)
+    _check_at_least("n_genes", n_genes, in_use, "are needed by n_programs x genes_per_program and a readout")
     _check_at_least("noise", noise, 0, "is a standard deviation")
     if depth is not None:
         _check_at_least("depth", depth, 1, "count a cell is needed")
@@ -241,34 +217,17 @@ def planted_interactions(
     x = rng.normal(rng.uniform(1, 2, n_genes), step * noise, (n_cells, n_genes))
     for program, columns in enumerate(members):
         x[:, columns] += step * state[:, [program]]
-    others = np.setdiff1d(np.arange(n_programs), pair)
-    first, second = state[:, pair].T
-    readout = []
-    if rule in ("conjunction", "readout"):
-        causes, on = pair, (first & second) == 1
-        if rule == "readout":
-            readout = np.setdiff1d(np.arange(n_genes), members)[:1]
-            x[:, readout] += 6 * step * on[:, None]
-    elif rule == "exclusive-or":
-        causes, on = pair, (first ^ second) == 1
-    else:
-        added = rng.choice(others, 2, replace=False)
-        causes = np.sort([*pair, *added])
-        number = state[:, causes].sum(axis=1)
-        chance = {
-            "additive": expit(2.0 * (number - 2)),
-            "link": 2.0 ** (number - 4),
-            "mixed": expit(4.0 * (first ^ second) - 2 + 2.0 * (state[:, added].sum(axis=1) - 1)),
-        }[rule]
-        on = rng.random(n_cells) < chance
+    causes, on = _planted_label(rng, rule, state, pair)
+    readout = np.setdiff1d(np.arange(n_genes), members)[: int(rule == "readout")]
+    x[:, readout] += 6 * step * on[:, None]
     x = np.maximum(x, 0)
     if depth is not None:
         rate = np.expm1(x)
         scale = rate.sum(axis=1).mean()
         counts = rng.poisson(rate * depth / scale)
         x = np.log1p(counts * scale / np.maximum(counts.sum(axis=1, keepdims=True), 1))
-    label = np.where(on, "on", "off")
-    obs = pd.DataFrame({"label": pd.Categorical(label, ["off", "on"])}, index=_numbered("sim-", n_cells))
+    label = pd.Categorical(np.where(on, "on", "off"), ["off", "on"])
+    obs = pd.DataFrame({"label": label}, index=_numbered("sim-", n_cells))
     adata = AnnData(x.astype(np.float32), obs=obs, var=pd.DataFrame(index=genes))
     adata.uns["truth"] = {
         "programs": {name: genes[np.sort(columns)] for name, columns in zip(names, members, strict=True)},
@@ -289,40 +248,27 @@ def sciplex3(
 ) -> AnnData:
     """Simulate a chemical screen with the design of sci-Plex3 :cite:p:`srivatsan2020`: 3 lines, 188 compounds, vehicle.
 
-    Facts of the real screen are the compounds' names, targets and pathways, the four doses, and which of the 48 plates
-    of the 24-hour arm have a compound at a dose: every plate is of one line and one replicate, and two plates share 47
-    compounds. Everything else is invented. A few compounds have a mechanism, and change its programs along a Hill curve
-    of the dose, with a potency of their own, in the lines that respond to it; all others do nothing, whatever their
-    target. Plates differ in depth. One set of target genes rises only where the response to HDAC inhibitors meets a
-    background program, another only where it meets K562's own. As in the real file, vehicle's dose is 0 or missing, 4%
-    of the cells have few counts, and ``perturbation`` has categories without a cell.
-
-    Simpler than the screen: every compound and dose has about as many cells, half of them MCF7; 8% of the cells are
-    vehicle, where it has 2 wells in 96, so that every plate has enough; there is neither well nor 72-hour arm.
+    Real are the compounds' names, targets and pathways, the four doses, and which of the 48 plates of the 24-hour arm
+    has a compound at a dose. All else is invented. A few compounds change the programs of their mechanism along a
+    Hill curve of the dose, in the lines that respond; all others do nothing. One set of target genes rises only where
+    the response to HDAC inhibitors meets a background program, another only where it meets K562's own. As in the real
+    file, vehicle's dose is 0 or missing, 4% of the cells have few counts, and ``perturbation`` has categories without a
+    cell. Unlike in it, conditions are about equally large, half of the cells are MCF7, and 8% are vehicle.
 
     Parameters
     ----------
-    seed
-        Seed of everything random.
-    n_cells, n_genes
-        Number of cells, each of a condition drawn at random; of genes: about 140 real symbols, and ``Sim0001`` etc.
+    seed, n_cells, n_genes
+        Seed; numbers of cells, and of genes: about 140 real symbols, and ``Sim0001`` and so on.
     combinations
-        Pairs of compounds, by ``plain`` name, that act together in as many cells as one compound, on the plates of the
-        first; called ``A+B``. Some compounds have a ``+`` in their own name.
+        Pairs of compounds, by ``plain`` name, that act together, on the plates of the first; called ``A+B``.
 
     Returns
     -------
     Negative-binomial counts (cell x gene, sparse) with ``perturbation`` (vehicle is ``control``), ``dose_value``,
-    ``dose_unit``, ``cell_line``, ``pathway``, ``target``, ``replicate``, ``plate`` (``plate1`` to ``plate48``) and
-    ``ncounts`` in ``obs``. ``uns["truth"]`` has ``programs``, ``interactions``, ``activities``, ``program_names`` and
-    ``cells`` as in :func:`pancreas`, ``compounds`` (arrays ``name``, ``plain`` name, ``target``, ``pathway``,
-    ``mechanism`` or ``none``, ``active``, ``ec50`` in nM, infinite for an inert one), ``responding_lines`` (mechanism:
-    cell lines), ``plate_depth`` (of the plates in ``plates``) and ``low_count`` (cell).
-
-    Raises
-    ------
-    ValueError
-        `n_cells` is too small for vehicle on every plate, `n_genes` for every marker, or a compound is unknown.
+    ``dose_unit``, ``cell_line``, ``pathway``, ``target``, ``replicate``, ``plate`` and ``ncounts`` in ``obs``.
+    ``uns["truth"]`` has what that of :func:`pancreas` has of programs, ``compounds`` (arrays ``name``, ``plain`` name,
+    ``target``, ``pathway``, ``mechanism`` or ``none``, ``active``, ``ec50`` in nM, infinite for an inert one),
+    ``responding_lines`` (mechanism: lines), ``plate_depth`` (of the plates in ``plates``) and ``low_count`` (cell).
 
     Examples
     --------
@@ -357,24 +303,7 @@ def sciplex3(
     doses = np.stack(first["doses_nM"].str.split()).astype(float)
     dose = np.where(vehicle, 0, doses[treatment, step])
 
-    activities = {name: np.zeros(n_cells) for name in HUMAN_PROGRAMS}
-    # Untreated cells are anywhere in the cell cycle, signal, and live.
-    activities["cell_cycle"] = rng.beta(1, 1.5, n_cells)
-    activities |= {name: rng.uniform(0.5, 0.8, n_cells) for name in ("mapk_output", "mtor_output")}
-    activities |= {"acetyl_coa": rng.uniform(0.1, 0.4, n_cells), "sterol_synthesis": rng.uniform(0.3, 0.5, n_cells)}
-    activities |= {f"line_{name}": (line == name).astype(float) for name in sorted(PLATE_LINES)}
-    for responding, changes, potencies in MECHANISMS.values():
-        for name, ec50 in potencies.items():
-            given = np.array([name in taken for taken in treatments])[treatment]
-            given = np.flatnonzero(given & np.isin(line, responding.split()))
-            # Hill curve of the dose, weaker or stronger from cell to cell.
-            effect = dose[given] / (dose[given] + ec50) * rng.uniform(0.6, 1, len(given))
-            for program, change in changes.items():
-                # A raise moves the activity towards 1, a silencing towards 0: it never leaves [0, 1].
-                goal = float(change > 0)
-                activities[program][given] += abs(change) * effect * (goal - activities[program][given])
-    activities["p53_response"][line == "K562"] = 0  # K562 has lost p53
-    activities |= {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 3)}
+    activities = _screen_activities(rng, line, dose, treatments, treatment)
     pairs = {f"hdac_response x {other}": ("hdac_response", other) for other in ("background_1", "line_K562")}
     plate_depth = rng.lognormal(0, 0.15, N_PLATES)
     low_count = rng.random(n_cells) < 0.04
@@ -400,20 +329,67 @@ def sciplex3(
     adata.uns["truth"] |= {
         "compounds": {key: np.array(column.tolist()) for key, column in known.items()},
         "responding_lines": {mechanism: np.array(spec[0].split()) for mechanism, spec in MECHANISMS.items()},
-        "plates": plates,
-        "plate_depth": plate_depth,
-        "low_count": low_count,
-    }
+    } | {"plates": plates, "plate_depth": plate_depth, "low_count": low_count}
     adata.uns["scbmlp_source"] = {"name": "sciplex3", "kind": "simulated", "seed": seed}
     return adata
 
 
+def _planted_label(
+    rng: np.random.Generator, rule: str, state: np.ndarray, pair: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which programs make the label of a rule, and in which cells it is on."""
+    first, second = state[:, pair].T == 1
+    if RULES[rule] == 2:
+        return pair, first ^ second if rule == "exclusive-or" else first & second
+    added = rng.choice(np.setdiff1d(np.arange(state.shape[1]), pair), 2, replace=False)
+    causes = np.sort([*pair, *added])
+    number = state[:, causes].sum(axis=1)
+    chance = {
+        "additive": expit(2.0 * (number - 2)),
+        "link": 2.0 ** (number - 4),
+        "mixed": expit(4.0 * (first ^ second) - 2 + 2.0 * (state[:, added].sum(axis=1) - 1)),
+    }
+    return causes, rng.random(len(state)) < chance[rule]
+
+
+def _screen_activities(
+    rng: np.random.Generator,
+    line: np.ndarray,
+    dose: np.ndarray,
+    treatments: list[tuple[str, ...]],
+    treatment: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """Return how active each program is (cell), before and after what the compounds do."""
+    n_cells = len(dose)
+    activities = {name: np.zeros(n_cells) for name in HUMAN_PROGRAMS}
+    # Untreated cells are anywhere in the cell cycle, signal, and live.
+    activities["cell_cycle"] = rng.beta(1, 1.5, n_cells)
+    activities |= {name: rng.uniform(0.5, 0.8, n_cells) for name in ("mapk_output", "mtor_output")}
+    activities |= {"acetyl_coa": rng.uniform(0.1, 0.4, n_cells), "sterol_synthesis": rng.uniform(0.3, 0.5, n_cells)}
+    activities |= {f"line_{name}": (line == name).astype(float) for name in sorted(PLATE_LINES)}
+    for responding, changes, potencies in MECHANISMS.values():
+        for name, ec50 in potencies.items():
+            given = np.array([name in taken for taken in treatments])[treatment]
+            given = np.flatnonzero(given & np.isin(line, responding.split()))
+            # Hill curve of the dose, weaker or stronger from cell to cell.
+            effect = dose[given] / (dose[given] + ec50) * rng.uniform(0.6, 1, len(given))
+            for program, change in changes.items():
+                # A raise moves the activity towards 1, a silencing towards 0: it never leaves [0, 1].
+                goal = float(change > 0)
+                activities[program][given] += abs(change) * effect * (goal - activities[program][given])
+    activities["p53_response"][line == "K562"] = 0  # K562 has lost p53
+    activities |= {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 3)}
+    return activities
+
+
 def _check_at_least(name: str, value: float, minimum: float, why: str) -> None:
+    """Raise an error for a number that is too small."""
     if value < minimum:
         raise ValueError(f"{name}={value} is too small: at least {minimum} {why}; pass {name}={minimum} or more.")
 
 
 def _numbered(prefix: str, n: int, width: int = 4) -> np.ndarray:
+    """Return names with numbers of one width, from 1 on."""
     return np.array([f"{prefix}{i:0{max(width, len(str(n)))}d}" for i in range(1, n + 1)])
 
 
@@ -437,12 +413,8 @@ def _lineage(rng: np.random.Generator, n_cells: int) -> tuple[np.ndarray, np.nda
 def _compounds() -> pd.DataFrame:
     """Return the screen's compounds by name, facts of the real design, with what the simulation makes of them."""
     table = pd.read_csv(Path(__file__).with_name("sciplex3_design.csv"), index_col="name")
-    acting = [
-        (name, mechanism, float(ec50))
-        for mechanism, (_, _, potencies) in MECHANISMS.items()
-        for name, ec50 in potencies.items()
-    ]
-    truth = pd.DataFrame(acting, columns=["name", "mechanism", "ec50"]).set_index("name")
+    truth = pd.concat([pd.DataFrame({"mechanism": key, "ec50": spec[2]}) for key, spec in MECHANISMS.items()])
+    truth = truth.astype({"ec50": float}).rename_axis("name")
     # The acting ones first, so that the order of a page's tables is that of MECHANISMS.
     table = truth.join(table, how="outer").loc[[*truth.index, *table.index.difference(truth.index, sort=False)]]
     table = table.fillna({"mechanism": "none", "ec50": np.inf})

@@ -14,16 +14,10 @@ from tqdm.auto import tqdm
 from scbmlp import exact, moments, nested
 from scbmlp.baselines import class_counts, linear_baseline
 from scbmlp.checks import nearest, whole_number
-from scbmlp.datasets import (
-    ExpressionDataset,
-    check_dataset,
-    held,
-)
+from scbmlp.datasets import ExpressionDataset, check_dataset, held
 from scbmlp.display import watched
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, _fit, statistics
-from scbmlp.training import (
-    kind_of,
-)
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, statistics
+from scbmlp.training import kind_of
 
 # Weight decay, dropout rate and weight decay of the linear part that `tune` tries, from strong to weak.
 SETTINGS = [(3e-2, 0.4, 0.03), (1e-2, 0.4, 0.1), (3e-3, 0.2, 0.1)]
@@ -41,32 +35,26 @@ def solve(
     progress: bool = True,
     **options: Any,
 ) -> ScBMLPClassifier | ScBMLPRegressor:
-    """Solve the second-order model, y = c + w'd + d'Qd with d = x - training mean: no seed, and nothing is trained.
+    """Solve the second-order model y = c + w'd + d'Qd, with d = x - training mean, by convex fits and without a seed.
 
-    Once a space for the products is fixed the fit is convex: ridge regression for targets, multinomial logistic
-    regression for classes. Products are of the leading principal components, or of all genes, as they are or in units
-    of their standard deviation. Linear weights of genes, of components and of products are penalised each by its own;
-    space, rank and penalties are those that do best on validation cells, of every target by itself. Returned is the
-    simplest form that is behind the best by no more than the standard error of their difference: linear in genes,
-    linear in genes and components, products of components, products of genes.
+    Products are of principal components or of genes. Linear weights of genes, of components and of products are each
+    penalised by their own. Validation cells choose space, rank and penalties, for every target by itself. Returned is
+    the simplest form that is behind the best by no more than the standard error of their difference. The forms are
+    linear in genes, linear in genes and components, products of components, and products of genes.
 
-    With more than 5,000 training cells, in memory or stored on disk, the same is solved from sums over cells, block by
-    block (:mod:`scbmlp.moments`): of products, those of components are tried, and there is no rival. A dask client that
-    is active, or ``joblib.parallel_config``, hands the sums to other processes and machines. Up to 5,000 validation
-    cells choose; of classes, penalties are chosen on 20,000 training cells, and those of stored cells are linear in as
-    many leading components as 512 MB hold.
+    More than 5,000 training cells, in memory or on disk, are solved from sums over cells (:mod:`scbmlp.moments`). Only
+    products of components are tried then, and there is no rival. A dask client that is active shares the sums out.
 
     Parameters
     ----------
     ModelClass
         ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
     train, val
-        Cells to fit, and cells that choose. If there are fewer than 300 of the latter, or none, five folds of all cells
-        choose, or of more than 5,000 a tenth of `train`; the model is fitted to `train` alone.
+        Cells to fit, and cells that choose; below 300 of the latter, folds of all cells or a part of `train` choose.
     form
         What to return whatever is best, such as ``"products of components"``; if None, the choice is as above.
     groups
-        Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor.
+        Donor or batch of every validation cell, two at least; models are then compared donor by donor.
     class_weight, device
         As in :class:`Config`.
     progress
@@ -76,16 +64,9 @@ def solve(
 
     Returns
     -------
-    The fitted model, in the linear form: hidden units are eigenvectors of the interaction matrices, both branches have
-    the same weights, and P has the eigenvalues. ``model.trials`` has a row a form: mixture and penalty, ``val_loss``,
-    how far the form is ``behind`` the best with its ``standard_error``, and for how many outputs it was ``chosen``; the
-    last row is a rival whose features are no products.
-
-    Raises
-    ------
-    ValueError
-        There is one class, `form` is unknown, `groups` are not one a validation cell, or there are too many genes for
-        so many cells.
+    The model in the linear form: both branches hold the eigenvectors of the interaction matrices, P the eigenvalues.
+    ``trials`` has for each form its mixture, penalty, ``val_loss``, how far it is ``behind`` the best with its
+    ``standard_error``, and for how many outputs it was ``chosen``. The last row is a rival without products.
 
     Examples
     --------
@@ -148,7 +129,7 @@ def solve_replicas(
     seed: int = 0,
     progress: bool = True,
 ) -> list[ScBMLPClassifier | ScBMLPRegressor]:
-    """Solve a model anew on resampled cells, with its mixture and its penalties: what comes back is no accident.
+    """Solve a model anew on resampled cells, with its mixtures and its penalties.
 
     Parameters
     ----------
@@ -157,9 +138,9 @@ def solve_replicas(
     train
         Its training cells.
     n_replicas
-        Number of models.
+        Number of models, two at least.
     resample
-        Draw as many cells as there are, with replacement, or halves: then every two replicas in a row share no cell.
+        Draw as many cells as there are, with replacement, or halves; every two halves in a row share no cell.
     seed
         Of the draw.
     progress
@@ -168,11 +149,6 @@ def solve_replicas(
     Returns
     -------
     The models. Their ``statistics`` are of all training cells, so that they can be compared.
-
-    Raises
-    ------
-    ValueError
-        `model` was not solved, there are fewer than two replicas, or `resample` is unknown.
 
     Examples
     --------
@@ -266,44 +242,29 @@ def tune(
     progress: bool = True,
     **options: Any,
 ) -> ScBMLPClassifier | ScBMLPRegressor:
-    """Solve the second-order model, and if asked train the network's forms beside it; return the best.
+    """Solve the second-order model, and if asked train networks beside it; return the best on validation cells.
 
-    ``tune(..., trained=True)`` fits the plain and the linear form of the network with three penalties each. They are
-    compared with the solved model on validation cells, cell by cell: by log-loss for classes, by squared error in units
-    of the target's variance otherwise. Returned is the simplest that is behind the best by no more than the standard
-    error of their difference: the solved model first, then the linear form, then the plain one. Test cells have no part
-    in it. Scores on the validation cells flatter. Where cells come in donors or batches, validate on whole ones and
-    pass them as `groups`: noise from donor to donor is in no standard error over cells.
+    If `trained`, the linear and the plain form of the network are fitted with three penalties each. Returned is the
+    simplest that is behind the best by no more than the standard error of their difference. The solved model is
+    simplest, then the linear form. Scores on the validation cells flatter, so keep test cells apart. Where cells come
+    in donors, validate on whole ones and pass `groups`: no standard error over cells holds noise from donor to donor.
 
     Parameters
     ----------
-    ModelClass
-        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
-    train, val
-        Cells to learn from, and cells that choose.
+    ModelClass, train, val, class_weight, device, progress
+        As in :func:`solve`.
     groups
-        Donor or batch of every validation cell, two of them at least. Models are then compared donor by donor, and
-        the standard error is that of the donors' means.
+        Donor or batch of every validation cell, two at least; models are then compared donor by donor.
     trained
         Whether to train networks, too.
-    device, class_weight
-        As in :class:`Config`.
     d_hidden, n_epochs, batch_size, lr, seed
-        As in :class:`Config`, for the networks. If None there are 40 epochs, or up to 200 for 1,500 steps.
-    progress
-        Show how many epochs are done and the time left, in a terminal or a notebook.
+        As in :class:`Config`, for the networks; if None there are 40 epochs, or up to 200 for 1,500 steps.
     options
         Handed to `ModelClass`, such as ``loss_fn="huber"``.
 
     Returns
     -------
-    The fitted model. ``model.trials`` has the rows of :func:`solve` and, for networks, a row a setting with its
-    ``val_loss``, the loss that it is ``behind`` the best with its ``standard_error``, and ``chosen``.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`solve`, or a size is out of its range.
+    The fitted model. Its ``trials`` are those of :func:`solve`, and a row for each setting of a network.
 
     Examples
     --------
@@ -329,19 +290,14 @@ def tune(
     for linear, a, b, c in tqdm(settings, "tune", delay=2, disable=not (progress and watched())):
         cfg = Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c)
         models.append(ModelClass(cfg, **options))
-        _fit(models[-1], train, val, baseline, None, {"enable_progress_bar": False})
+        models[-1].fit(train, val, baseline=baseline, enable_progress_bar=False)
     losses = [model._cell_losses(model.outputs(val), val.y.numpy())[:, None] for model in (solved, *models)]
     compared = [nested.Trial("", (), (), one) for one in losses]
     (best,), behind, error = nested.choose(compared, _groups(groups, val))
-    rows = [
-        {
-            "form": "network, linear form" if model.cfg.linear else "network, plain form",
-            "weight_decay": model.cfg.weight_decay,
-            "val_loss": one.loss,
-        }
-        for model, one in zip(models, compared[1:], strict=True)
-    ]
-    rows = pd.DataFrame(rows).assign(behind=behind[1:, 0], standard_error=error[1:, 0], chosen=0)
+    rows = pd.DataFrame({"form": [f"network, {'linear' if model.cfg.linear else 'plain'} form" for model in models]})
+    rows["weight_decay"] = [model.cfg.weight_decay for model in models]
+    rows["val_loss"] = [one.loss for one in compared[1:]]
+    rows = rows.assign(behind=behind[1:, 0], standard_error=error[1:, 0], chosen=0)
     trials = pd.concat([solved.trials, rows], ignore_index=True)
     if best > 0:
         trials["chosen"] = 0

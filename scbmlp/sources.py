@@ -1,4 +1,10 @@
-"""Where the cells come from: a local file, the public download, or a simulation, and which it was."""
+"""Where the cells come from: a local file, the public download, or a simulation, and which it was.
+
+A data set ``name`` is looked for as ``name.h5ad`` in the folder ``$SCBMLP_DATA_DIR``, then as a download that the
+user's cache keeps, and then, for two of them, as simulated cells, with a warning. The environment variable
+``SCBMLP_DATA_SOURCE`` (``local``, ``download``, ``simulated``) forces one. ``uns["scbmlp_source"]`` says which it was.
+A file that is missing or cannot be read is an :class:`OSError`, which names the file and the next step.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +16,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +33,7 @@ from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
 from scbmlp import simulate
-from scbmlp.checks import as_numbers, data_file, numeric_matrix
+from scbmlp.checks import as_numbers, data_file, entries, numeric_matrix
 from scbmlp.display import as_html
 
 KINDS = ("local", "download", "simulated")
@@ -38,27 +45,14 @@ ZHAO_URL = f"{PERTPY}/zhaoSims2021.h5ad"
 CONDITION = ["cell_line", "perturbation", "dose_value"]
 PACKAGES = ("scbmlp", "torch", "lightning", "anndata", "scanpy", "gseapy", "scikit-learn", "scipy", "numpy", "pandas")
 BEGAN = time.perf_counter()
+BACKED = partial(anndata.read_h5ad, backed="r")
 BLOCK = 4096  # cells of a file that are in memory beside the chosen ones
 
 
 def pancreas() -> AnnData:
-    """Return cells of the developing mouse pancreas at E15.5 :cite:p:`bastidasponce2019`, counts in ``X``.
+    """Return 3,696 cells of the mouse pancreas at E15.5 :cite:p:`bastidasponce2019`, counts in ``X``.
 
-    Tried in this order: ``pancreas.h5ad`` in the folder ``$SCBMLP_DATA_DIR``; scvelo's public download
-    :cite:p:`bergen2020scvelo`, kept in the user's cache; simulated cells, with a warning. The environment variable
-    ``SCBMLP_DATA_SOURCE`` (``local``, ``download``, ``simulated``) forces one. ``adata.uns["scbmlp_source"]`` says
-    which it was, and :func:`data_card` shows it.
-
-    Returns
-    -------
-    Cells with ``obs["clusters"]``; 3,696 in the real data.
-
-    Raises
-    ------
-    ValueError
-        ``SCBMLP_DATA_SOURCE`` is unknown, or the file holds counts neither in ``X`` nor in the layer ``counts``.
-    OSError
-        A file cannot be read (it names the file to delete), or the forced source has none.
+    ``obs["clusters"]`` has their types. The download is scvelo's :cite:p:`bergen2020scvelo`.
 
     Examples
     --------
@@ -69,21 +63,9 @@ def pancreas() -> AnnData:
     return _counts(_first_of("pancreas", _download_pancreas, simulate.pancreas))
 
 
-def _counts(adata: AnnData) -> AnnData:
-    """Return the cells with counts in ``X``, from the layer of that name if somebody saved them after preprocessing."""
-    if np.any(_stored(adata.X) % 1):
-        counts = adata.layers.get("counts")
-        if counts is None or np.any(_stored(counts) % 1):
-            raise ValueError(
-                f"{adata.uns['scbmlp_source']['name']}.h5ad has no counts: X holds fractions or scaled values, and so "
-                f"does layers['counts'], if it is there; put raw counts into either."
-            )
-        adata.X = counts.copy()
-    return adata
-
-
 def _download_pancreas(path: Path) -> None:
-    with warnings.catch_warnings():  # scvelo silences the whole session when it is imported
+    """Leave the download to scvelo, which silences the whole session when it is imported."""
+    with warnings.catch_warnings():
         import scanpy
         import scvelo
 
@@ -102,33 +84,22 @@ def sciplex3(
 ) -> AnnData:
     """Return the chemical screen sci-Plex3 :cite:p:`srivatsan2020`, or a part of it, counts in ``X``.
 
-    Tried in the order of :func:`pancreas`: ``sciplex3.h5ad``; the public download, 2.5 GB, harmonised by scPerturb
-    :cite:p:`peidli2024`; simulated cells. A file is read in blocks of cells: memory holds the part asked for, twice for
-    a moment (8 GB is all of it). Left out are cells without a label, the 72-hour arm (one line) and the mouse genes.
+    The download of 2.5 GB is from scPerturb :cite:p:`peidli2024`. Memory holds the part asked for, twice for a moment
+    (8 GB is all of it). Cells without a label, the 72-hour arm and the mouse genes are left out.
 
     Parameters
     ----------
     cell_lines, compounds, doses
-        What to keep, as in ``obs``; by default all. Vehicle (``control``, dose 0) of these lines always stays.
+        What to keep, all by default. Vehicle (``control``, dose 0) of these lines always stays.
     min_counts, max_cells
-        Fewest counts of a cell; most cells of one line, compound and dose, drawn at random, vehicle excepted.
+        Fewest counts of a cell; most cells of one line, compound and dose, vehicle excepted, drawn at random.
     random_state
         Seed of the draw.
 
     Returns
     -------
-    Cells in the file's order, with ``cell_line``, ``perturbation``, ``dose_value`` (nM), ``replicate``, ``ncounts``
-    and, where the file has them, ``pathway``, ``target`` and ``plate`` in ``obs``. There are 60,000 simulated cells,
-    so that a part of them is worth having.
-
-    Raises
-    ------
-    KeyError
-        The file lacks one of the first five columns.
-    ValueError
-        An argument names what the screen does not have or leaves no cell, or the file does not hold counts.
-    OSError
-        As for :func:`pancreas`.
+    Cells in the file's order. ``obs`` has ``cell_line``, ``perturbation``, ``dose_value`` (nM), ``replicate``,
+    ``ncounts`` and, where the file has them, ``pathway``, ``target`` and ``plate``.
 
     Examples
     --------
@@ -140,7 +111,7 @@ def sciplex3(
     adata = _first_of(
         "sciplex3",
         lambda path: _download(path, SCIPLEX3_URL),
-        lambda: simulate.sciplex3(n_cells=60_000),
+        lambda: simulate.sciplex3(n_cells=60_000),  # so many that a part of them is worth having
         _open_without_matrices,
     )
     obs = _clean_labels(adata.obs)
@@ -148,39 +119,27 @@ def sciplex3(
     keep = obs["ncounts"] >= min_counts
     wanted = {"cell_lines": cell_lines, "compounds": compounds, "doses": doses}
     for column, (argument, values) in zip(CONDITION, wanted.items(), strict=True):
-        if values is not None:
-            if not len(np.atleast_1d(values)):
-                raise ValueError(f"{argument} is empty; name one at least, or pass None for all.")
-            for value in set(np.atleast_1d(values).tolist()).difference(obs[column]):
-                near = difflib.get_close_matches(str(value), obs[column].astype(str).unique(), n=4, cutoff=0)
-                raise ValueError(f"{argument} has {value!r}, the screen does not; nearest to it: {', '.join(near)}.")
-            keep &= obs[column].isin(np.atleast_1d(values)) | (vehicle & (column != "cell_line"))
+        if values is None:
+            continue
+        if not len(np.atleast_1d(values)):
+            raise ValueError(f"{argument} is empty; name one at least, or pass None for all.")
+        for value in set(np.atleast_1d(values).tolist()).difference(obs[column]):
+            near = difflib.get_close_matches(str(value), obs[column].astype(str).unique(), n=4, cutoff=0)
+            raise ValueError(f"{argument} has {value!r}, the screen does not; nearest to it: {', '.join(near)}.")
+        keep &= obs[column].isin(np.atleast_1d(values)) | (vehicle & (column != "cell_line"))
     if max_cells:
-        turn = obs[keep].sample(frac=1, random_state=random_state).groupby(CONDITION, observed=True).cumcount()
-        keep &= vehicle | (turn.reindex(obs.index) < max_cells)
+        keep &= vehicle | _drawn(obs.loc[keep, CONDITION], max_cells, random_state).reindex(obs.index, fill_value=False)
     if not keep.any():
         raise ValueError(f"no cell is left with cell_lines={cell_lines}, min_counts={min_counts}; ask for more.")
     return _rows(adata, obs[keep])
 
 
 def dexamethasone() -> AnnData:
-    """Return A549 cells after 0, 1 and 3 hours of dexamethasone, a glucocorticoid :cite:p:`cao2018`.
+    """Return 2,641 A549 cells after 0, 1 and 3 hours of dexamethasone, a glucocorticoid :cite:p:`cao2018`.
 
-    From ``a549_dexamethasone.h5ad`` in the folder ``$SCBMLP_DATA_DIR`` alone. No simulation stands in for it, and
-    pertpy downloads no such data (``srivatsan_2020_sciplex2`` is another experiment, of doses after 24 hours).
-
-    Returns
-    -------
-    Cells with ``obs["dex_hours"]``, the categories ``0``, ``1`` and ``3`` (``.astype(float)`` for a graded target);
-    2,641 cells, 1,185 genes. ``X`` is log-normalised already, and there are no counts.
-
-    Raises
-    ------
-    ValueError
-        ``SCBMLP_DATA_SOURCE`` is unknown.
-    OSError
-        The file is not there (:class:`FileNotFoundError`), or not wanted since ``SCBMLP_DATA_SOURCE`` forces another
-        source; or it cannot be read.
+    They are read from ``a549_dexamethasone.h5ad`` alone: there is no download (pertpy's ``srivatsan_2020_sciplex2`` is
+    another experiment). ``X`` is log-normalised, and there are no counts. ``obs["dex_hours"]`` has categories
+    (``.astype(float)`` for a graded target).
 
     Examples
     --------
@@ -194,32 +153,19 @@ def dexamethasone() -> AnnData:
 def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     """Return K562 cells in which CRISPR activates a gene, two genes or none :cite:p:`norman2019`, log-normalised.
 
-    Tried in this order: ``norman.h5ad`` in the folder ``$SCBMLP_DATA_DIR``; the public download that is pertpy's
-    ``norman_2019`` :cite:p:`heumos2024pertpy`, about 110,000 cells. No simulation stands in for them.
+    The download is pertpy's ``norman_2019`` :cite:p:`heumos2024pertpy`, about 110,000 cells. No simulation stands in.
 
     Parameters
     ----------
     max_cells
-        Most cells of one perturbation, control included, drawn at random; None keeps all, which takes several GB of
-        the download. Only the cells kept are read.
+        Most cells of one perturbation, control included, drawn at random; None keeps all, which takes several GB.
     random_state
         Seed of the draw.
 
     Returns
     -------
-    Cells in the file's order with ``obs["perturbation"]``: ``control``, the activated gene, or two joined by ``+``, in
-    the file's order of the two. ``X`` is log-normalised, 10,000 counts a cell. What else the file has stays, but for
-    the download's columns of single guides.
-
-    Raises
-    ------
-    KeyError
-        The file has no column of perturbations.
-    ValueError
-        `max_cells` is too small, or ``SCBMLP_DATA_SOURCE`` is unknown.
-    OSError
-        There is neither file nor download (:class:`FileNotFoundError`), or not in the source that
-        ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
+    Cells in the file's order, 10,000 counts each. ``obs["perturbation"]`` has ``control``, the activated gene, or two
+    joined by ``+``.
 
     Examples
     --------
@@ -228,15 +174,12 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     20
     """
     _check_max_cells(max_cells)
-    adata = _first_of("norman", lambda path: _download(path, NORMAN_URL), read=_open)
+    adata = _first_of("norman", lambda path: _download(path, NORMAN_URL), read=BACKED)
     perturbation = _labels(adata, "perturbation", "perturbation_name")
-    keep = perturbation.notna()
-    if max_cells:
-        turn = perturbation.sample(frac=1, random_state=random_state).groupby(perturbation).cumcount()
-        keep &= turn.reindex(keep.index) < max_cells
+    keep = perturbation.notna() & _drawn(perturbation.to_frame(), max_cells or np.inf, random_state)
     part = _part(adata, keep, perturbation=perturbation)
     part.obs = part.obs.loc[:, ~part.obs.columns.str.startswith("guide_")]
-    if not np.any(_stored(part.X) % 1):
+    if not np.any(entries(part.X) % 1):
         import scanpy
 
         scanpy.pp.normalize_total(part, target_sum=1e4)
@@ -247,24 +190,9 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
 def glioblastoma() -> AnnData:
     """Return glioblastoma slices, with and without panobinostat, an HDAC inhibitor :cite:p:`zhao2021`, counts in ``X``.
 
-    Tried in this order: ``glioblastoma_panobinostat.h5ad`` in the folder ``$SCBMLP_DATA_DIR``; the public download that
-    is pertpy's ``zhao_2021``, 0.6 GB, harmonised by scPerturb :cite:p:`peidli2024`. Of that, the patients stay of whom
-    cells with and without panobinostat are known; what it calls control may be vehicle or untreated. No simulation
-    stands in for them.
-
-    Returns
-    -------
-    Cells with ``condition`` (``ctrl``, ``panobinostat``) and ``patient_id`` in ``obs``.
-
-    Raises
-    ------
-    KeyError
-        The file has no such columns.
-    ValueError
-        ``SCBMLP_DATA_SOURCE`` is unknown, or the file holds no counts.
-    OSError
-        There is neither file nor download (:class:`FileNotFoundError`), or not in the source that
-        ``SCBMLP_DATA_SOURCE`` forces; or the file cannot be read.
+    The file is ``glioblastoma_panobinostat.h5ad``; the download of 0.6 GB is from scPerturb :cite:p:`peidli2024`. Its
+    control may be vehicle or untreated. Only patients with both conditions stay. No simulation stands in.
+    ``obs`` has ``condition`` (``ctrl``, ``panobinostat``) and ``patient_id``.
 
     Examples
     --------
@@ -272,12 +200,35 @@ def glioblastoma() -> AnnData:
     >>> list(cells.obs["condition"].cat.categories)
     ['ctrl', 'panobinostat']
     """
-    adata = _first_of("glioblastoma_panobinostat", lambda path: _download(path, ZHAO_URL), read=_open)
+    adata = _first_of("glioblastoma_panobinostat", lambda path: _download(path, ZHAO_URL), read=BACKED)
     condition = _labels(adata, "condition", "perturbation").replace("control", "ctrl")
     patient = _labels(adata, "patient_id", "sample").str.split("-").str[0]  # a sample may be named patient-slice
     keep = condition.isin(["ctrl", "panobinostat"])
     keep &= condition[keep].groupby(patient).nunique().eq(2).reindex(patient, fill_value=False).to_numpy()
     return _counts(_part(adata, keep, condition=condition, patient_id=patient))
+
+
+def _counts(adata: AnnData) -> AnnData:
+    """Return the cells with counts in ``X``, from the layer of that name if somebody saved them after preprocessing."""
+    if np.any(entries(adata.X) % 1):
+        counts, name = adata.layers.get("counts"), adata.uns["scbmlp_source"]["name"]
+        if counts is None or np.any(entries(counts) % 1):
+            why = "X holds fractions or scaled values, and so does layers['counts'], if it is there"
+            raise ValueError(f"{name}.h5ad has no counts: {why}; put raw counts into either.")
+        adata.X = counts.copy()
+    return adata
+
+
+def _check_max_cells(max_cells: int | None) -> None:
+    """Raise an error before anything is downloaded."""
+    if max_cells is not None and max_cells < 1:
+        raise ValueError(f"max_cells={max_cells} is too small; pass 1 or more, or None to keep all cells.")
+
+
+def _drawn(labels: pd.DataFrame, max_cells: float, random_state: int) -> pd.Series:
+    """Return which cells stay if each combination of labels keeps `max_cells` of its cells, drawn at random."""
+    turn = labels.sample(frac=1, random_state=random_state).groupby([*labels], observed=True).cumcount()
+    return turn.reindex(labels.index) < max_cells
 
 
 def _labels(adata: AnnData, *columns: str) -> pd.Series:
@@ -300,23 +251,8 @@ def _part(adata: AnnData, keep: pd.Series, **labels: pd.Series) -> AnnData:
     return part
 
 
-def _stored(x: np.ndarray | sparse.spmatrix) -> np.ndarray:
-    return x.data if sparse.issparse(x) else x
-
-
-def _check_max_cells(max_cells: int | None) -> None:
-    if max_cells is not None and max_cells < 1:
-        raise ValueError(f"max_cells={max_cells} is too small; pass 1 or more, or None to keep all cells.")
-
-
-def _download(path: Path, url: str) -> None:
-    import scanpy
-
-    with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
-        scanpy.read(path, backed="r", backup_url=url).file.close()  # opening finds a file cut short
-
-
 def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
+    """Return the labels of the screen's cells of 24 hours that have them all, by row number, doses as numbers."""
     columns = [*CONDITION, "pathway", "target", "replicate", "plate", "ncounts"]
     if missing := [column for column in columns if column not in {*obs, "pathway", "target", "plate"}]:
         raise KeyError(f"sciplex3.h5ad has no {', '.join(missing)} in obs, only {', '.join(obs)}; rename its columns.")
@@ -325,119 +261,45 @@ def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     dose = as_numbers(given, unit="nM")
     unread = given.notna() & dose.isna() & ~control & ~given.astype(str).isin(["", "nan", "None", "NaN"])
     if unread.any():
-        some = ", ".join(map(repr, given[unread].unique().tolist()[:5]))
-        raise ValueError(
-            f"sciplex3.h5ad has doses that are no numbers of nM in {unread.sum()} cells, such as {some}; write numbers."
-        )
+        some = f"{unread.sum()} cells, such as {', '.join(map(repr, given[unread].unique().tolist()[:5]))}"
+        raise ValueError(f"sciplex3.h5ad has doses that are no numbers of nM in {some}; write numbers.")
     labels["dose_value"] = dose.mask(control, 0.0)
     known = labels[CONDITION].notna().all(axis=1)
-    if "time" not in obs:
-        return labels[known]
-    hours = as_numbers(obs["time"].reset_index(drop=True), unit="h")
-    if not (hours == 24).any():
-        raise ValueError(
-            f"sciplex3.h5ad has no cell of 24 hours in obs['time'], which holds "
-            f"{', '.join(map(repr, obs['time'].unique().tolist()[:5]))}; write hours as numbers, or drop the column."
-        )
-    return labels[known & (hours == 24)]
+    if "time" in obs:
+        day = as_numbers(obs["time"].reset_index(drop=True), unit="h") == 24
+        if not day.any():
+            some = f"obs['time'], which holds {', '.join(map(repr, obs['time'].unique().tolist()[:5]))}"
+            raise ValueError(f"sciplex3.h5ad has no cell of 24 hours in {some}; write hours as numbers, or drop it.")
+        known &= day
+    return labels[known]
 
 
 @contextmanager
-def _counts_in(path: Path) -> Iterator[Any]:
-    """Open the counts of a file, in their layer or in X, to be read in slices."""
-    with _reading(path):
-        file = h5py.File(path)
-        counts = file["layers/counts" if "layers/counts" in file else "X"]
-        counts = sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
-    with file:
-        yield counts
+def _opened(path: str | None, simulated: Any) -> Iterator[Any]:
+    """Open the counts of a file, in their layer or in X, to be read in slices; without one, yield simulated ones."""
+    if path is None:
+        yield simulated
+    else:
+        with _reading(Path(path)), h5py.File(path) as file:
+            counts = file["layers/counts" if "layers/counts" in file else "X"]
+            yield sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
 
 
 def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
     """Copy the cells whose row numbers index `obs` into memory, block by block."""
-    path = adata.uns.pop("path", None)
-    file = nullcontext(adata.layers.get("counts", adata.X)) if path is None else _counts_in(Path(path))
     ids = adata.var.get("ensembl_id", pd.Series("", adata.var_names))
     human = np.flatnonzero(~ids.astype(str).str.startswith("ENSMUSG"))
     blocks = []
-    with file as counts:
+    with _opened(adata.uns.pop("path", None), adata.X) as counts:
         for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
-            with _reading(Path(path or "sciplex3.h5ad")):
-                block = numeric_matrix(counts[start : start + BLOCK], "a block of cells", np.float32)
-            block = sparse.csr_matrix(block)[obs.index[rows] - start][:, human]
-            if np.any(block.data % 1):
-                raise ValueError("sciplex3.h5ad has fractions in X, and no layer 'counts'; store raw counts in either.")
-            blocks.append(block)
+            block = numeric_matrix(counts[start : start + BLOCK], "a block of cells", np.float32)
+            blocks.append(sparse.csr_matrix(block)[obs.index[rows] - start][:, human])
+    if any(np.any(block.data % 1) for block in blocks):
+        raise ValueError("sciplex3.h5ad has fractions in X, and no layer 'counts'; store raw counts in either.")
     obs = obs.set_index(adata.obs_names[obs.index])
     for column in obs.columns.drop(["dose_value", "ncounts"]):
         obs[column] = obs[column].astype("category").cat.remove_unused_categories()
     return AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=adata.var.iloc[human], uns=adata.uns)
-
-
-def _first_of(
-    name: str,
-    download: Callable[[Path], None] | None = None,
-    simulation: Callable[[], AnnData] | None = None,
-    read: Callable[[Path], AnnData] = anndata.read_h5ad,
-) -> AnnData:
-    """Return the data set from the first source that has it, or from the one that the environment forces."""
-    forced = os.environ.get("SCBMLP_DATA_SOURCE") or None
-    if forced not in (None, *KINDS):
-        raise ValueError(f"SCBMLP_DATA_SOURCE={forced!r} is unknown; set it to {', '.join(KINDS)}, or unset it.")
-    local = data_file(f"{name}.h5ad")
-    remedy = f"set SCBMLP_DATA_DIR to the folder that holds {name}.h5ad"
-    if forced == "local" and not (local and local.is_file()):
-        raise FileNotFoundError(
-            f"SCBMLP_DATA_SOURCE=local, but {local or f'$SCBMLP_DATA_DIR/{name}.h5ad'} is not there; {remedy}, or "
-            f"unset SCBMLP_DATA_SOURCE."
-        )
-    missing = {"download": download is None, "simulated": simulation is None}
-    if missing.get(forced):
-        what = "no public download has" if forced == "download" else "no simulation stands in for"
-        raise FileNotFoundError(
-            f"SCBMLP_DATA_SOURCE={forced}, but {what} {name}; unset SCBMLP_DATA_SOURCE, and {remedy}."
-        )
-    if forced in (None, "local") and local and local.is_file():
-        return _read(name, "local", local, read)
-    reason = "no public download"
-    if forced in (None, "download") and download:
-        cached = Path(platformdirs.user_cache_dir("scbmlp"), f"{name}.h5ad")
-        try:
-            if not cached.is_file():
-                _fetch(cached, download)
-        except OSError as error:
-            if forced:
-                raise OSError(
-                    f"the download of {name} failed ({error}); try again, or put {name}.h5ad into a folder and set "
-                    f"SCBMLP_DATA_DIR to it."
-                ) from error
-            reason = f"no download ({error})"
-        else:
-            return _read(name, "download", cached, read)
-    if not simulation:
-        raise FileNotFoundError(
-            f"there is no {name}.h5ad in $SCBMLP_DATA_DIR, {reason}, and no simulation stands in for it; {remedy}."
-        )
-    if not forced:
-        warnings.warn(f"no {name}.h5ad in $SCBMLP_DATA_DIR and {reason}: these are SIMULATED cells.", stacklevel=3)
-    return simulation()
-
-
-def _fetch(cached: Path, download: Callable[[Path], None]) -> None:
-    """Download under another name first, so that an interrupted download is never taken for the data."""
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_name(f"{cached.stem}-{os.getpid()}-partial.h5ad")  # one for each process that downloads now
-    try:
-        download(partial)
-        partial.replace(cached)
-    except Exception as error:  # no network, no scvelo, or a file cut short: each library has its own words
-        raise OSError(str(error)) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _open(path: Path) -> AnnData:
-    return anndata.read_h5ad(path, backed="r")
 
 
 def _open_without_matrices(path: Path) -> AnnData:
@@ -450,24 +312,90 @@ def _open_without_matrices(path: Path) -> AnnData:
 
 @contextmanager
 def _reading(path: Path, remedy: str = "replace it with a whole copy") -> Iterator[None]:
+    """Name the file in what goes wrong; h5py and anndata raise many kinds of errors for a damaged one."""
     try:
         yield
-    except Exception as error:  # h5py and anndata raise many kinds for a damaged file
+    except Exception as error:
         raise OSError(f"{path} cannot be read ({error}); {remedy}.") from error
 
 
 def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> AnnData:
+    """Read a file and note where the cells are from, unless somebody saved simulated cells under this name."""
     with _reading(path, "delete it and try again" if kind == "download" else "replace it with a whole copy"):
         adata = read(path)
         if not (adata.isbacked or "path" in adata.uns):
             numeric_matrix(adata.X, "X")
     adata.var_names_make_unique()
-    if adata.uns.get("scbmlp_source", {}).get("kind") == "simulated":
-        return adata  # somebody saved simulated cells under this name
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    adata.uns["scbmlp_source"] = {"name": name, "kind": kind, "file": path.name, "sha256": digest}
+    if adata.uns.get("scbmlp_source", {}).get("kind") != "simulated":
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        adata.uns["scbmlp_source"] = {"name": name, "kind": kind, "file": path.name, "sha256": digest}
     return adata
+
+
+def _first_of(
+    name: str,
+    download: Callable[[Path], None] | None = None,
+    simulation: Callable[[], AnnData] | None = None,
+    read: Callable[[Path], AnnData] = anndata.read_h5ad,
+) -> AnnData:
+    """Return the data set from the first source that has it, or from the one that the environment forces."""
+    forced = os.environ.get("SCBMLP_DATA_SOURCE") or None
+    if forced not in (None, *KINDS):
+        raise ValueError(f"SCBMLP_DATA_SOURCE={forced!r} is unknown; set it to {', '.join(KINDS)}, or unset it.")
+    file, but = f"{name}.h5ad", f"SCBMLP_DATA_SOURCE={forced}, but"
+    remedy = f"set SCBMLP_DATA_DIR to the folder that holds {file}"
+    local = data_file(file)
+    if forced in (None, "local") and local and local.is_file():
+        return _read(name, "local", local, read)
+    if forced == "local":
+        where = local or f"$SCBMLP_DATA_DIR/{file}"
+        raise FileNotFoundError(f"{but} {where} is not there; {remedy}, or unset SCBMLP_DATA_SOURCE.")
+    reason = "no public download"
+    if forced != "simulated" and download:
+        cached = Path(platformdirs.user_cache_dir("scbmlp"), file)
+        try:
+            _fetch(cached, download)
+        except OSError as error:
+            reason = f"no download ({error})"
+            if forced:
+                raise OSError(
+                    f"the download of {name} failed ({error}); try again, or put {file} into a folder, and {remedy}."
+                ) from error
+        else:
+            return _read(name, "download", cached, read)
+    if forced and (forced == "download" or not simulation):
+        what = "no public download has" if forced == "download" else "no simulation stands in for"
+        raise FileNotFoundError(f"{but} {what} {name}; unset SCBMLP_DATA_SOURCE, and {remedy}.")
+    if not simulation:
+        nowhere = f"no {file} in $SCBMLP_DATA_DIR, {reason}, and no simulation stands in for it"
+        raise FileNotFoundError(f"there is {nowhere}; {remedy}.")
+    if not forced:
+        warnings.warn(f"no {file} in $SCBMLP_DATA_DIR and {reason}: these are SIMULATED cells.", stacklevel=3)
+    return simulation()
+
+
+def _fetch(cached: Path, download: Callable[[Path], None]) -> None:
+    """Download what the cache lacks, under another name first: an interrupted download is never taken for the data."""
+    if cached.is_file():
+        return
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    part = cached.with_name(f"{cached.stem}-{os.getpid()}-partial.h5ad")  # one for each process that downloads now
+    try:
+        download(part)
+        part.replace(cached)
+    except Exception as error:  # no network, no scvelo, or a file cut short: each library has its own words
+        raise OSError(str(error)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _download(path: Path, url: str) -> None:
+    """Download a file and open it, which finds one cut short."""
+    import scanpy
+
+    with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
+        scanpy.read(path, backed="r", backup_url=url).file.close()
 
 
 @dataclass(frozen=True)
@@ -492,25 +420,21 @@ class DataCard:
 
 
 def _spread(values: np.ndarray) -> str:
+    """Return the median of a number of every cell, and where most of them lie."""
     median, low, high = np.quantile(np.asarray(values), [0.5, 0.05, 0.95])
     return f"median {median:,.0f}, 5% to 95% {low:,.0f} to {high:,.0f}"
 
 
 def data_card(adata: AnnData) -> DataCard:
-    """Describe a data set of this module: source, checksum, size, sparsity and labels.
+    """Describe a data set of this module, of ``simulate`` or of a report: source, checksum, size, sparsity and labels.
 
-    The total of a cell is shown for counts alone. Of other expression, log-normalised say, totals mean nothing: the
-    highest value is shown, and the number of genes detected in a cell.
+    The total of a cell means something for counts alone. For other expression the highest value and the number of
+    genes detected in a cell are shown.
 
     Parameters
     ----------
     adata
-        Cells from this module, from ``simulate`` or from a report.
-
-    Raises
-    ------
-    KeyError
-        `adata` does not say where it is from.
+        Cells that say where they are from.
 
     Examples
     --------
@@ -525,7 +449,7 @@ def data_card(adata: AnnData) -> DataCard:
         raise KeyError("adata.uns has no 'scbmlp_source'; a data card is for cells from scbmlp.sources or simulate.")
     source = adata.uns["scbmlp_source"]
     simulated = source["kind"] == "simulated"
-    stored = _stored(adata.X)
+    stored = entries(adata.X)
     origin = {"local": "real cells, local file", "download": "real cells, public download", "given": "cells as given,"}
     rows = {
         "Data set": source["name"],
@@ -546,17 +470,12 @@ def data_card(adata: AnnData) -> DataCard:
 
 
 def run_card(adata: AnnData | None = None) -> DataCard:
-    """Return what the run of a page took, and the versions it ran with.
+    """Return what the run of a page took: the time since scbmlp was imported, the most memory, and the versions.
 
     Parameters
     ----------
     adata
         Cells of the page, for their number.
-
-    Returns
-    -------
-    A row each for the size of the data, the time since scbmlp was imported, the most memory that the process held (not
-    on Windows, which does not say), the interpreter and the packages.
 
     Examples
     --------
@@ -565,10 +484,10 @@ def run_card(adata: AnnData | None = None) -> DataCard:
     """
     rows = {} if adata is None else {"Data": f"{adata.n_obs:,} cells x {adata.n_vars:,} genes"}
     rows["Run time"] = f"{time.perf_counter() - BEGAN:.0f} s"
-    if sys.platform != "win32":
+    if sys.platform != "win32":  # which does not say
         import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes
         rows["Peak memory"] = f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9:.1f} GB"
     rows["Python"] = f"{platform.python_version()} on {platform.system()}, {os.cpu_count()} processors"
     rows["Packages"] = ", ".join(f"{name} {version(name)}" for name in PACKAGES)

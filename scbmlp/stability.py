@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -20,35 +21,29 @@ from scbmlp.datasets import ExpressionDataset, check_dataset, held, match_genes
 from scbmlp.display import watched
 from scbmlp.exact import Kernels, Mixture, targets_of
 from scbmlp.interactions import Model, Output, direction
-from scbmlp.modules import GeneModules, _signed, _uncorrelated, _whitened, gene_modules
+from scbmlp.modules import GeneModules, Metric, _check_metric, _signed, _uncorrelated, _whitened, gene_modules
 
 CHUNK = 50  # permutations at a time
-# Components up to which all products of two are taken through a system once, and genes up to which matrices are formed.
+# Components up to which all products of two are taken through a system once, and up to which matrices are formed.
 PAIRED, DENSE = 128, 400
+System = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # its factor, a target (cell), and W (cell x comp)
 
 
 def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
     """Return how well modules come back from fit to fit: mean absolute cosine with the closest of each (comp).
 
-    Closest, and not of the same rank: two modules of nearly equal strength swap their order from fit to fit.
+    The closest need not have the same rank: two modules of nearly equal strength swap their order from fit to fit.
 
     Parameters
     ----------
     fits
-        For each fit the loadings of a few modules, or of factors made of them (gene x comp), genes in one order.
-
-    Raises
-    ------
-    ValueError
-        There are fewer than two fits, or their genes differ.
+        Loadings of a few modules, or of their factors, for each fit (gene x comp), genes in one order.
 
     Examples
     --------
     >>> fits = [modules.gene_modules(one, "on", 2).loadings for one in replicas]
-    >>> modules.agreement(fits).round(2)
-    module_1    0.92
-    module_2    0.91
-    Name: agreement, dtype: float64
+    >>> modules.agreement(fits).round(2).to_dict()
+    {'module_1': 0.99, 'module_2': 0.99}
     """
     if len(fits) < 2:
         raise ValueError(
@@ -57,17 +52,15 @@ def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
     if not all(table.index.equals(fits[0].index) for table in fits):
         raise ValueError("fits have different genes, or in another order; fit all models on the same genes.")
     unit = [table.to_numpy() / np.linalg.norm(table.to_numpy(), axis=0) for table in fits]
-    closest = [np.abs(a.T @ b).max(axis=1) for i, a in enumerate(unit) for j, b in enumerate(unit) if i != j]
+    closest = [np.abs(a.T @ b).max(axis=1) for a, b in permutations(unit, 2)]
     return pd.Series(np.mean(closest, axis=0), fits[0].columns, name="agreement")
 
 
 def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> GeneModules:
     """Return the modules of the mean of several models, in metric ``covariance``.
 
-    The mean function of replicas has the mean of their interaction matrices. Its modules need no matching: what one
-    draw of cells makes up is averaged out, and modules that turn among each other, since their eigenvalues are close,
-    add up.
-    Each model enters with its leading modules, three times as many as are asked for and 20 at least.
+    They need no matching. The mean takes out what one draw of cells makes up. Modules of close eigenvalues turn among
+    each other, and add up in the mean. Each model enters with its leading modules, three times `n_modules` or 20.
 
     Parameters
     ----------
@@ -78,17 +71,11 @@ def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> G
     n_modules
         Number of modules.
 
-    Raises
-    ------
-    ValueError
-        There are fewer than two models, or their genes, outputs or training cells differ.
-    KeyError
-        The output is unknown.
-
     Examples
     --------
-    >>> modules.consensus(replicas, "on", n_modules=2).eigenvalues.round(3).tolist()
-    [0.295, -0.22]
+    >>> found = modules.consensus(replicas, "on", n_modules=2)
+    >>> found.eigenvalues.abs().round(1).tolist()
+    [2.8, 2.8]
     """
     return _mean_modules(models, _of_each(models, output, n_modules), output, n_modules)
 
@@ -101,11 +88,10 @@ def stability(
     modules: GeneModules | None = None,
     dataset: ExpressionDataset | None = None,
 ) -> pd.DataFrame:
-    """Say how well modules come back from model to model.
+    """Say how well modules come back from model to model, by the absolute correlation of scores.
 
-    Each model's modules are matched, one to one, by the correlation of their scores. A module's stability in a model is
-    the absolute correlation with its match; or, where the model has several modules whose eigenvalues are within a
-    tenth of each other, that with the best mix of them, since such modules turn among each other by a breath.
+    Modules are matched one to one. Modules of one model whose eigenvalues are within a tenth of each other turn among
+    each other; there the best mix of them counts.
 
     Parameters
     ----------
@@ -120,22 +106,13 @@ def stability(
 
     Returns
     -------
-    A row a module: its ``eigenvalue``, the mean ``stability`` over pairs of models, or over the models if `modules` are
+    A row a module: its ``eigenvalue``, the mean ``stability`` over pairs of models, or over models if `modules` are
     given, and ``low`` and ``high``, between which nine of ten are.
-
-    Raises
-    ------
-    ValueError
-        As for :func:`consensus`, and if `modules` come without `dataset`.
-    KeyError
-        The output is unknown.
 
     Examples
     --------
-    >>> modules.stability(replicas, "on", n_modules=2).round(1)
-              eigenvalue  stability  low  high
-    module_1         0.3        1.0  1.0   1.0
-    module_2        -0.2        1.0  1.0   1.0
+    >>> modules.stability(replicas, "on", n_modules=2)["stability"].round(1).tolist()
+    [1.0, 1.0]
     """
     if (modules is None) != (dataset is None):
         raise ValueError("stability takes modules= and dataset= together: cells to correlate their scores over.")
@@ -144,17 +121,22 @@ def stability(
     found = _of_each(models, output, n_modules)
     if modules is None:
         modules = _mean_modules(models, found, output, n_modules)
-        matched = [linear_sum_assignment(-np.abs(_correlations(modules, one)))[1] for one in found]
+        matched = [_partners(_correlations(modules, one)) for one in found]
         both = permutations(range(len(found)), 2)
         pairs = [_comes_back(_correlations(found[i], found[j])[matched[i]], found[j], matched[j]) for i, j in both]
     else:
         scores, pairs = modules.scores(dataset), []
         for one in found:
             r = correlate(scores, one.scores(dataset))
-            pairs.append(np.minimum(_comes_back(r, one, linear_sum_assignment(-np.abs(r))[1]), 1.0))
+            pairs.append(np.minimum(_comes_back(r, one, _partners(r)), 1.0))
     low, high = np.quantile(pairs, [0.05, 0.95], axis=0)
     columns = {"eigenvalue": modules.eigenvalues, "stability": np.mean(pairs, axis=0), "low": low, "high": high}
     return pd.DataFrame(columns, modules.eigenvalues.index)
+
+
+def _partners(r: np.ndarray) -> np.ndarray:
+    """Return which module is matched with each (comp), from correlations."""
+    return linear_sum_assignment(-np.abs(r))[1]
 
 
 def _comes_back(r: np.ndarray, other: GeneModules, partner: np.ndarray) -> np.ndarray:
@@ -178,19 +160,12 @@ def _of_each(models: Sequence[Model], output: Output, n_modules: int) -> list[Ge
             raise ValueError(
                 "models were trained on different cells; fit replicas of one training set, or resample it."
             )
-    most = [min(max(3 * n_modules, 20), 2 * model.cfg.d_hidden, model.cfg.d_input) for model in models]
     found = []
-    for model, n in zip(models, most, strict=True):
+    for model in models:
         modules = gene_modules(model, output, None, "covariance")
-        kept = modules.eigenvalues.index[:n]
-        found.append(
-            replace(
-                modules,
-                eigenvalues=modules.eigenvalues[kept],
-                loadings=modules.loadings[kept],
-                weights=modules.weights[kept],
-            )
-        )
+        kept = modules.eigenvalues.index[: max(3 * n_modules, 20)]
+        parts = {name: getattr(modules, name)[kept] for name in ("eigenvalues", "loadings", "weights")}
+        found.append(replace(modules, **parts))
     return found
 
 
@@ -200,23 +175,18 @@ def _correlations(a: GeneModules, b: GeneModules) -> np.ndarray:
 
 
 def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Output, n_modules: int) -> GeneModules:
+    """Return the modules of the mean of the matrices that have these modules."""
     basis = np.hstack([modules.weights for modules in found])
     core = np.diag(np.concatenate([modules.eigenvalues for modules in found])) / len(found)
     unit = found[0].unit.to_numpy()
     covariance = unit[:, None] * np.hstack([modules.loadings for modules in found])
-    values, in_basis = _uncorrelated(core, *_whitened(basis, covariance), n_modules)
-    known, weights = models[0].statistics, basis @ in_basis
-    return _signed(models[0], output, known, unit, values, weights, covariance @ in_basis, "covariance")
+    values, in_basis = _uncorrelated(core, *_whitened(basis.T @ covariance), n_modules)
+    parts = values, basis @ in_basis, covariance @ in_basis
+    return _signed(models[0], output, models[0].statistics, unit, parts, "covariance")
 
 
 def correlate(a: Any, b: Any) -> np.ndarray:
-    """Return the correlations of the columns of two tables, 0 where one of the two is the same in all cells.
-
-    Parameters
-    ----------
-    a, b
-        Tables of the same cells (cell x comp).
-    """
+    """Return the correlations of the columns of two tables, 0 where one of the two is the same in all cells."""
     a, b = (np.asarray(part, dtype=np.float64) for part in (a, b))
     a, b = a - a.mean(axis=0), b - b.mean(axis=0)
     scale = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0))
@@ -224,10 +194,10 @@ def correlate(a: Any, b: Any) -> np.ndarray:
 
 
 def principal_angles(a: GeneModules, b: GeneModules, dataset: ExpressionDataset) -> np.ndarray:
-    """Return the angles between what two sets of modules span, as functions of cells.
+    """Return the angles between what two sets of modules span, in degrees, rising (comp of the smaller set).
 
-    The cosine of the first is the largest correlation that mixes of the scores of either set can have, that of the next
-    the largest of what is left, and so on :cite:p:`knyazev2002`. Modules that turn among each other do not change them.
+    The cosine of the first is the largest correlation that mixes of the scores of either set can have
+    :cite:p:`knyazev2002`. Modules that turn among each other do not change the angles.
 
     Parameters
     ----------
@@ -236,42 +206,18 @@ def principal_angles(a: GeneModules, b: GeneModules, dataset: ExpressionDataset)
     dataset
         Cells over which scores are correlated.
 
-    Returns
-    -------
-    Angles in degrees, rising (comp of the smaller set).
-
-    Raises
-    ------
-    KeyError
-        `dataset` lacks genes of the modules.
-
     Examples
     --------
     >>> a, b = (modules.gene_modules(one, "on", 2) for one in replicas[:2])
     >>> modules.principal_angles(a, b, train).round(1)
-    array([5.9, 8.1])
+    array([2.7, 3.5])
     """
     scores = (np.asarray(one.scores(dataset), dtype=np.float64) for one in (a, b))
     return np.degrees(subspace_angles(*(part - part.mean(axis=0) for part in scores)))[::-1]
 
 
 def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDataset) -> np.ndarray:
-    """Return how well what each module adds to its output follows the target over cells, by correlation (comp).
-
-    Parameters
-    ----------
-    modules
-        Modules of one output of the model.
-    model
-        The model, whose outputs the cells' targets are.
-    dataset
-        Cells with their targets.
-
-    Raises
-    ------
-    ValueError
-        The target is the same in all cells.
-    """
+    """Return how well what each module adds to its output follows the target over cells, by correlation (comp)."""
     target = dataset.y.numpy()
     target = (np.eye(model.cfg.d_output)[target] if target.ndim == 1 else target) @ direction(model, modules.output)
     if np.ptp(target) == 0:
@@ -288,22 +234,19 @@ def permutation_null(
     strata: Any = None,
     *,
     n_modules: int = 5,
-    metric: Literal["sd", "identity", "covariance"] = "covariance",
+    metric: Metric = "covariance",
     seed: int = 0,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Compare the modules of a solved model with those solved for targets that are dealt out to the wrong cells.
 
-    An eigenvalue says little here: a fit to noise has large ones. So a module is judged on cells that its weights were
-    not fitted to, by the correlation of what it adds to the output with the target; of each permutation the best of
-    its modules counts. Mixture and penalty of the model are kept; for those that were fixed beforehand p is uniform
-    where nothing is. An output whose products do not pay has no modules and no p, so that over data sets without signal
-    p is at most uniform. It says that a module is about the target, and not that it holds an interaction.
+    A fit to noise has large eigenvalues too. So a module is judged on `val`, by the correlation ``r`` of what it adds
+    to the output with the target; each permutation counts with its best module. Mixture and penalty stay those of the
+    model. An output without products has no modules, so that without signal p is at most uniform. A small p says that
+    a module is about the target, and not that it holds an interaction.
 
-    For classes the modules compared, the model's own too, are those of a surrogate: the squared error of the classes as
-    0 and 1, with the same mixture, every cell counting once, and the model's penalty over the curvature of the log-loss
-    at the shares of the classes. All cells may differ from batch to batch, or donor to donor, and classes with them:
-    where `obs` has such a column, give it as `strata`.
+    For classes, the model and its permutations are a surrogate with the same mixture: least squares of the classes as
+    0 and 1. Every cell counts once. The penalty is that of the model over the curvature of the log-loss.
 
     Parameters
     ----------
@@ -313,32 +256,18 @@ def permutation_null(
         Its training cells, and cells that no weight was fitted to. The targets of both are permuted.
     output
         As in :func:`scbmlp.interactions.direction`; or a list of them.
-    n_permutations
-        Number of permutations.
+    n_permutations, seed, progress
+        Number of permutations, their seed, and whether a bar shows how many are done.
     strata
-        Label of every cell of the AnnData that `train` and `val` were cut from, such as ``adata.obs["donor"]``: targets
-        are permuted within a stratum, so that what differs from stratum to stratum is kept. All cells are one if None.
+        Label of every cell of the whole AnnData, such as ``adata.obs["donor"]``; targets stay within a stratum.
     n_modules, metric
         As in :func:`gene_modules`; the leading modules of a permutation are the competitors.
-    seed
-        Of the permutations.
-    progress
-        Show how many are done and the time left, in a terminal or a notebook.
 
     Returns
     -------
-    A row a module, ``(output, module)`` for a list of outputs: ``eigenvalue``, ``r`` (the correlation), ``null`` (what
-    nine of ten permutations stay below) and ``p``, at least 1 / (n_permutations + 1), for any of the modules to be as
-    good by chance; no row for an output without products. ``attrs["null"]`` has the best ``r`` of every permutation, by
-    output, and ``attrs["metric"]`` the metric.
-
-    Raises
-    ------
-    ValueError
-        The model was trained and not solved, the data do not fit it, there are no validation cells, the target is
-        constant, `strata` are not one a cell, or a stratum has a single cell in one of the two sets.
-    KeyError
-        The output is unknown.
+    A row a module, ``(output, module)`` for a list of outputs: ``eigenvalue``, ``r``, ``null`` (what nine of ten
+    permutations stay below) and ``p`` of at least 1 / (n_permutations + 1), for any module to be as good by chance.
+    ``attrs["null"]`` has the best ``r`` of every permutation, by output.
 
     Examples
     --------
@@ -346,8 +275,7 @@ def permutation_null(
     >>> float(table["p"].min())
     0.01
     """
-    if metric not in ("sd", "identity", "covariance"):
-        raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
+    _check_metric(metric)
     n_modules, n_permutations = whole_number(n_modules, "n_modules"), whole_number(n_permutations, "n_permutations")
     check_dataset(train, "train")
     check_dataset(val, "val")
@@ -389,7 +317,7 @@ class _Again:
         if train.y.ndim == 1:
             curvature = float((shares * (1 - shares)).mean())
             self.recipe = [(mixture, ratio / curvature) for mixture, ratio in self.recipe]
-        self._factors: dict[tuple[Mixture, float], torch.Tensor] = {}
+        self._factor: tuple[Any, torch.Tensor] | None = None
 
     def _basis(self, mixture: Mixture) -> torch.Tensor:
         """Return what of the genes products are of (gene x comp)."""
@@ -398,13 +326,16 @@ class _Again:
         unit = self.kernels.sd if mixture.space == "sd" else torch.ones_like(self.kernels.sd)
         return torch.diag(1 / unit)
 
-    def _factor(self, mixture: Mixture, ratio: float) -> torch.Tensor:
-        if (mixture, ratio) not in self._factors:
-            system = self.kernels.mixed(mixture)[0].clone()
+    def _system(self, pair: tuple[Mixture, float], target: np.ndarray, w: torch.Tensor) -> System:
+        """Return the system of a mixture and a penalty."""
+        (mixture, ratio), kernels = pair, self.kernels
+        if self._factor is None or self._factor[0] != pair:
+            self._factor = None  # one at a time: a factor is as large as all pairs of cells
+            system = kernels.mixed(mixture)[0].clone()
             system.diagonal().add_(ratio * len(system))
-            self._factors.clear()  # outputs come one by one, and a factor is as large as all pairs of cells
-            self._factors[mixture, ratio] = torch.linalg.cholesky(system)
-        return self._factors[mixture, ratio]
+            self._factor = pair, torch.linalg.cholesky(system)
+        scale = mixture.weight("products") / kernels.block("products", mixture.rank, mixture.space)[1]
+        return self._factor[1], torch.as_tensor(target) * scale, w
 
     def read(
         self, output: Output, n_modules: int, order: np.ndarray, order_val: np.ndarray, done: Callable[[int], Any]
@@ -414,40 +345,31 @@ class _Again:
         target, y = self.y_val @ mix, self.y - self.y.mean(axis=0)
         if np.ptp(target) == 0:
             raise ValueError(f"val has the same target of {output!r} in every cell; take more cells.")
-        paying = [i for i in np.flatnonzero(mix) if self.recipe[i][0].weight("products")]
-        parts = [(pair, y[:, own] @ mix[own]) for pair in dict.fromkeys(self.recipe[i] for i in paying)
-                 for own in [[i for i in paying if self.recipe[i] == pair]]]  # fmt: skip
-        parts = [(pair, torch.as_tensor(one)) for pair, one in parts if np.ptp(one) > 0]
+        parts: dict[tuple[Mixture, float], np.ndarray] = {}  # targets that are solved together
+        for i in np.flatnonzero(mix):
+            if self.recipe[i][0].weight("products"):
+                parts[self.recipe[i]] = parts.get(self.recipe[i], 0) + y[:, i] * mix[i]
+        parts = {pair: one for pair, one in parts.items() if np.ptp(one) > 0}
         if not parts:
             done(len(order))
             return np.zeros(0), np.zeros((len(order), 0))
         # Q = B C B' with C = (D B)' diag(a) D B. In the metric M, with B'MB = A R^2 A', it has the eigenvalues of
         # W' diag(a) W, W = D B A R, and D B A / R turns eigenvectors into scores.
-        basis = [self._basis(mixture) for (mixture, _), _ in parts]
-        whole = torch.cat(basis, dim=1)
+        basis = [self._basis(mixture) for mixture, _ in parts]
+        whole, d = torch.cat(basis, dim=1), self.kernels.d
         if self.metric == "covariance":
-            gram = self.kernels.d[0] @ whole
-            gram = gram.T @ gram / len(gram)
+            half = d[0] @ whole / len(d[0]) ** 0.5
         else:
-            gram = whole.T @ (whole if self.metric == "identity" else whole * self.kernels.sd[:, None] ** 2)
-        variance, axes = torch.linalg.eigh(gram)
-        kept = variance > 1e-10 * variance.max()
-        axes, root = axes[:, kept], variance[kept].sqrt()
-        seen = (self.kernels.d[1] @ whole @ axes / root).numpy()
-        turned, at = [], 0
-        for one in basis:
-            turned.append(self.kernels.d[0] @ one @ axes[at : at + one.shape[1]] * root)
-            at += one.shape[1]
-        solvers = []
-        for ((mixture, ratio), own), w in zip(parts, turned, strict=True):
-            scale = mixture.weight("products") / self.kernels.block("products", mixture.rank, mixture.space)[1]
-            solvers.append((self._factor(mixture, ratio), own * scale, w))
-        matrices = _matrices(solvers)
-        n, found, first = min(n_modules, len(root)), [], None
-        centred = target - target.mean()
+            half = whole if self.metric == "identity" else whole * self.kernels.sd[:, None]
+        axes, root = map(torch.as_tensor, _whitened((half.T @ half).numpy()))
+        seen, systems = (d[1] @ whole @ axes / root).numpy(), []
+        for part, one, own in zip(parts.items(), basis, axes.split([one.shape[1] for one in basis]), strict=True):
+            systems.append(self._system(*part, d[0] @ one @ own * root))
+        eigen = _eigen(systems, min(n_modules, len(root)))
+        found, first, centred = [], None, target - target.mean()
         for start in range(0, len(order), CHUNK):
             rows = slice(start, start + CHUNK)
-            values, vectors = _largest(matrices(order[rows]), n)
+            values, vectors = eigen(order[rows])
             added = (seen @ vectors) ** 2
             added -= added.mean(axis=1, keepdims=True)
             along = np.einsum("bvc,bv->bc", added, centred[order_val[rows]])
@@ -458,47 +380,44 @@ class _Again:
         return first, np.vstack(found)
 
 
-def _matrices(solvers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Callable[[np.ndarray], Any]:
-    """Return what gives W' diag(a) W, added up, for targets in other orders (order x cell), a being what is solved.
+def _eigen(systems: list[System], n: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Return what gives leading eigenvalues and vectors for targets in other orders (order x cell).
 
-    From the factor of a system, a target (cell) and W (cell x comp), each.
+    They are those of W' diag(a) W, added up over systems; a is what a system makes of its target.
     """
-    size = solvers[0][2].shape[1]
+    size = systems[0][2].shape[1]
     i, j = np.triu_indices(size)
-    if size <= PAIRED:  # of every pair of components what the system makes of it, so that a target is one product
-        through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in solvers]
+    # Of every pair of components what the system makes of it, so that a target is one product.
+    paired = systems if size <= PAIRED else []
+    through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in paired]
 
-        def matrices(order: np.ndarray) -> np.ndarray:
-            flat = sum(one[1].numpy()[order] @ part for one, part in zip(solvers, through, strict=True))
+    def matrices(order: np.ndarray) -> Any:
+        if paired:
             found = np.empty((len(order), size, size))
+            flat = sum(y.numpy()[order] @ part for (_, y, _), part in zip(paired, through, strict=True))
             found[:, i, j] = found[:, j, i] = flat
             return found
-
-        return matrices
-
-    def operators(order: np.ndarray) -> list[Any]:
-        cells = [(torch.cholesky_solve(y[order].T, factor).numpy().T, w.numpy()) for factor, y, w in solvers]
+        cells = [(torch.cholesky_solve(y[order].T, factor).numpy().T, w.numpy()) for factor, y, w in systems]
+        each = [[(a[row], w) for a, w in cells] for row in range(len(order))]
         if size <= DENSE:
-            return np.stack([sum(w.T @ (a[b][:, None] * w) for a, w in cells) for b in range(len(order))])
-        return [
-            LinearOperator(
-                (size, size), lambda v, b=b: sum(w.T @ (a[b] * (w @ v.ravel())) for a, w in cells), dtype=float
-            )
-            for b in range(len(order))
-        ]
+            return np.stack([sum(w.T @ (a[:, None] * w) for a, w in one) for one in each])
 
-    return operators
+        def times(v: np.ndarray, one: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+            return sum(w.T @ (a * (w @ v.ravel())) for a, w in one)
 
+        return [LinearOperator((size, size), partial(times, one=one), dtype=float) for one in each]
 
-def _largest(matrices: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the leading eigenvalues (each x comp) and eigenvectors of symmetric matrices, or operators."""
-    if isinstance(matrices, np.ndarray):
-        values, vectors = np.linalg.eigh(matrices)
-    else:
-        start = np.random.default_rng(0).standard_normal(matrices[0].shape[0])
-        values, vectors = map(np.stack, zip(*(eigsh(one, n, v0=start, tol=1e-5) for one in matrices), strict=True))
-    order = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
-    return np.take_along_axis(values, order, 1), np.take_along_axis(vectors, order[:, None], 2)
+    def leading(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = matrices(order)
+        if isinstance(found, np.ndarray):
+            values, vectors = np.linalg.eigh(found)
+        else:
+            start = np.random.default_rng(0).standard_normal(size)
+            values, vectors = map(np.stack, zip(*(eigsh(one, n, v0=start, tol=1e-5) for one in found), strict=True))
+        rank = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
+        return np.take_along_axis(values, rank, 1), np.take_along_axis(vectors, rank[:, None], 2)
+
+    return leading
 
 
 def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
@@ -513,10 +432,9 @@ def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
     codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
     if -1 in codes:
         raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them.")
-    alone = np.flatnonzero(np.bincount(codes) == 1)
-    if len(alone):
+    if alone := np.count_nonzero(np.bincount(codes) == 1):
         raise ValueError(
-            f"strata has {len(alone)} labels with a single cell in {name}, whose target cannot be permuted; merge them "
+            f"strata has {alone} labels with a single cell in {name}, whose target cannot be permuted; merge them "
             f"with others, or drop these cells."
         )
     return codes

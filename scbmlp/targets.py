@@ -45,10 +45,9 @@ def laplacian_frequencies(
 ) -> None:
     """Add the smoothest functions over the cells: eigenvectors of the Laplacian of their neighbour graph.
 
-    Cells are joined to their nearest neighbours on principal components by scanpy :cite:p:`wolf2018scanpy`. With the
-    symmetric weights A and the degrees D, eigenvectors of L = D - A are the frequencies of graph signal processing
-    :cite:p:`shuman2013`: the eigenvalue of a unit vector is how much it differs over edges. The first, constant, is
-    left out. A sparse solver finds them; no cell x cell array is formed.
+    Scanpy joins cells to their nearest neighbours on principal components :cite:p:`wolf2018scanpy`. The eigenvalue of
+    a frequency says how much it differs over edges :cite:p:`shuman2013`. The first frequency, constant, is left out.
+    Frequencies are in standard deviations over the cells of the graph; their longer tail is positive.
 
     Parameters
     ----------
@@ -57,33 +56,20 @@ def laplacian_frequencies(
     n_frequencies
         Number of frequencies, the lowest first.
     key_added
-        ``obsm[key_added]`` has the frequencies (cell x out), in units of their standard deviation over the cells of
-        the graph, with the longer tail positive; ``uns[key_added]`` the eigenvalues, rising, and the parameters.
+        Key of ``obsm`` for the frequencies (cell x out), and of ``uns`` for their eigenvalues and the parameters.
     cells
-        Positions or mask of the cells that make principal components and graph, for targets that do not know the
-        others; all if None. The others get the Nystrom extension :cite:p:`bengio2004`: the mean of their nearest
-        neighbours among `cells`, scaled as the eigenvalue asks for.
+        Positions or mask of the cells that make the graph; all if None. Others are placed afterwards
+        :cite:p:`bengio2004`, so that the targets of these cells do not know them.
     layer
         Layer to read instead of ``X``.
     neighbors_key
-        Use the graph that ``scanpy.pp.neighbors(adata, key_added=neighbors_key)`` made (``"neighbors"`` is scanpy's
-        own key) and do not make one.
+        Key of ``uns`` of a graph from ``scanpy.pp.neighbors``; none is made then.
     n_neighbors, n_pcs
-        Neighbours of a cell, itself included, and number of principal components, at most what the data have.
+        Neighbours of a cell, itself included, and principal components, at most what the data have.
     normalized
-        Solve L f = eigenvalue D f, so that a cell counts by its degree, as in diffusion maps; else frequencies have
-        mean 0.
+        Whether a cell counts by its degree, as in diffusion maps; else frequencies have mean 0.
     random_state
         Seed of principal components and neighbours.
-
-    Raises
-    ------
-    KeyError
-        There is no graph under `neighbors_key`.
-    ValueError
-        The graph has isolated cells or falls apart, it has no `n_frequencies` besides the constant one, `cells` is
-        given with `neighbors_key` or is neither mask nor positions, `key_added` has a slash, or expression is not
-        finite and non-negative.
 
     Examples
     --------
@@ -95,15 +81,14 @@ def laplacian_frequencies(
     """
     check_key(key_added)
     chosen = positions(cells, adata)
-    if not (isinstance(n_frequencies, int | np.integer) and 1 <= n_frequencies <= len(chosen) - 2):
-        raise ValueError(
-            f"n_frequencies={n_frequencies!r} were asked for; a graph of {len(chosen)} cells has 1 to "
-            f"{len(chosen) - 2} besides the constant one that a sparse solver can find."
-        )
+    most = len(chosen) - 2  # that a sparse solver can find besides the constant one
+    if not (isinstance(n_frequencies, int | np.integer) and 1 <= n_frequencies <= most):
+        raise ValueError(f"n_frequencies={n_frequencies!r} were asked for; {len(chosen)} cells have 1 to {most}.")
     graph_cells = None
     if neighbors_key is None:
-        x = _log_normalised(adata, layer)
-        graph_cells = _with_neighbors(x[chosen], adata.var, n_neighbors, n_pcs, random_state)
+        x, where = expression(adata, layer)
+        check_log_normalised(x, where, adata)
+        graph_cells = _with_neighbors(x[chosen], _highly_variable(adata.var), n_neighbors, n_pcs, random_state)
         weights = graph_cells.obsp["connectivities"]
     elif neighbors_key not in adata.uns:
         raise KeyError(f"neighbors_key={neighbors_key!r} is not in adata.uns; call scanpy.pp.neighbors(adata) first.")
@@ -131,20 +116,8 @@ def laplacian_frequencies(
         nearest = KNeighborsRegressor(min(n_neighbors, len(chosen))).fit(known, frequencies)
         result[others] = nearest.predict(new) * degree / (degree - values)
     adata.obsm[key_added] = result
-    adata.uns[key_added] = {
-        "eigenvalues": values,
-        "n_neighbors": n_neighbors,
-        "n_pcs": n_pcs,
-        "normalized": normalized,
-        "n_cells": len(chosen),
-    }
-
-
-def _log_normalised(adata: AnnData, layer: str | None) -> sparse.csr_matrix | np.ndarray:
-    """Return expression that is not scaled, and warn if it looks like counts."""
-    x, where = expression(adata, layer)
-    check_log_normalised(x, where, adata)
-    return x
+    options = {"n_neighbors": n_neighbors, "n_pcs": n_pcs, "normalized": normalized, "n_cells": len(chosen)}
+    adata.uns[key_added] = {"eigenvalues": values} | options
 
 
 def _highly_variable(var: pd.DataFrame) -> np.ndarray:
@@ -157,32 +130,29 @@ def _highly_variable(var: pd.DataFrame) -> np.ndarray:
     return used
 
 
-def _with_neighbors(x: Any, var: pd.DataFrame, n_neighbors: int, n_pcs: int, random_state: int) -> AnnData:
+def _with_neighbors(x: Any, used: np.ndarray, n_neighbors: int, n_pcs: int, random_state: int) -> AnnData:
     """Return cells with principal components and a neighbour graph, so that the caller's keep their own."""
-    used = _highly_variable(var)
-    result = AnnData(x.copy(), var=pd.DataFrame({"highly_variable": used}, pd.RangeIndex(len(var)).astype(str)))
+    result = AnnData(x.copy(), var=pd.DataFrame({"highly_variable": used}, pd.RangeIndex(len(used)).astype(str)))
     most = min(*x.shape, int(used.sum())) - 1
     sc.pp.pca(result, n_comps=min(n_pcs, most), mask_var="highly_variable", random_state=random_state)
     sc.pp.neighbors(result, n_neighbors=min(n_neighbors, x.shape[0]), random_state=random_state)
     return result
 
 
-def _check_connected(weights: sparse.csr_matrix, names: Any) -> None:
+def _check_connected(weights: sparse.csr_matrix, names: pd.Index) -> None:
+    """Raise an error if cells of a graph are isolated, or if it falls apart."""
     degree = np.asarray(weights.sum(axis=1)).ravel()
     isolated = np.flatnonzero(degree <= 0)
     if len(isolated):
-        raise ValueError(
-            f"{len(isolated)} of {len(names)} cells of the graph have no neighbour ({', '.join(names[isolated[:3]])}); "
-            f"drop them, or raise n_neighbors."
-        )
+        some = f"{len(isolated)} of {len(names)} cells of the graph have no neighbour"
+        raise ValueError(f"{some} ({', '.join(names[isolated[:3]])}); drop them, or raise n_neighbors.")
     n_parts, part = connected_components(weights, directed=False)
     if n_parts > 1:
         sizes = np.bincount(part)
-        small = names[np.flatnonzero(part == sizes.argmin())[:3]]
+        small = ", ".join(names[np.flatnonzero(part == sizes.argmin())[:3]])
         raise ValueError(
-            f"the graph falls into {n_parts} parts of {', '.join(map(str, np.sort(sizes)[::-1]))} cells, so that its "
-            f"lowest frequencies only tell the parts apart; raise n_neighbors, or take each part on its own (the "
-            f"smallest has {', '.join(small)})."
+            f"the graph falls into {n_parts} parts of {', '.join(map(str, np.sort(sizes)[::-1]))} cells; raise "
+            f"n_neighbors, or take each part on its own (the smallest has {small})."
         )
 
 
@@ -217,26 +187,22 @@ def perturbation_response(
 ) -> None:
     """Add an embedding of what each cell's perturbation did: its difference to vehicle, on components of responses.
 
-    The perturbation signature of a cell is its expression less that of vehicle cells of its stratum, by pertpy
-    :cite:p:`heumos2024pertpy` (installed with the ``book`` extra) and with its sign turned, so that what a perturbation
-    raises is positive. Components are the leading singular vectors of the mean signatures of every perturbation in
-    every stratum, each weighted by the root of its cells: means show what rare perturbations do, where components of
-    single cells show what cells differ in anyway. Vehicle is the origin.
+    A cell's signature is its expression less that of vehicle cells of its stratum, by pertpy
+    :cite:p:`heumos2024pertpy` (``book`` extra). Components are singular vectors of the mean signatures of every
+    perturbation and stratum, weighted by the root of the cells: means show what rare perturbations do. Vehicle is the
+    origin. Loadings are positive for genes that rise along a component, whose longer tail is positive. The nearest
+    vehicle cells take out what varies anyway, such as the cell cycle, even where the perturbation changes it.
 
     Parameters
     ----------
     adata
-        Cells with log-normalised expression in ``X``; it is changed. Only genes marked ``highly_variable`` count, if
-        ``var`` has that column; memory holds the dense array of the largest stratum.
+        Cells with log-normalised ``X``; it is changed. Genes not marked ``highly_variable`` are left out.
     perturbation_key, control
-        Column of ``obs`` with the perturbation of every cell, and its label for vehicle, as text or of the column's
-        own type.
+        Column of ``obs`` with the perturbation of every cell, and its label for vehicle.
     n_components
         Number of components.
     key_added
-        ``obsm[key_added]`` has the embedding (cell x comp), in log-expression, the longer tail of each component
-        positive; ``varm[key_added]`` the loadings (gene x comp); ``uns[key_added]`` the components' shares of the mean
-        signatures' variance, and the parameters.
+        Key of ``obsm`` (cell x comp, log-expression), ``varm`` (gene x comp) and ``uns`` (shares of variance).
     strata
         Columns of ``obs`` within which cells are compared, such as cell line and replicate.
     cells
@@ -244,22 +210,11 @@ def perturbation_response(
     layer
         Layer to read instead of ``X``.
     reference
-        Compare with the mean of the stratum's vehicle cells, or with the 20 vehicle cells nearest to the cell on
-        principal components: this takes out what also varies without a perturbation, such as the cell cycle, even
-        where the perturbation changes it.
+        Vehicle cells to compare with: the mean of the stratum's, or the 20 nearest to the cell.
     min_cells
         Fewest cells of a perturbation, and of vehicle in a stratum.
     random_state
         Seed of what finds the nearest cells.
-
-    Raises
-    ------
-    KeyError
-        A column is not in ``obs``, or `control` is not one of the labels.
-    ValueError
-        A label is missing, a stratum lacks vehicle cells, a perturbation has too few cells, `n_components` is too
-        large, `reference` is unknown, `cells` is neither mask nor positions, `key_added` has a slash, or expression is
-        not finite and non-negative.
 
     Examples
     --------
@@ -267,12 +222,8 @@ def perturbation_response(
     ...     screen, "perturbation", "control", 2, strata="cell_line"
     ... )
     >>> response = pd.DataFrame(screen.obsm["X_pert"], screen.obs["perturbation"])
-    >>> response.groupby(level=0, observed=True).mean().round(1).drop("control")
-                        0    1
-    perturbation
-    AR-42             4.4  3.9
-    Hesperadin        7.7 -4.1
-    AR-42+Hesperadin  9.6  1.5
+    >>> response.loc["AR-42"].mean().round(1).tolist()
+    [4.4, 3.9]
     """
     check_key(key_added)
     if reference not in ("mean", "nearest"):
@@ -295,7 +246,9 @@ def perturbation_response(
     if not (isinstance(n_components, int | np.integer) and 1 <= n_components <= most):
         raise ValueError(f"n_components={n_components!r} were asked for; the conditions and genes have 1 to {most}.")
     # Twice over the strata, for means and for projections: the signatures of all cells are never in memory at once.
-    x = _log_normalised(adata, layer)[:, used]
+    x, where = expression(adata, layer)
+    check_log_normalised(x, where, adata)
+    x = x[:, used]
     signatures = partial(_signatures, x, labels, control, stratum, reference, random_state)
     means = []
     for rows, signature in signatures():
@@ -311,13 +264,9 @@ def perturbation_response(
     adata.obsm[key_added] = embedding * sign
     adata.varm[key_added] = np.zeros((adata.n_vars, n_components))
     adata.varm[key_added][used] = components * sign
-    adata.uns[key_added] = {
-        "variance_ratio": strength[:n_components] ** 2 / (strength**2).sum(),
-        "perturbation_key": perturbation_key,
-        "control": control,
-        "strata": names,
-        "reference": reference,
-    }
+    options = {"perturbation_key": perturbation_key, "control": control, "strata": names, "reference": reference}
+    ratio = strength[:n_components] ** 2 / (strength**2).sum()
+    adata.uns[key_added] = {"variance_ratio": ratio} | options
 
 
 def _signatures(
@@ -344,9 +293,7 @@ def _signatures(
         Mixscape().perturbation_signature(block, "perturbation", control, **options)
         # Vehicle minus cell, so vehicle is this plus the cell, and no expression is negative.
         if (block.layers["X_pert"] + x).min() < -1e-3:
-            raise RuntimeError(
-                "pertpy has changed the sign of its signature; this version of scbmlp is too old for it."
-            )
+            raise RuntimeError("pertpy has changed the sign of its signature; this scbmlp is too old for it.")
         yield rows, -block.layers["X_pert"]
 
 
@@ -355,8 +302,7 @@ def dose_coordinates(
 ) -> None:
     """Add what each cell was given: its dose on a log scale, in the column of its compound.
 
-    Unlike :func:`perturbation_response` it is not made of expression, so that learning it is not circular; it says
-    nothing about what compounds have in common, and calls a compound without an effect by its dose all the same.
+    It is not made of expression, so that learning it is not circular. A compound without an effect has doses too.
 
     Parameters
     ----------
@@ -367,27 +313,14 @@ def dose_coordinates(
     dose_key
         Column of ``obs`` with the dose; that of vehicle is taken as 0.
     key_added
-        ``obsm[key_added]``, a DataFrame, has log(1 + dose) over that of the highest dose (cell x compound), 0 to 1.
-
-    Raises
-    ------
-    KeyError
-        A column is not in ``obs``, or `control` is not one of the labels.
-    ValueError
-        A label is missing, a dose is not a number of at least 0, all are 0, or `key_added` has a slash.
+        Key of ``obsm`` for a DataFrame: log(1 + dose) over that of the highest dose (cell x compound), 0 to 1.
 
     Examples
     --------
     >>> targets.dose_coordinates(screen, "perturbation", "dose_value", "control")
-    >>> dose = screen.obsm["X_dose"]["AR-42"]
-    >>> dose.groupby(screen.obs["dose_value"]).max().round(2)
-    dose_value
-    0.0        0.00
-    10.0       0.26
-    100.0      0.50
-    1000.0     0.75
-    10000.0    1.00
-    Name: AR-42, dtype: float32
+    >>> dose = screen.obsm["X_dose"]["AR-42"].astype(float)
+    >>> dose.groupby(screen.obs["dose_value"]).max().round(2).tolist()
+    [0.0, 0.26, 0.5, 0.75, 1.0]
     """
     check_key(key_added)
     labels, control = control_labels(adata, perturbation_key, control)
@@ -395,9 +328,9 @@ def dose_coordinates(
     numbers = as_numbers(doses).mask(labels == control, 0.0)
     wrong = ~(numbers >= 0) | np.isinf(numbers)
     if wrong.any():
+        some = f"{', '.join(map(repr, doses[wrong].unique().tolist()[:5]))} in {wrong.sum()} treated cells"
         raise ValueError(
-            f"obs[{dose_key!r}] has {', '.join(map(repr, doses[wrong].unique().tolist()[:5]))} in {wrong.sum()} "
-            f"treated cells; numbers of at least 0 are needed: convert them, or drop those cells."
+            f"obs[{dose_key!r}] has {some}; numbers of at least 0 are needed: convert them, or drop those cells."
         )
     if numbers.max() == 0:
         raise ValueError(f"obs[{dose_key!r}] is 0 in every treated cell; name the column that has the doses.")
@@ -408,18 +341,13 @@ def dose_coordinates(
 
 
 def noise_ceiling(
-    adata: AnnData,
-    compute: Callable[[AnnData], np.ndarray],
-    *,
-    layer: str | None = None,
-    random_state: int = 0,
+    adata: AnnData, compute: Callable[[AnnData], np.ndarray], *, layer: str | None = None, random_state: int = 0
 ) -> pd.DataFrame:
     """Say how much of a target is there in the molecules, and not a matter of which of them were caught.
 
-    Every molecule goes to one of two halves by the toss of a coin, and the target is computed on each half. What the
-    halves agree on, r, is stepped up to all molecules by 2r / (1 + r) :cite:p:`spearman1910,brown1910`: a predictor
-    that knows the noiseless target and nothing of the noise has that R2. A model that reads expression of the same
-    molecules can come above it, and what is above is noise that both share.
+    Molecules are split into random halves. The correlation r of the halves' targets gives the ceiling 2r / (1 + r)
+    :cite:p:`spearman1910,brown1910`: the R2 of a predictor that knows the noiseless target. A model that reads the
+    same molecules can come above it; that part is noise which both share.
 
     Parameters
     ----------
@@ -430,20 +358,12 @@ def noise_ceiling(
     layer
         Layer of `adata` with the counts; ``X`` if None.
     random_state
-        Seed of the coins.
+        Seed of the split.
 
     Returns
     -------
-    A row an output of `compute` on all molecules: ``r``, the correlation of the two halves' targets, and ``ceiling``, 0
-    where r is not positive. Before, the outputs of each half, in units of their standard deviation, are rotated onto
-    those of all molecules, since eigenvectors and components swap order and sign, and turn among each other.
-
-    Raises
-    ------
-    ValueError
-        Values are no counts, or `compute` does not return one row a cell.
-    KeyError
-        There is no such layer.
+    A row an output, with ``r`` and ``ceiling``, 0 where r is not positive. The halves' outputs are first rotated onto
+    those of all molecules, since components swap order and sign.
 
     Examples
     --------
@@ -456,11 +376,8 @@ def noise_ceiling(
     """
     x, where = expression(adata, layer)
     x = sparse.csr_matrix(x)
-    if len(x.data) and ((x.data < 0) | (x.data != np.round(x.data))).any():
-        raise ValueError(
-            f"{where} has values that are no counts, such as {x.data[x.data != np.round(x.data)][:1]}; halves are of "
-            f"molecules: pass layer= with the counts."
-        )
+    if len(some := x.data[(x.data < 0) | (x.data != np.round(x.data))][:1]):
+        raise ValueError(f"{where} has values that are no counts, such as {some}: pass layer= with the counts.")
     rng = np.random.default_rng(random_state)
     taken = rng.binomial(x.data.astype(np.int64), 0.5)
     targets = []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,48 +16,37 @@ import numpy as np
 import torch
 from scdataset import BlockShuffling, Streaming, scDataset
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
 from scbmlp.checks import nearest
 from scbmlp.datasets import ExpressionDataset, dense_tensor
 
-# Stored cells are read as runs of so many, in random order, and as many runs as hold so many cells, or bytes, are mixed
-# before batches are dealt out of them.
+# Stored cells are read in runs of so many, in random order. As many runs as hold so many cells, or bytes, are mixed.
 RUN, MIXED_CELLS, MIXED_BYTES = 64, 16384, 2**27
 
 
 class Training(lightning.LightningModule):
-    """Steps of a fit. Apart from the model, so that a fitted model holds on to neither trainer nor data.
-
-    Parameters
-    ----------
-    model
-        What is fitted.
-    units
-        Mean and standard deviation of the targets (each out), in whose units the model learns; None for classes.
-    start
-        Validation loss and weights that any epoch has to beat, None to keep the last epoch.
-    order
-        Generator of the order of the cells, whose state a checkpoint keeps.
-    """
+    """Steps of a fit. Apart from the model, so that a fitted model holds on to neither trainer nor data."""
 
     def __init__(
         self,
         model: Any,
-        units: tuple[np.ndarray, np.ndarray] | None = None,
-        start: tuple[float, dict[str, Tensor]] | None = None,
-        order: torch.Generator | None = None,
+        units: tuple[np.ndarray, np.ndarray] | None,  # mean and sd of targets, in which the model learns
+        start: tuple[float, dict[str, Tensor]] | None,  # validation loss and weights that an epoch has to beat
+        order: torch.Generator,  # of the order of the cells; a checkpoint keeps its state
     ) -> None:
         super().__init__()
-        self.model, self.order = model, order or torch.Generator()
+        self.model, self.order = model, order
         self.drawn: list[dict[str, Tensor]] = []
         self.seen: dict[str, list[tuple[Tensor, ...]]] = {"train": [], "val": []}
         self.row: dict[str, float] = {}
-        self.interrupted = False
         self.best = start and {"loss": start[0], "epoch": 0, "weights": start[1]}
         for name, values in zip(("mean", "scale"), units or (None, None), strict=True):
             values = None if values is None else torch.as_tensor(values, dtype=torch.float32)
             self.register_buffer(name, values, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x).float()  # losses are of full precision, whatever the products are
 
     def configure_optimizers(self) -> dict[str, Any]:
         cfg, groups = self.model.cfg, {}
@@ -67,16 +55,15 @@ class Training(lightning.LightningModule):
             groups.setdefault(decay, []).append(weight)
         groups = [{"params": weights, "weight_decay": decay} for decay, weights in groups.items()]
         optimizer = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.n_epochs),
-        }
+        cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.n_epochs)
+        return {"optimizer": optimizer, "lr_scheduler": cosine}
 
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        """Return the loss of a batch, and keep what the row of the epoch is made of."""
         x, y = batch
         if self.scale is not None:
             y = (y - self.mean) / self.scale
-        outputs = self.model(x).float()  # losses are of full precision, whatever the products are
+        outputs = self(x)
         # A process may have no cell of the last batch, and still has to take part in the step.
         loss = self.model.loss(outputs, y) if len(y) else outputs.sum()
         self.seen[stage].append((loss.detach(), outputs.detach(), y))
@@ -119,10 +106,6 @@ class Training(lightning.LightningModule):
 
     def on_validation_start(self) -> None:
         self.seen["val"].clear()  # what is left of Lightning's sanity check
-
-    def on_train_batch_end(self, *args: Any) -> None:
-        if self.interrupted:
-            raise Interrupted
 
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking or not self.seen["val"]:
@@ -184,31 +167,17 @@ def _of_all(own: Any) -> list[Any]:
     return found
 
 
-class Interrupted(Exception):
-    """A fit was asked to end, by Ctrl-C: Lightning would end the whole program, and be deaf to the next one."""
-
-
 @contextmanager
-def interruptible(training: Training) -> Iterator[None]:
-    """Let Ctrl-C end a fit after the step it is in, and be the KeyboardInterrupt that Python users expect."""
-    inside_main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGINT) if inside_main else None
-
-    def note(*_: Any) -> None:
-        if training.interrupted:  # asked twice: a step hangs
-            raise KeyboardInterrupt
-        training.interrupted = True
-
-    if before is not None:
-        signal.signal(signal.SIGINT, note)
+def interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt: Lightning would end the whole program, and be deaf to the next Ctrl-C."""
+    handler = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except Interrupted:
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
-    except SystemExit as error:  # what Lightning makes of an interrupt that comes from elsewhere
-        if isinstance(error.__context__, KeyboardInterrupt):
-            raise KeyboardInterrupt from None
-        raise
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -216,16 +185,10 @@ def interruptible(training: Training) -> Iterator[None]:
             f"a process that reads cells ahead has died ({error}); it may have run out of memory: cut the data sets "
             f"with fewer of them, or with num_workers=0."
         ) from error
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGINT, before)
 
 
 class Stored(IterableDataset):
-    """Batches of cells on disk, by scDataset: in the order of the file, or shuffled anew by every `seed`.
-
-    Of several processes each reads runs of its own, and all have as many batches.
-    """
+    """Batches of cells on disk, in the order of the file or shuffled by `seed`; each process reads runs of its own."""
 
     def __init__(self, cells: ExpressionDataset, batch_size: int, shuffled: bool) -> None:
         self.cells, self.batch_size, self.shuffled, self.seed = cells, batch_size, shuffled, 0
@@ -272,10 +235,7 @@ class Stored(IterableDataset):
 
 
 class _StoredLoader(DataLoader):
-    """Draws the seed of every epoch from the generator whose state a checkpoint keeps: workers cannot.
-
-    Cells come from workers as sparse as they are, and are made tensors here: they are a tenth as large on the way.
-    """
+    """Draws the seed of every epoch from the generator whose state a checkpoint keeps: workers cannot."""
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         stored, left = self.dataset, len(self.dataset)
@@ -283,23 +243,17 @@ class _StoredLoader(DataLoader):
             stored.seed = int(torch.empty((), dtype=torch.int64).random_(generator=self.generator))
         for x, y in islice(super().__iter__(), left):
             left -= 1
-            yield dense_tensor(x), y
+            yield dense_tensor(x), y  # sparse on the way from a worker, a tenth as large
         for _ in range(left):  # others have a batch more to wait for
             yield stored.cells[[]]
 
 
-class _Share(Sampler):
+class _Share(BatchSampler):
     """The cells of every batch that fall to this process; all of them where it is alone."""
-
-    def __init__(self, batches: BatchSampler) -> None:
-        self.batches = batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
         rank, processes = rank_of()
-        for batch in self.batches:
+        for batch in super().__iter__():
             yield batch[rank::processes]
 
 
@@ -310,10 +264,7 @@ def rank_of() -> tuple[int, int]:
 
 
 def loader(cells: ExpressionDataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
-    """Return a loader that cuts whole batches out of the matrix, or reads them; shuffled if it has a generator.
-
-    Several processes draw the same order, and each takes its share of every batch.
-    """
+    """Return a loader of whole batches, shuffled if it has a generator; each process takes its share of every batch."""
     if cells.stored:
         stored = Stored(cells, batch_size, generator is not None)
         # A worker that had to wait until most of what it has read is used could not read on meanwhile.
@@ -321,7 +272,7 @@ def loader(cells: ExpressionDataset, batch_size: int, generator: torch.Generator
         workers = {"num_workers": cells.num_workers, "prefetch_factor": ahead}
         return _StoredLoader(stored, batch_size=None, generator=generator, **workers)
     order = SequentialSampler(cells) if generator is None else RandomSampler(cells, generator=generator)
-    share = _Share(BatchSampler(order, batch_size, drop_last=False))
+    share = _Share(order, batch_size, drop_last=False)
     return DataLoader(cells, sampler=share, batch_size=None, generator=generator)
 
 

@@ -5,16 +5,18 @@ import pandas as pd
 import pytest
 from anndata import AnnData
 from scipy import sparse
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, r2_score
 from sklearn.utils.class_weight import compute_class_weight
 
 from scbmlp import baselines
-from scbmlp.baselines import Axes, additive_features, class_counts, linear_baseline, logistic, ridge
+from scbmlp.baselines import Axes, additive_features, class_counts, linear_baseline, ridge
 from scbmlp.datasets import ExpressionDataset
 
 SHAPES = {"more cells": (120, 15), "more genes": (60, 90)}
+each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+either_way = pytest.mark.parametrize("exact", [True, False])
 
 
 def cells(n_cells, n_genes, *, classes=0, seed=0, noise=0.5):
@@ -32,82 +34,82 @@ def cells(n_cells, n_genes, *, classes=0, seed=0, noise=0.5):
     return draw(n_cells), draw(40)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def labelled(part, y):
+    """The same cells with other targets."""
+    return ExpressionDataset(part.x, y, part.gene_names, part.output_names)
+
+
+def rare(part, n):
+    """All cells of the last class but a few become cells of the first."""
+    y = part.y.numpy().copy()
+    y[np.flatnonzero(y == y.max())[n:]] = 0
+    return labelled(part, y)
+
+
+def unit_of(x):
+    return np.square(x - x.mean(axis=0)).sum() / min(x.shape)
+
+
+@either_way
+@each_shape
 def test_ridge_is_sklearns_with_the_penalty_that_validation_cells_choose(shape, exact):
     train, val = cells(*shape)
     model = linear_baseline(train, val, exact=exact)
-    x, y, y_val = train.x.toarray().astype(np.float64), train.y.numpy(), val.y.numpy()
-    d = x - x.mean(axis=0)
+    x, x_val = (part.x.toarray().astype(np.float64) for part in (train, val))
+    y, y_val = train.y.numpy(), val.y.numpy()
     grid = baselines.RIDGE if exact else baselines.QUICK_RIDGE
     steps = np.arange(-8, len(grid) + 8)  # it grows while the best is an end
-    grid = grid[0] * (grid[1] / grid[0]) ** steps * np.square(d).sum() / min(shape)
+    grid = grid[0] * (grid[1] / grid[0]) ** steps * unit_of(x)
     for i in range(2):
         fits = [Ridge(penalty, solver="svd").fit(x, y[:, i]) for penalty in grid]
-        errors = [np.square(fit.predict(val.x.toarray()) - y_val[:, i]).mean() for fit in fits]
+        errors = [np.square(fit.predict(x_val) - y_val[:, i]).mean() for fit in fits]
         at = np.abs(np.log(grid / model.penalty[i])).argmin()
         assert model.penalty[i] == pytest.approx(grid[at]) and errors[at] < 1.002 * min(errors)
         np.testing.assert_allclose(model.weight[i], fits[at].coef_, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(model.outputs(val)[:, i], fits[at].predict(val.x.toarray()), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(model.outputs(val)[:, i], fits[at].predict(x_val), rtol=1e-4, atol=1e-4)
     assert model.score(val) == pytest.approx(r2_score(y_val, model.outputs(val)))
 
 
-@pytest.mark.parametrize("class_weight", [None, "balanced"])
-@pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("n_classes", [2, 3])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_logistic_regression_is_sklearns_on_the_genes_themselves(shape, n_classes, exact, class_weight):
+@pytest.mark.parametrize(("class_weight", "n_classes"), [(None, 2), (None, 3), ("balanced", 2), ("balanced", 3)])
+@either_way
+@each_shape
+def test_logistic_regression_is_sklearns_on_the_genes_themselves(shape, exact, class_weight, n_classes):
     train, val = cells(*shape, classes=n_classes)
-    if class_weight:  # all cells of the last class but five become cells of the first
-        y = train.y.numpy().copy()
-        y[np.flatnonzero(y == n_classes - 1)[5:]] = 0
-        train = ExpressionDataset(train.x, y, train.gene_names, train.output_names)
+    train = rare(train, 5) if class_weight else train
     model = linear_baseline(train, val, exact=exact, class_weight=class_weight)
-    x, y = train.x.toarray().astype(np.float64), train.y.numpy()
-    options = {"max_iter": 10_000, "class_weight": class_weight}
+    x, x_val = (part.x.toarray().astype(np.float64) for part in (train, val))
+    y, options = train.y.numpy(), {"max_iter": 10_000, "class_weight": class_weight}
     fit = LogisticRegression(C=1 / model.penalty, tol=1e-8, **options).fit(x, y)
-    shares = np.exp(log_softmax(model.outputs(val), axis=1))
-    np.testing.assert_allclose(shares, fit.predict_proba(val.x.toarray()), atol=0.03 if exact else 0.2)
+    shares = softmax(model.outputs(val), axis=1)
+    np.testing.assert_allclose(shares, fit.predict_proba(x_val), atol=0.03 if exact else 0.2)
     score = balanced_accuracy_score if class_weight else accuracy_score
     assert model.score(val) == pytest.approx(score(val.y.numpy(), model.outputs(val).argmax(axis=1)))
     # No penalty of the grid has a smaller log-loss on the validation cells, weighted as the training cells are.
     weight = compute_class_weight(class_weight, classes=np.arange(n_classes), y=y)[val.y]
-    unit = np.square(x - x.mean(axis=0)).sum() / min(shape)
-    others = [
-        LogisticRegression(C=1 / (unit * penalty), **options).fit(x, y).predict_proba(val.x.toarray())
-        for penalty in (baselines.LOGISTIC if exact else baselines.QUICK_LOGISTIC)
-    ]
+    grid = unit_of(x) * (baselines.LOGISTIC if exact else baselines.QUICK_LOGISTIC)
+    others = [LogisticRegression(C=1 / penalty, **options).fit(x, y).predict_proba(x_val) for penalty in grid]
     least = min(log_loss(val.y, other, sample_weight=weight) for other in others)
     assert log_loss(val.y, shares, sample_weight=weight) <= least + (3e-3 if exact else 1e-2)
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@either_way
 def test_classes_of_one_size_are_fitted_to_the_bit_as_without_balance(exact):
     train, val = cells(300, 10, classes=3)
-    even = np.concatenate([np.flatnonzero(train.y == i)[:50] for i in range(3)])
-    train = ExpressionDataset(train.x[even], train.y[even], train.gene_names, train.output_names)
+    train = train.load(np.concatenate([np.flatnonzero(train.y == i)[:50] for i in range(3)]))
     plain, balanced = (linear_baseline(train, val, exact=exact, class_weight=kind) for kind in (None, "balanced"))
-    assert plain.penalty == balanced.penalty
-    np.testing.assert_array_equal(plain.weight, balanced.weight)
-    np.testing.assert_array_equal(plain.constant, balanced.constant)
+    for name in ("penalty", "weight", "constant"):
+        np.testing.assert_array_equal(getattr(plain, name), getattr(balanced, name))
 
 
 def test_weighted_validation_cells_choose_the_penalty():
-    sets = []
-    for part, n_rare in zip(cells(120, 40, classes=3, seed=1, noise=3), (8, 4), strict=True):
-        y = part.y.numpy().copy()
-        y[np.flatnonzero(y == 2)[n_rare:]] = 0
-        sets.append(ExpressionDataset(part.x, y, part.gene_names, part.output_names))
-    x, x_val = (part.x.toarray().astype(np.float64) for part in sets)
-    y, y_val = (part.y.numpy() for part in sets)
-    grid = baselines.LOGISTIC * np.square(x - x.mean(axis=0)).sum() / 40
-    fits = [LogisticRegression(C=1 / one, max_iter=10_000, class_weight="balanced").fit(x, y) for one in grid]
-    weight = compute_class_weight("balanced", classes=np.arange(3), y=y)[y_val]
-    weighted, plain = (
-        np.argmin([log_loss(y_val, fit.predict_proba(x_val), sample_weight=own) for fit in fits])
-        for own in (weight, None)
-    )
-    assert linear_baseline(*sets, class_weight="balanced").penalty == pytest.approx(grid[weighted])
+    train, val = (rare(part, n) for part, n in zip(cells(120, 40, classes=3, seed=1, noise=3), (8, 4), strict=True))
+    x, x_val = (part.x.toarray().astype(np.float64) for part in (train, val))
+    grid = baselines.LOGISTIC * unit_of(x)
+    fits = [LogisticRegression(C=1 / one, max_iter=10_000, class_weight="balanced").fit(x, train.y) for one in grid]
+    own = compute_class_weight("balanced", classes=np.arange(3), y=train.y.numpy())[val.y]
+    losses = [[log_loss(val.y, fit.predict_proba(x_val), sample_weight=one) for fit in fits] for one in (own, None)]
+    weighted, plain = np.argmin(losses, axis=1)
+    assert linear_baseline(train, val, class_weight="balanced").penalty == pytest.approx(grid[weighted])
     assert weighted != plain
 
 
@@ -118,26 +120,26 @@ def test_classes_count_by_the_cells_that_are_drawn():
     assert class_counts(None, y, 4) is None
 
 
-def test_a_class_without_a_training_cell_is_never_predicted():
-    train, val = cells(80, 10, classes=2)
+@either_way
+def test_a_class_without_a_training_cell_is_never_predicted(exact):
     names = pd.Index(["out 0", "absent", "out 1"])
-    train, val = (ExpressionDataset(part.x, 2 * part.y.numpy(), part.gene_names, names) for part in (train, val))
-    for exact in (True, False):
-        model = linear_baseline(train, val, exact=exact)
-        assert set(model.outputs(val).argmax(axis=1)) == {0, 2} and model.score(val) > 0.8
+    train, val = (
+        ExpressionDataset(one.x, 2 * one.y.numpy(), one.gene_names, names) for one in cells(80, 10, classes=2)
+    )
+    model = linear_baseline(train, val, exact=exact)
+    assert set(model.outputs(val).argmax(axis=1)) == {0, 2} and model.score(val) > 0.8
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@each_shape
 def test_axes_are_the_singular_vectors_of_the_centred_cells(shape):
     x = cells(*shape)[0].x
     axes = Axes(x)
     d = x.toarray().astype(np.float64) - x.toarray().mean(axis=0)
     values = np.linalg.svd(d, compute_uv=False) ** 2
-    values = values[values > 1e-9]
-    np.testing.assert_allclose(axes.strength[::-1], values, rtol=1e-5)
-    np.testing.assert_allclose(axes.scores.T @ axes.scores, np.diag(axes.strength), atol=1e-4)
-    np.testing.assert_allclose(axes.project(x), axes.scores, atol=1e-4)
-    np.testing.assert_allclose(axes.scores @ axes.scores.T, d @ d.T, atol=1e-3)
+    scores = axes.scores(x)
+    np.testing.assert_allclose(scores.T @ scores, np.diag(values[values > 1e-9][::-1]), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(axes.scores(x.copy()), scores, atol=1e-4)
+    np.testing.assert_allclose(scores @ scores.T, d @ d.T, atol=1e-3)
 
 
 def test_more_cells_and_genes_than_fit_are_drawn(monkeypatch):
@@ -145,11 +147,9 @@ def test_more_cells_and_genes_than_fit_are_drawn(monkeypatch):
     monkeypatch.setattr(baselines, "MOST", 30)
     axes = Axes(train.x)
     assert len(axes.rows) == 30 and axes.products.shape == (30, 30)
-    model = ridge(axes, train.y.numpy(), val.x, val.y.numpy())
-    alone = Axes(train.x[axes.rows])
-    np.testing.assert_allclose(
-        model.weight, ridge(alone, train.y.numpy()[axes.rows], val.x, val.y.numpy()).weight, rtol=1e-6
-    )
+    y = train.y.numpy()
+    drawn, alone = ridge(axes, y, val.x, val.y.numpy()), Axes(train.x[axes.rows])
+    np.testing.assert_allclose(drawn.weight, ridge(alone, y[axes.rows], val.x, val.y.numpy()).weight, rtol=1e-6)
 
 
 @pytest.mark.parametrize("n_classes", [0, 3])
@@ -165,41 +165,33 @@ def test_additive_features_are_sums_of_functions_of_single_genes(make):
     """eq-additive."""
     x = np.random.default_rng(0).poisson(0.7, (20, 5)).astype(np.float32)
     features = additive_features(make(x))
-    assert sparse.issparse(features) == sparse.issparse(make(x))
+    assert sparse.issparse(features) == sparse.issparse(make(x)) and features.dtype == np.float32
     dense = features.toarray() if sparse.issparse(features) else features
     np.testing.assert_array_equal(dense, np.hstack([x, x**2, x > 0]))
-    assert features.dtype == np.float32
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@either_way
 def test_what_cannot_be_fitted_is_refused(exact):
     train, val = cells(40, 10)
-    y = train.y.numpy().copy()
-    y[:, 1] = 3
+    constant = labelled(train, np.stack([train.y[:, 0], np.full(40, 3.0)], axis=1))
     with pytest.raises(ValueError, match=r"same value in every cell for target 1 .*drop the target.*baseline=False"):
-        linear_baseline(ExpressionDataset(train.x, y, train.gene_names, train.output_names), val, exact=exact)
-    one = ExpressionDataset(train.x, np.zeros(40, np.int64), train.gene_names, train.output_names)
+        linear_baseline(constant, val, exact=exact)
+    one = labelled(train, np.zeros(40, np.int64))
     with pytest.raises(ValueError, match=r"cells of 1 class alone.*add cells of other classes.*baseline=False"):
         linear_baseline(one, one, exact=exact)
 
 
-def test_logistic_regression_on_axes_of_additive_features_sees_curves():
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(400, 4)).astype(np.float32)
-    y = (np.abs(x[:, 0]) > 0.7).astype(np.int64)
-    features = additive_features(x)
-    axes = Axes(features[:300])
-    model = logistic(axes, y[:300], features[300:350], y[300:350], 2)
-    assert accuracy_score(y[350:], model.outputs(features[350:]).argmax(axis=1)) > 0.95
-    linear = linear_baseline(*(ExpressionDataset(x[i], y[i], pd.RangeIndex(4), pd.Index(["a", "b"]))
-                               for i in (slice(300), slice(300, 350))))  # fmt: skip
-    assert accuracy_score(y[350:], linear.outputs(x[350:]).argmax(axis=1)) < 0.75
+@pytest.mark.parametrize("shape", [(80, 10), (30, 40)])
+def test_copies_of_genes_and_targets_without_noise_do_no_harm(shape):
+    """Penalties then go down to where rounding rules."""
+    one = cells(*shape, noise=0)
+    many = [ExpressionDataset(sparse.hstack([d.x] * 3, "csr"), d.y, range(3 * shape[1]), d.output_names) for d in one]
+    np.testing.assert_allclose(*(linear_baseline(*both).score(both[1]) for both in (many, one)), atol=0.02)
 
 
 def test_genes_are_matched_by_name():
-    train, val = cells(60, 20)
     names = pd.Index([f"gene {i}" for i in range(20)])
-    train, val = (ExpressionDataset(part.x, part.y, names, part.output_names) for part in (train, val))
+    train, val = (ExpressionDataset(part.x, part.y, names, part.output_names) for part in cells(60, 20))
     model, order = linear_baseline(train, val), np.random.default_rng(0).permutation(20)
     expected = model.outputs(val.x)
     np.testing.assert_allclose(expected, val.x.toarray() @ model.weight.T + model.constant, rtol=1e-5)
@@ -212,17 +204,16 @@ def test_genes_are_matched_by_name():
         model.outputs(val.x[:, 1:])
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@either_way
 def test_the_grid_grows_where_classes_are_easy(exact):
     """Classes that are far apart want next to no penalty: the best of the grid is its end."""
     rng, y = np.random.default_rng(0), np.arange(200) % 2
     x = np.abs(rng.normal(size=(200, 10))) + 6.0 * y[:, None] * np.eye(10)[0]
     train, val = (ExpressionDataset(x[part], y[part], range(10), "ab") for part in (slice(150), slice(150, None)))
-    model = linear_baseline(train, val, exact=exact)
-    x = train.x.astype(np.float64)
-    unit, grid = np.square(x - x.mean(axis=0)).sum() / 10, baselines.LOGISTIC if exact else baselines.QUICK_LOGISTIC
-    assert model.penalty < 0.99 * unit * grid[0]
-    end = LogisticRegression(C=1 / (unit * grid[0]), max_iter=10_000).fit(x, train.y)
+    model, x = linear_baseline(train, val, exact=exact), train.x.astype(np.float64)
+    least = unit_of(x) * (baselines.LOGISTIC if exact else baselines.QUICK_LOGISTIC)[0]
+    assert model.penalty < 0.99 * least
+    end = LogisticRegression(C=1 / least, max_iter=10_000).fit(x, train.y)
     losses = log_loss(val.y, end.predict_proba(val.x)), log_loss(val.y, softmax(model.outputs(val), axis=1))
     assert losses[1] < losses[0] / 1.5
 

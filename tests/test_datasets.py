@@ -1,4 +1,4 @@
-"""Are the three sets what they claim, do they stay sparse, and is unusable input refused with advice?"""
+"""Are the three sets what they claim, and do they stay sparse? Unusable input is in the table of test_checks."""
 
 import warnings
 
@@ -20,69 +20,54 @@ def dense(x):
 
 @pytest.fixture
 def targets(cells):
-    """The cells with two continuous targets, in a table and in an array."""
+    """The cells with two continuous targets, in a table, in an array, and one of them alone."""
     adata = cells.copy()
     table = pd.DataFrame({"up": np.arange(400.0), "down": -np.arange(400.0)}, index=adata.obs_names)
-    adata.obsm["table"], adata.obsm["array"] = table, table.to_numpy()
-    return adata
-
-
-def changed(cells, where, value):
-    """A copy of the cells with one change."""
-    adata = cells.copy()
-    if where == "X":
-        adata.X.data[0] = value
-    elif where == "var_names":
-        adata.var_names = [value, value, *adata.var_names[2:]]
-    elif where == "label":
-        adata.obs.loc[adata.obs_names[:3], "clusters"] = value
-    elif where == "class size":
-        adata = adata[(adata.obs["clusters"] != value) | (adata.obs["clusters"] == value).cumsum().le(2)].copy()
-    else:
-        adata.obsm[where] = value
+    adata.obsm.update(table=table, array=table.to_numpy())
+    adata.obsm["flat"] = np.arange(400.0)
     return adata
 
 
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_every_cell_is_in_one_of_three_sets_of_70_15_15_percent(targets, kind):
-    sets = (
-        get_classification_datasets(targets, "clusters")
-        if kind == "classification"
-        else get_regression_datasets(targets, "table")
-    )
+    classes = kind == "classification"
+    make, key = (get_classification_datasets, "clusters") if classes else (get_regression_datasets, "table")
+    sets = make(targets, key)
+    expected = np.asarray(targets.obs["clusters"].cat.codes if classes else targets.obsm["array"])
     np.testing.assert_allclose([len(part) for part in sets], [280, 60, 60], atol=1)
     np.testing.assert_array_equal(np.sort(np.concatenate([part.indices for part in sets])), np.arange(400))
     for part in sets:
         np.testing.assert_array_equal(dense(part.x), dense(targets[part.indices].X))
-        expected = targets.obs["clusters"].cat.codes if kind == "classification" else targets.obsm["array"]
-        np.testing.assert_array_equal(part.y, np.asarray(expected)[part.indices])
-        assert (
-            repr(part) == f"ExpressionDataset: {len(part)} cells x 300 genes, {len(part.output_names)} outputs, sparse"
-        )
+        np.testing.assert_array_equal(part.y, expected[part.indices])
+        size = f"{len(part)} cells x 300 genes, {len(part.output_names)} outputs"
+        assert repr(part) == f"ExpressionDataset: {size}, sparse"
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
-    sizes=st.lists(st.integers(7, 60), min_size=2, max_size=12),
-    fractions=st.sampled_from([(0.7, 0.15), (0.7, 0.15), (0.6, 0.2), (0.5, 0.25)]),
+    sizes=st.lists(st.integers(8, 50), min_size=2, max_size=10),
+    fractions=st.tuples(st.floats(0.3, 0.7), st.sampled_from([0.15, 0.2])) | st.just((0.5, 0.25)),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_every_class_is_in_every_set_in_equal_proportion(sizes, fractions, seed):
-    labels = np.repeat([f"class {i}" for i in range(len(sizes))], sizes)
-    obs = pd.DataFrame({"label": labels}, index=[f"cell {i}" for i in range(len(labels))])
-    sets = get_classification_datasets(AnnData(np.zeros((len(labels), 1)), obs=obs), "label", *fractions, seed)
-    for part, fraction in zip(sets, (*fractions, 1 - sum(fractions)), strict=True):
-        counts = pd.Series(part.output_names[part.y]).value_counts().reindex(part.output_names, fill_value=0)
-        assert counts.min() >= 1
-        expected = fraction * pd.Series(labels).value_counts()
-        assert (counts - expected).abs().max() <= 2
+def test_every_split_is_of_all_cells_each_once_with_every_class_in_proportion(sizes, fractions, seed):
+    labels = np.random.default_rng(seed).permutation(np.repeat([f"type {i}" for i in range(len(sizes))], sizes))
+    fractions = (*fractions, 1 - sum(fractions))
+    if min(sizes) < 1 / min(fractions):
+        sizes, labels = [2 * size for size in sizes], np.repeat(labels, 2)
+    adata = AnnData(np.ones((len(labels), 2)) / 2, obs=pd.DataFrame({"type": labels}, map(str, range(len(labels)))))
+    parts, again = (get_classification_datasets(adata, "type", *fractions[:2], seed) for _ in range(2))
+    assert sorted(np.concatenate([part.indices for part in parts])) == list(range(len(labels)))
+    of_class = pd.Series(labels).value_counts()
+    for part, same, share in zip(parts, again, fractions, strict=True):
+        np.testing.assert_array_equal(part.output_names[part.y], labels[part.indices])
+        counts = pd.Series(labels[part.indices]).value_counts().reindex(of_class.index, fill_value=0)
+        assert counts.min() >= 1 and (counts - share * of_class).abs().max() < 3
+        np.testing.assert_array_equal(part.indices, same.indices)
 
 
 def test_the_seed_decides_the_split(cells, sets):
-    again, other = (get_classification_datasets(cells, "clusters", random_state=seed) for seed in (0, 1))
-    for part, same, different in zip(sets, again, other, strict=True):
-        np.testing.assert_array_equal(part.indices, same.indices)
-        assert not np.array_equal(part.indices, different.indices)
+    other = get_classification_datasets(cells, "clusters", random_state=1)
+    assert not any(np.array_equal(part.indices, one.indices) for part, one in zip(sets, other, strict=True))
 
 
 @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array, sparse.csc_matrix, np.array], ids=str)
@@ -121,102 +106,38 @@ def test_iterating_ends_after_the_last_cell(sets):
 
 def test_classes_keep_their_categorical_order_and_unused_ones_are_dropped(cells):
     adata = cells[cells.obs["clusters"] != "Alpha"].copy()
-    adata.obs["clusters"] = pd.Categorical(
-        adata.obs["clusters"], ["Unused", *reversed(cells.obs["clusters"].cat.categories)]
-    )
+    order = list(reversed(cells.obs["clusters"].cat.categories))
+    adata.obs["clusters"] = pd.Categorical(adata.obs["clusters"], ["Unused", *order])
     train, *_ = get_classification_datasets(adata, "clusters")
-    assert list(train.output_names) == [c for c in reversed(cells.obs["clusters"].cat.categories) if c != "Alpha"]
+    assert list(train.output_names) == [name for name in order if name != "Alpha"]
     np.testing.assert_array_equal(train.output_names[train.y], adata.obs["clusters"].iloc[train.indices])
 
 
 @pytest.mark.parametrize(
-    ("change", "arguments", "error", "match"),
-    [
-        (None, {"class_key": "celltype"}, KeyError, "'celltype'.*there are: clusters, clusters_coarse"),
-        (("label", np.nan), {}, ValueError, r"no label for 3 of 400 cells.*\.notna\(\)"),
-        (("class size", "Delta"), {}, ValueError, "class 'Delta' has 2 cells, but 7 are needed"),
-        (None, {"train_split": 0.9, "val_split": 0.1}, ValueError, "train_split=0.9 and val_split=0.1 must"),
-        (None, {"train_split": 0.0}, ValueError, "train_split=0.0 .* must be positive"),
-        (None, {"val_split": -0.1}, ValueError, "val_split=-0.1 must be positive"),
-        (None, {"layer": "spliced"}, KeyError, "layer='spliced'.*there are: none"),
-        (("X", np.nan), {}, ValueError, "adata.X holds NaN or infinite values"),
-        (("X", np.inf), {}, ValueError, "adata.X holds NaN or infinite values"),
-        (("X", -0.5), {}, ValueError, r"negative values \(minimum -0.5\).*log1p"),
-        (("var_names", "Ins1"), {}, ValueError, r"not unique; call adata.var_names_make_unique\(\)"),
-    ],
+    ("make", "key"), [(get_regression_datasets, "array"), (get_classification_datasets, "clusters")]
 )
-def test_unusable_cells_are_refused_with_advice(cells, change, arguments, error, match):
-    adata = changed(cells, *change) if change else cells
-    with pytest.raises(error, match=match):
-        get_classification_datasets(adata, **({"class_key": "clusters"} | arguments))
-
-
-@pytest.mark.parametrize("regression", [False, True])
-def test_split_key_holds_out_the_cells_it_names(cells, targets, regression):
+def test_split_key_holds_out_the_cells_it_names(targets, make, key):
     part = np.take(["train", "val", "test", "none"], np.arange(400) % 7 % 4)
-    adata = targets.copy()
-    adata.obs["part"] = part
-    make = (
-        (lambda **k: get_regression_datasets(adata, "array", **k))
-        if regression
-        else (lambda **k: get_classification_datasets(adata, "clusters", **k))
-    )
-    for name, dataset in zip(("train", "val", "test"), make(split_key="part"), strict=True):
+    targets.obs["part"] = part
+    for name, dataset in zip(("train", "val", "test"), make(targets, key, split_key="part"), strict=True):
         np.testing.assert_array_equal(dataset.indices, np.flatnonzero(part == name))
-    with pytest.raises(KeyError, match="split_key='fold' is not a column"):
-        make(split_key="fold")
-    adata.obs["part"] = np.where(part == "val", "train", part)
+    targets.obs["part"] = np.where(part == "val", "train", part)
     with pytest.raises(ValueError, match="split_key='part' has 229 cells of 'train', 0 of 'val' and 114 of 'test'"):
-        make(split_key="part")
+        make(targets, key, split_key="part")
 
 
-def test_raw_counts_warn_at_the_caller_and_log_normalised_cells_do_not(cells):
-    counts = cells.copy()
-    counts.X = counts.X.ceil()
-    with pytest.warns(UserWarning, match=r"adata\.X holds only whole numbers.*log1p") as record:
-        get_classification_datasets(counts, "clusters")
-    assert [warning.filename for warning in record] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+def test_log_normalised_cells_are_taken_without_a_warning(cells):
+    with warnings.catch_warnings(action="error"):
         get_classification_datasets(cells, "clusters")
 
 
-@pytest.mark.parametrize(("key", "names"), [("table", ["up", "down"]), ("array", ["array_0", "array_1"])])
+@pytest.mark.parametrize(
+    ("key", "names"), [("table", ["up", "down"]), ("array", ["array_0", "array_1"]), ("flat", ["flat_0"])]
+)
 def test_targets_are_named_after_their_columns_or_their_key(targets, key, names):
     for part in get_regression_datasets(targets, key):
         assert list(part.output_names) == names and part.y.dtype == torch.float32
         np.testing.assert_array_equal(part.y[:, 0], part.indices)
-
-
-@pytest.mark.parametrize(
-    ("value", "error", "match"),
-    [
-        (None, KeyError, r"'target' is not in adata\.obsm; there are: none"),
-        (
-            np.r_[[np.nan], np.zeros(399)][:, None],
-            ValueError,
-            r"holds NaN or infinite values in 1 of 400 cells; drop those cells\.",
-        ),
-        (
-            np.r_[[np.inf] * 2, np.zeros(398)][:, None],
-            ValueError,
-            r"infinite values in 2 of 400 cells; drop those cells\.",
-        ),
-        (np.zeros((400, 2, 2)), ValueError, r"has shape \(400, 2, 2\); two axes are needed"),
-        (np.c_[np.arange(400), np.ones(400)], ValueError, "the same in every cell for target_1: .* drop such columns"),
-        (np.zeros((400, 0)), ValueError, "the same in every cell for want of a column"),
-    ],
-)
-def test_unusable_targets_are_refused_with_advice(cells, value, error, match):
-    adata = cells if value is None else changed(cells, "target", value)
-    with pytest.raises(error, match=match):
-        get_regression_datasets(adata, "target")
-
-
-def test_one_dimensional_target_is_one_output(cells):
-    train, *_ = get_regression_datasets(changed(cells, "target", np.arange(400.0)), "target")
-    assert list(train.output_names) == ["target_0"]
-    np.testing.assert_array_equal(train.y, train.indices[:, None])
 
 
 @settings(max_examples=25)
@@ -227,34 +148,6 @@ def test_genes_are_matched_by_name_whatever_their_order(order, n_wanted, named):
     source = AnnData(x, var=pd.DataFrame(index=genes)) if named else ExpressionDataset(x, np.zeros(3), genes, ["out"])
     expected = pd.DataFrame(x, columns=genes)[list(wanted)].to_numpy()
     np.testing.assert_array_equal(match_genes(source, wanted), expected)
-
-
-def test_lacking_genes_are_named_and_a_wrong_number_of_columns_is_refused(cells):
-    wanted = cells.var_names.append(pd.Index(["Absent1", "Absent2"]))
-    with pytest.raises(KeyError, match="lacks 2 of the 302 genes needed, such as Absent1, Absent2"):
-        match_genes(cells, wanted)
-    with pytest.raises(ValueError, match=r"shape \(400, 300\).* with 302 genes"):
-        match_genes(cells.X, wanted)
-    with pytest.raises(ValueError, match=r"shape \(300,\); two axes are needed, cells in rows"):
-        match_genes(np.zeros(300), cells.var_names)
-
-
-@settings(max_examples=40)
-@given(
-    sizes=st.lists(st.integers(8, 40), min_size=2, max_size=5),
-    train_split=st.floats(0.3, 0.7),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_every_split_is_of_all_cells_each_once_with_every_class_in_proportion(sizes, train_split, seed):
-    labels = np.random.default_rng(seed).permutation(np.repeat([f"type {i}" for i in range(len(sizes))], sizes))
-    adata = AnnData(np.ones((len(labels), 2)) / 2, obs=pd.DataFrame({"type": labels}, map(str, range(len(labels)))))
-    parts = get_classification_datasets(adata, "type", train_split, 0.15, seed)
-    assert sorted(np.concatenate([part.indices for part in parts])) == list(range(len(labels)))
-    for part, share in zip(parts, (train_split, 0.15, 0.85 - train_split), strict=True):
-        np.testing.assert_array_equal(part.output_names[part.y], labels[part.indices])
-        assert (np.abs(np.bincount(part.y, minlength=len(sizes)) - share * np.array(sizes)) < 3).all()
-    again = get_classification_datasets(adata, "type", train_split, 0.15, seed)
-    assert all((a.indices == b.indices).all() for a, b in zip(parts, again, strict=True))
 
 
 def test_data_sets_print_themselves_as_a_table():

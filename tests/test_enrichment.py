@@ -1,7 +1,5 @@
 """Are the tests those that were announced, against the right background, and corrected for all of them?"""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -18,12 +16,8 @@ GENES = [f"Gene{i:02d}" for i in range(60)]
 def modules_of(n_modules=2, seed=0, genes=GENES, output="Beta"):
     names = [f"module_{i + 1}" for i in range(n_modules)]
     loadings = np.random.default_rng(seed).normal(size=(len(genes), n_modules))
-    return GeneModules(
-        pd.Series(1.0, names),
-        *2 * [pd.DataFrame(loadings, genes, names)],
-        *2 * [pd.Series(1.0, pd.Index(genes))],
-        output,
-    )
+    weights, ones = pd.DataFrame(loadings, genes, names), pd.Series(1.0, pd.Index(genes))
+    return GeneModules(pd.Series(1.0, names), weights, weights, ones, ones, output)
 
 
 def expected_tests(named, sets, background, n_top):
@@ -44,7 +38,7 @@ def expected_tests(named, sets, background, n_top):
     return table.assign(q=false_discovery_control(table["p"]))
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     members=st.lists(st.sets(st.sampled_from(GENES + ["Other1", "Other2"]), min_size=1), min_size=1, max_size=6),
     background=st.none() | st.sets(st.sampled_from(GENES), min_size=30).map(sorted),
@@ -53,13 +47,14 @@ def expected_tests(named, sets, background, n_top):
 )
 def test_every_test_is_hypergeometric_and_q_is_over_all_of_them(members, background, n_top, seed):
     named = {"Beta": modules_of(2, seed), "Alpha": modules_of(1, seed + 1, output="Alpha")}
-    sets = {f"set {i}": {gene.upper() for gene in genes} | set(GENES[:1]) for i, genes in enumerate(members)}
-    seen = {gene.upper() for gene in background or GENES}
-    sets = {term: genes for term, genes in sets.items() if {gene.upper() for gene in genes} & seen}
+    seen = background or GENES
+    sets = {
+        f"set {i}": genes | set(GENES[:1]) for i, genes in enumerate(members) if (genes | set(GENES[:1])) & set(seen)
+    }
     if not sets:
         return
     table = enrich(named, sets, background, n_top=n_top, min_size=1)
-    expected = expected_tests(named, sets, background or GENES, n_top)
+    expected = expected_tests(named, sets, seen, n_top)
     assert len(table) == 2 * 3 * len(sets) and table["p"].is_monotonic_increasing
     keyed = table.set_index(["output", "module", "pole", "term"]).reindex(expected.index)
     np.testing.assert_array_equal(keyed[["overlap", "size"]], expected[["overlap", "size"]])
@@ -69,8 +64,7 @@ def test_every_test_is_hypergeometric_and_q_is_over_all_of_them(members, backgro
 def test_planted_set_is_found_at_its_pole_by_fishers_test():
     modules = modules_of()
     planted = modules.top_genes("module_2", 8, pole="-").index.str.upper()
-    sets = {"planted": [*planted, *(gene.upper() for gene in modules.top_genes("module_2", 4).index)],
-            "chance": [gene.upper() for gene in GENES[10:25]]}  # fmt: skip
+    sets = {"planted": [*planted, *modules.top_genes("module_2", 4).index], "chance": GENES[10:25]}
     table = enrich(modules, sets, n_top=10)
     best = table.iloc[0]
     assert (best["output"], best["module"], best["pole"], best["term"]) == ("Beta", "module_2", "-", "planted")
@@ -81,12 +75,12 @@ def test_planted_set_is_found_at_its_pole_by_fishers_test():
     assert best["genes"].split(", ") == sorted(modules.top_genes("module_2", 8, pole="-").index)
 
 
-@pytest.mark.parametrize("case", [str.upper, str.lower, str.title], ids=["upper", "lower", "title"])
-def test_symbols_are_matched_whatever_their_case(case):
+def test_symbols_are_matched_whatever_their_case():
     mouse = ["Ins1", "Iapp", "Gcg", "Nkx6-1", "Pdx1", "Mafb", *GENES]
-    table = enrich(modules_of(genes=mouse), {"islet": [case(gene) for gene in mouse[:6]]}, n_top=66)
-    for _, both in table.groupby("module"):  # a gene is in one pole or the other
-        assert both["overlap"].sum() == 6 and sorted(", ".join(both["genes"]).split(", ")) == sorted(mouse[:6])
+    for case in (str.upper, str.lower):
+        table = enrich(modules_of(genes=mouse), {"islet": [case(gene) for gene in mouse[:6]]}, n_top=66)
+        for _, both in table.groupby("module"):  # a gene is in one pole or the other
+            assert both["overlap"].sum() == 6 and sorted(", ".join(both["genes"]).split(", ")) == sorted(mouse[:6])
 
 
 def test_background_decides_what_could_have_been_found():
@@ -120,20 +114,18 @@ def test_a_model_without_products_has_no_modules_to_test():
     table = enrich(modules_of(0), {"five": GENES[:5]})
     assert len(table) == 0 and table.attrs["n_terms"] == 1
     assert list(table.columns) == list(enrich(modules_of(), {"five": GENES[:5]}).columns)
-
-
-def test_no_set_of_the_right_size_is_an_error():
     with pytest.raises(ValueError, match="none of 2 gene sets has 5 to 500 of the 60 background genes; .*min_size=5"):
-        enrich(modules_of(), {"fly": ["vg", "ap", "wg", "en", "hh"], "small": GENES[:4]})
+        enrich(modules_of(0), {"fly": ["vg", "ap", "wg", "en", "hh"], "small": GENES[:4]})
 
 
-@pytest.mark.parametrize("kind", [str, Path])
-def test_gmt_file_is_read(tmp_path, kind):
+def test_gmt_file_is_read_and_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "my sets.gmt"
     rows = {"insulin secretion (GO:0030073)": GENES[:6], "cell cycle": GENES[6:12]}
     path.write_text("".join("\t".join([term, "a note", *genes]) + "\n" for term, genes in rows.items()))
-    assert read_gene_sets(kind(path)) == rows
-    pd.testing.assert_frame_equal(enrich(modules_of(), kind(path)), enrich(modules_of(), rows))
+    assert read_gene_sets(path) == read_gene_sets(str(path)) == rows
+    pd.testing.assert_frame_equal(enrich(modules_of(), str(path)), enrich(modules_of(), rows))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture
@@ -166,16 +158,10 @@ def test_gene_sets_that_cannot_be_had_are_an_error_with_advice(offline, name, ca
         read_gene_sets(name)
 
 
-def test_nothing_is_written(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    enrich(modules_of(), {"set": GENES[:20]})
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_spoiled_gmt_files_are_read_or_refused_in_words(tmp_path):
     path, rng = tmp_path / "sets.gmt", np.random.default_rng(0)
     whole = "".join(f"set {i}\tnote\t" + "\t".join(GENES[i : i + 9]) + "\n" for i in range(20)).encode()
-    for trial in range(300):
+    for trial in range(90):
         spoiled = bytearray(whole)
         if trial % 3 == 0:
             spoiled = spoiled[: rng.integers(len(whole))]

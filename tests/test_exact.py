@@ -23,20 +23,20 @@ def cells(n=60, n_genes=9, n_outputs=2, classes=False, seed=0):
     return ExpressionDataset(x, y, genes, pd.Index([f"out {i}" for i in range(n_outputs)]))
 
 
-def features(x, others, block, counts, space="components"):
+def outputs_of(found, x):
+    d = x.astype(float) - found.mean
+    return found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
+
+
+def features(x, other, block, counts, space="components"):
     """The features of a block, explicitly, centred and scaled as the kernels promise."""
-    share = counts / counts.sum()
-    parts = [np.asarray(part, float) for part in (x, *others)]
-    mean = share @ parts[0]
-    d = [part - mean for part in parts]
+    share, parts = counts / counts.sum(), [np.asarray(part, float) for part in (x, other)]
+    d = [part - share @ parts[0] for part in parts]
     covariance = (d[0] * share[:, None]).T @ d[0]
-    axes = np.linalg.eigh(covariance)[1][:, ::-1][:, :RANK]
-    z = [part @ axes for part in d]
-    sd = np.sqrt(np.diag(covariance))
+    z = [part @ np.linalg.eigh(covariance)[1][:, ::-1][:, :RANK] for part in d]
     if block == "products":
-        base = (
-            z if space == "components" else [part / np.where(sd > 1e-6, sd, 1) if space == "sd" else part for part in d]
-        )
+        sd = np.sqrt(np.diag(covariance))
+        base = {"components": z, "genes": d, "sd": [part / np.where(sd > 1e-6, sd, 1) for part in d]}[space]
         i, j = np.triu_indices(base[0].shape[1])
         found = [part[:, i] * part[:, j] * np.where(i == j, 1, np.sqrt(2)) for part in base]
     elif block == "depth":
@@ -48,15 +48,14 @@ def features(x, others, block, counts, space="components"):
     else:
         found = {"genes": d, "components": z, "presence": [part > 0 for part in parts],
                  "squares": [part**2 for part in parts]}[block]  # fmt: skip
-    center = share @ found[0]
-    found = [part - center for part in found]
+    found = [part - share @ found[0] for part in found]
     return [part / np.sqrt(share @ (found[0] ** 2).sum(axis=1)) for part in found]
 
 
-def together(x, others, mixture, counts):
+def together(x, other, mixture, counts):
     """The features of a mixture, whose products are those of its kernels."""
     parts = [
-        [np.sqrt(weight) * part for part in features(x, others, name, counts, mixture.space)]
+        [np.sqrt(weight) * part for part in features(x, other, name, counts, mixture.space)]
         for name, weight in mixture.weights
     ]
     return [np.hstack(part) for part in zip(*parts, strict=True)]
@@ -73,7 +72,7 @@ def test_kernels_are_the_products_of_explicit_features(block, space, weighted):
     counts = np.random.default_rng(2).integers(1, 4, len(x)).astype(float) if weighted else np.ones(len(x))
     kernels = Kernels(sparse.csr_matrix(x), other, counts=counts if weighted else None)
     (found, seen), scale = kernels.block(block, RANK, space)
-    own, of_other = features(x, [other], block, counts, space)
+    own, of_other = features(x, other, block, counts, space)
     np.testing.assert_allclose(found, own @ own.T, atol=1e-8)
     np.testing.assert_allclose(seen, of_other @ own.T, atol=1e-8)
     assert scale > 0 and len(kernels) == len(x)
@@ -85,39 +84,29 @@ def test_ridge_is_that_of_scikit_learn():
     kernels = Kernels(data.x, other.x, counts=counts)
     products, seen = kernels.mixed(EVERY)
     fit = ridge(products, data.y.double(), 0.01, kernels.counts)
-    x, x_other = together(data.x, [other.x], EVERY, counts)
+    x, x_other = together(data.x, other.x, EVERY, counts)
     expected = Ridge(0.01 * counts.sum()).fit(x, data.y, counts).predict(x_other)
     np.testing.assert_allclose(fit.outputs(seen), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
-@pytest.mark.parametrize("explicit", [False, True])
-def test_softmax_is_the_logistic_regression_of_scikit_learn(n_classes, explicit):
+def test_softmax_is_the_logistic_regression_of_scikit_learn(n_classes):
+    """By products of cells, by features, and from another start."""
     data, other = cells(n_outputs=n_classes, classes=True), cells(20, seed=1)
     counts = np.random.default_rng(2).integers(1, 4, len(data)).astype(float)
     kernels, ratio = Kernels(data.x, other.x, counts=counts), 0.01
-    products, seen = kernels.mixed(EVERY)
-    y = targets_of(data, n_classes)
-    x, x_other = together(data.x, [other.x], EVERY, counts)
-    if explicit:
-        fit = softmax(None, y, ratio, kernels.counts, features=torch.as_tensor(x), tol=1e-14)
-        logits = fit.outputs(torch.as_tensor(x_other))
-    else:
-        fit = softmax(products, y, ratio, kernels.counts, tol=1e-14)
-        logits = fit.outputs(seen)
+    (products, seen), y = kernels.mixed(EVERY), targets_of(data, n_classes)
+    x, x_other = (torch.as_tensor(one) for one in together(data.x, other.x, EVERY, counts))
     # Of two classes scikit-learn penalises the difference of the weights, which is twice either.
     penalty = ratio * counts.sum() / (2 if n_classes == 2 else 1)
     line = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000).fit(x, data.y, counts)
-    np.testing.assert_allclose(logits.softmax(dim=1), line.predict_proba(x_other), atol=1e-5)
-
-
-def test_a_start_changes_nothing_but_the_time():
-    data = cells(n_outputs=3, classes=True)
-    kernels = Kernels(data.x)
-    products, y = kernels.mixed(EVERY)[0], targets_of(data, 3)
-    cold, other = (softmax(products, y, ratio, kernels.counts, tol=1e-14) for ratio in (0.01, 0.1))
-    warm = softmax(products, y, 0.01, kernels.counts, start=other, tol=1e-14)
-    np.testing.assert_allclose(warm.outputs(products), cold.outputs(products), atol=1e-5)
+    start = softmax(products, y, 0.1, kernels.counts)
+    for fit, cells_ in (
+        (softmax(products, y, ratio, kernels.counts, tol=1e-14), seen),
+        (softmax(products, y, ratio, kernels.counts, tol=1e-14, start=start), seen),
+        (softmax(None, y, ratio, kernels.counts, features=x, tol=1e-14), x_other),
+    ):
+        np.testing.assert_allclose(fit.outputs(cells_).softmax(dim=1), line.predict_proba(x_other), atol=1e-5)
 
 
 @pytest.mark.parametrize("classes", [False, True])
@@ -127,12 +116,10 @@ def test_a_solution_has_the_outputs_of_its_fit(classes, space, n):
     data, other = cells(n, n_outputs=3, classes=classes), cells(20, seed=1)
     mixture = EVERY._replace(space=space)
     found = solution(data, [mixture], [0.05]) if classes else solution(data, [mixture] * 3, [0.05] * 3)
-    d = other.x.astype(float) - found.mean
-    outputs = found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
     kernels = Kernels(data.x, other.x)
     products, seen = kernels.mixed(mixture)
     fit = (softmax if classes else ridge)(products, targets_of(data, 3), 0.05, kernels.counts)
-    np.testing.assert_allclose(outputs, fit.outputs(seen), atol=1e-6)
+    np.testing.assert_allclose(outputs_of(found, other.x), fit.outputs(seen), atol=1e-6)
 
 
 def test_outputs_may_have_a_mixture_each():
@@ -141,10 +128,8 @@ def test_outputs_may_have_a_mixture_each():
     both = solution(data, [linear, EVERY], ratios)
     for i, mixture in enumerate((linear, EVERY)):
         one = ExpressionDataset(data.x, data.y[:, [i]], data.gene_names, ["out"])
-        alone, d = solution(one, [mixture], [ratios[i]]), other.x - both.mean
-        expected = alone.constant + d @ alone.direct.T + (d @ alone.hidden.T) ** 2 @ alone.power.T
-        outputs = both.constant + d @ both.direct.T + (d @ both.hidden.T) ** 2 @ both.power.T
-        np.testing.assert_allclose(outputs[:, i], expected[:, 0], atol=1e-7)
+        alone = outputs_of(solution(one, [mixture], [ratios[i]]), other.x)
+        np.testing.assert_allclose(outputs_of(both, other.x)[:, i], alone[:, 0], atol=1e-7)
     nothing = solution(data, [linear] * 2, ratios)
     assert nothing.hidden.shape == (1, 9) and not nothing.power.any()
 
@@ -157,12 +142,9 @@ def test_a_cell_that_counts_twice_is_two_cells_in_any_order(classes):
     mixtures, ratios = ([EVERY], [0.05]) if classes else ([EVERY] * 2, [0.05, 0.1])
     weighted = solution(data, mixtures, ratios, counts=counts.astype(float))
     repeated = solution(data.load(rows), mixtures, ratios)
-    for one, other in zip(weighted, repeated, strict=True):
-        if one.shape == other.shape and one is not weighted.hidden and one is not weighted.power:
-            np.testing.assert_allclose(one, other, atol=1e-4)
-    d = data.x - weighted.mean
-    outputs = [(d @ one.hidden.T) ** 2 @ one.power.T for one in (weighted, repeated)]
-    np.testing.assert_allclose(*outputs, atol=1e-4)
+    for name in ("mean", "constant", "direct"):
+        np.testing.assert_allclose(getattr(weighted, name), getattr(repeated, name), atol=1e-4)
+    np.testing.assert_allclose(outputs_of(weighted, data.x), outputs_of(repeated, data.x), atol=1e-4)
 
 
 def test_classes_count_alike_if_they_are_to():

@@ -51,44 +51,34 @@ def dense_q(model, p):
     return (q + q.T) / 2
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(sizes)
-def test_factors_are_the_dense_matrix(size):
-    """eq-factors, eq-q."""
-    model = random_model(*size)
-    for i in range(size[2]):
-        expected = dense_q(model, model.w_p[i].double().numpy())
-        matrix = interaction_matrix(model, i)
-        assert matrix.shape == expected.shape
-        np.testing.assert_allclose(matrix.to_dense(), expected, atol=1e-12)
-
-
-@settings(max_examples=25)
-@given(sizes)
-def test_matrix_is_half_the_autograd_hessian(size):
-    model = random_model(*size, bias=True, linear=True).double()
+def test_matrix_is_half_the_hessian_and_the_dense_matrix(size):
+    """eq-factors, eq-q: eigenpairs, products, diagonal, trace and norm are those of the dense matrix."""
+    model = random_model(*size, bias=True, linear=True)
     x = torch.rand(size[0], dtype=torch.float64)
-    hessian = torch.autograd.functional.hessian(lambda x: model(x[None])[0, 0], x)
-    np.testing.assert_allclose(interaction_matrix(model, 0).to_dense(), hessian.numpy() / 2, atol=1e-10)
-
-
-@settings(max_examples=50)
-@given(sizes)
-def test_eigenpairs_agree_with_dense_eigh(size):
-    model = random_model(*size)
+    expected = dense_q(model, model.w_p[0].double().numpy())
+    hessian = torch.autograd.functional.hessian(lambda x: model.double()(x[None])[0, 0], x)
     matrix = interaction_matrix(model, 0)
-    dense = matrix.to_dense()
+    dense, scale = matrix.to_dense(), max(1, np.abs(expected).max())
+    np.testing.assert_allclose(dense, expected, atol=1e-12)
+    np.testing.assert_allclose(dense, hessian.numpy() / 2, atol=1e-10)
     values, vectors = matrix.eigh()
-    scale = max(1, np.abs(dense).max())
+    known = np.linalg.eigvalsh(dense)
     assert (np.diff(np.abs(values)) <= 1e-10 * scale).all()
-    expected = np.linalg.eigvalsh(dense)
-    largest = expected[np.argsort(-np.abs(expected))][: len(values)]
-    np.testing.assert_allclose(np.sort(values), np.sort(largest), atol=1e-10 * scale)
+    strongest = np.sort(known[np.argsort(-np.abs(known))][: len(values)])
+    np.testing.assert_allclose(np.sort(values), strongest, atol=1e-10 * scale)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(values)), atol=1e-10)
     np.testing.assert_allclose(vectors * values @ vectors.T, dense, atol=1e-10 * scale)
+    cells = np.random.default_rng(0).random((size[0], 3))
+    np.testing.assert_allclose(matrix @ cells, dense @ cells, atol=1e-10 * scale)
+    np.testing.assert_allclose(matrix.T @ cells[:, 0], dense @ cells[:, 0], atol=1e-10 * scale)
+    np.testing.assert_allclose(matrix.diagonal(), np.diag(dense), atol=1e-10 * scale)
+    assert matrix.trace() == pytest.approx(np.trace(dense), abs=1e-10 * scale)
+    assert matrix.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-6, abs=1e-6)
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(sizes, st.booleans(), st.booleans())
 def test_projectors_agree_with_dense_eigh_also_for_repeated_and_zero_eigenvalues(size, bias, homogeneous):
     """Small whole weights, half of them 0 and hidden units in pairs: many eigenvalues coincide or vanish."""
@@ -122,12 +112,15 @@ def test_quadratic_form_is_the_output_of_a_model_without_biases():
         np.testing.assert_allclose(form, model.outputs(x)[:, i], rtol=1e-4, atol=1e-4)
 
 
-def test_between_and_scaled_are_parts_of_the_dense_matrix():
-    model = random_model(10, 3, 2, seed=1)
-    scale = np.linspace(0, 2, 10)
-    matrix = interaction_matrix(model, 1)
-    dense = np.diag(scale) @ matrix.to_dense() @ np.diag(scale)
-    table = matrix.scaled(scale).between(["gene7", "gene2"], ["gene0", "gene9", "gene7"])
+@pytest.mark.parametrize("homogeneous", [False, True])
+def test_between_and_units_are_parts_of_the_dense_matrix(homogeneous):
+    model, scale = random_model(10, 3, 2, seed=1), np.linspace(0, 2, 10)
+    unit = np.diag(np.append(scale, 1) if homogeneous else scale)
+    options = {"homogeneous": homogeneous}
+    matrix = interaction_matrices(model, **options)[1]
+    dense = unit @ matrix.to_dense() @ unit
+    np.testing.assert_allclose(interaction_matrices(model, scale=scale, **options)[1].to_dense(), dense, atol=1e-12)
+    table = matrix.scaled(np.diag(unit)).between(["gene7", "gene2"], ["gene0", "gene9", "gene7"])
     np.testing.assert_allclose(table, dense[np.ix_([7, 2], [0, 9, 7])], atol=1e-12)
     assert table.columns.tolist() == ["gene0", "gene9", "gene7"]
 
@@ -145,7 +138,7 @@ def test_directions():
     np.testing.assert_allclose(direction(regressor, {0: 0.5, "out0": 0.5}), [1, 0, 0])
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(sizes, st.booleans(), st.booleans())
 def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, linear):
     """eq-homogeneous."""
@@ -158,20 +151,6 @@ def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, line
         np.testing.assert_allclose(form, expected[:, i], rtol=1e-8, atol=1e-8)
         values, vectors = matrix.eigh()
         np.testing.assert_allclose(vectors * values @ vectors.T, matrix.to_dense(), atol=1e-8)
-
-
-@settings(max_examples=50)
-@given(sizes)
-def test_operator_diagonal_trace_and_norm(size):
-    model = random_model(*size)
-    matrix = interaction_matrix(model, 0)
-    dense, x = matrix.to_dense(), np.random.default_rng(0).random((size[0], 3))
-    scale = max(1, np.abs(dense).max())
-    np.testing.assert_allclose(matrix @ x, dense @ x, atol=1e-10 * scale)
-    np.testing.assert_allclose(matrix.T @ x[:, 0], dense @ x[:, 0], atol=1e-10 * scale)
-    np.testing.assert_allclose(matrix.diagonal(), np.diag(dense), atol=1e-10 * scale)
-    assert matrix.trace() == pytest.approx(np.trace(dense), abs=1e-10 * scale)
-    assert matrix.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
@@ -197,83 +176,48 @@ def test_matrices_of_one_model_share_one_decomposition(monkeypatch):
     assert len(calls) == 1 + len(matrices)  # one for all of them, and one for each read alone
 
 
-@pytest.mark.parametrize("homogeneous", [False, True])
-def test_matrices_in_units_of_the_genes(homogeneous):
-    model, scale = random_model(9, 3, 2, seed=1), np.arange(1.0, 10)
-    unit = np.diag(np.append(scale, 1) if homogeneous else scale)
-    for plain, scaled in zip(
-        interaction_matrices(model, homogeneous=homogeneous),
-        interaction_matrices(model, homogeneous=homogeneous, scale=scale),
-        strict=True,
-    ):
-        np.testing.assert_allclose(scaled.to_dense(), unit @ plain.to_dense() @ unit, atol=1e-12)
-
-
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "error", "message"),
     [
-        (lambda m: direction(m, "Beta"), "'Beta' is unknown; the outputs are out0, out1"),
-        (lambda m: direction(m, "OUT"), r"did you mean out1 or out0\?"),
-        (
-            lambda m: interaction_matrix(m, 0).between(["Gene0"], ["gene0"]),
-            r"not the model's: Gene0; did you mean gene0",
-        ),
-        (lambda m: direction(m, 2), "output=2 is unknown"),
-        (lambda m: interaction_matrix(m, 0).between(["gene0"], ["Ins1"]), "1 of 1 genes are not the model's: Ins1"),
+        (lambda m: direction(m, "Beta"), KeyError, "'Beta' is unknown; the outputs are out0, out1"),
+        (lambda m: direction(m, "OUT"), KeyError, r"did you mean out1 or out0\?"),
+        (lambda m: direction(m, 2), KeyError, "output=2 is unknown"),
+        (lambda m: interaction_matrix(m, 0).between(["Gene0"], ["gene0"]), KeyError, "Gene0; did you mean gene0"),
+        (lambda m: interaction_matrix(m, 0).between(["gene0"], ["Ins1"]), KeyError, "1 of 1 genes are not the model's"),
+        (lambda m: interaction_matrix(m, 0).eigh(5), ValueError, r"k=5 eigenpairs.*1 to 4"),
+        (lambda m: interaction_matrix(m, 0).to_dense(max_gb=1e-7), ValueError, "takes 0.0 GB, more than max_gb=1e-07"),
+        (lambda m: decompose(m, np.ones((2, 5), np.float32), np.ones(3)), ValueError, "reference has 3 values"),
     ],
 )
-def test_unknown_names(call, message):
-    with pytest.raises(KeyError, match=message):
+def test_impossible_requests(call, error, message):
+    with pytest.raises(error, match=message):
         call(random_model(5, 2, 2, seed=0))
 
 
-def test_impossible_requests():
-    model = random_model(5, 2, 2, seed=0)
-    with pytest.raises(ValueError, match=r"k=5 eigenpairs.*1 to 4"):
-        interaction_matrix(model, 0).eigh(5)
-    with pytest.raises(ValueError, match="dense matrix of 5 genes takes 0.0 GB, more than max_gb=1e-07"):
-        interaction_matrix(model, 0).to_dense(max_gb=1e-7)
-    with pytest.raises(ValueError, match="reference has 3 values"):
-        decompose(model, np.ones((2, 5), np.float32), np.ones(3))
-
-
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(sizes, st.booleans(), st.booleans(), st.integers(1, 7))
-def test_parts_add_up_around_any_reference(size, bias, linear, batch_size):
+def test_parts_add_up_around_any_reference_and_the_axis_is_the_gradient_there(size, bias, linear, batch_size):
     """eq-reference."""
     model = random_model(*size, bias=bias, linear=linear)
     rng = np.random.default_rng(size[3])
     x, reference = rng.random((9, size[0]), np.float32), rng.random(size[0])
-    constant, linear_part, quadratic = decompose(model, sparse.csr_matrix(x), reference, batch_size=batch_size)
-    expected = model.double()(torch.as_tensor(x, dtype=torch.float64)).detach().numpy()
-    np.testing.assert_allclose(constant + linear_part + quadratic, expected, rtol=1e-5, atol=1e-5)
-
-
-@settings(max_examples=25)
-@given(sizes, st.booleans(), st.booleans())
-def test_axis_is_the_gradient_at_the_reference(size, bias, linear):
-    """The slope of eq-reference."""
-    model = random_model(*size, bias=bias, linear=linear).double()
-    reference = torch.rand(size[0], dtype=torch.float64)
-    jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], reference)
+    parts = decompose(model, sparse.csr_matrix(x), reference, batch_size=batch_size)
+    model = model.double()
+    expected = model(torch.as_tensor(x, dtype=torch.float64)).detach().numpy()
+    np.testing.assert_allclose(sum(parts), expected, rtol=1e-5, atol=1e-5)
+    jacobian = torch.autograd.functional.jacobian(lambda x: model(x[None])[0], torch.as_tensor(reference))
     for i in range(size[2]):
-        axis = linear_axis(model, {i: 1.0}, reference.numpy())
+        axis = linear_axis(model, {i: 1.0}, reference)
         np.testing.assert_allclose(axis, jacobian[i].numpy(), atol=1e-10)
         if not (bias or linear):
-            q_m = interaction_matrix(model, {i: 1.0}).to_dense() @ reference.numpy()
-            np.testing.assert_allclose(axis, 2 * q_m, atol=1e-10)
+            np.testing.assert_allclose(axis, 2 * interaction_matrix(model, {i: 1.0}) @ reference, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
 def test_audit_against_its_definition(kind):
-    model = random_model(6, 4, 3, seed=2, kind=kind)
-    rng = np.random.default_rng(0)
-    x = rng.random((50, 6), np.float32)
-    y = rng.integers(0, 3, 50) if kind is ScBMLPClassifier else rng.random((50, 3), np.float32)
-    dataset = ExpressionDataset(x, y, model.gene_names, model.output_names)
-    table = audit(model, dataset)
-
-    d = x - x.mean(axis=0)
+    model, (dataset,) = audited(6, 4, 3, seed=2, kind=kind, n_cells=[50])
+    x, y = dataset.x.toarray(), dataset.y.numpy()
+    table, d = audit(model, dataset), x - x.mean(axis=0)
     p = model.w_p.double().numpy()
     p = p - p.mean(axis=0) if kind is ScBMLPClassifier else p
     for row, weights in zip(table.itertuples(), p, strict=True):
@@ -283,19 +227,15 @@ def test_audit_against_its_definition(kind):
         assert row.linear == pytest.approx(np.var(linear) / total, rel=1e-3)
         assert row.quadratic == pytest.approx(np.var(quadratic) / total, rel=1e-3)
         assert row.covariance == pytest.approx(2 * np.cov(linear, quadratic, bias=True)[0, 1] / total, abs=1e-3)
-
     parts = decompose(model, x, x.mean(axis=0))
-    linear_only = parts.constant + parts.linear
-    outputs = model.outputs(x)
-    if kind is ScBMLPClassifier:
-        assert table.attrs["score"] == accuracy_score(y, outputs.argmax(1))
-        assert table.attrs["score_linear"] == accuracy_score(y, linear_only.argmax(1))
-        quadratic_only = parts.constant + parts.quadratic
-        assert table.attrs["score_quadratic"] == accuracy_score(y, quadratic_only.argmax(1))
-        assert table["score"].tolist() == [np.mean(outputs.argmax(1)[y == i] == i) for i in range(3)]
-    else:
-        np.testing.assert_allclose(table["score"], r2_score(y, outputs, multioutput="raw_values"), rtol=1e-4)
-        np.testing.assert_allclose(table["score_linear"], r2_score(y, linear_only, multioutput="raw_values"), rtol=1e-4)
+    without = {"": 0, "_linear": parts.quadratic, "_quadratic": parts.linear}
+    for name, outputs in ((name, sum(parts) - part) for name, part in without.items()):
+        if kind is ScBMLPClassifier:
+            assert table.attrs[f"score{name}"] == accuracy_score(y, outputs.argmax(1))
+            assert table[f"score{name}"].tolist() == [np.mean(outputs.argmax(1)[y == i] == i) for i in range(3)]
+        else:
+            expected = r2_score(y, outputs, multioutput="raw_values")
+            np.testing.assert_allclose(table[f"score{name}"], expected, rtol=1e-4)
 
 
 def of_single_genes(model):
@@ -303,28 +243,28 @@ def of_single_genes(model):
     with torch.no_grad():
         hid, gene = model.w_l.shape
         at = torch.eye(gene)[torch.arange(hid) % gene]
-        model.branches.weight.copy_(
-            torch.cat([at * model.w_l.sum(1, keepdim=True), at * model.w_r.sum(1, keepdim=True)])
-        )
+        model.branches.weight.copy_(torch.cat([at * one.sum(1, keepdim=True) for one in (model.w_l, model.w_r)]))
     return model
 
 
 def three_sets(model, n_cells, seed=0):
     """Train, validation and test cells with the model's outputs, and noise, as targets."""
-    rng = np.random.default_rng(seed)
-    sets = []
+    rng, sets, (gene, out) = np.random.default_rng(seed), [], (model.cfg.d_input, model.cfg.d_output)
     for n in n_cells:
-        x = (rng.gamma(1.0, size=(n, model.cfg.d_input)) * (rng.random((n, model.cfg.d_input)) < 0.7)).astype(
-            np.float32
-        )
-        y = model.outputs(x) + rng.normal(size=(n, model.cfg.d_output)).astype(np.float32)
-        if isinstance(model, ScBMLPClassifier):
-            y = y.argmax(axis=1)
+        x = (rng.gamma(1.0, size=(n, gene)) * (rng.random((n, gene)) < 0.7)).astype(np.float32)
+        y = model.outputs(x) + rng.normal(size=(n, out)).astype(np.float32)
+        y = y.argmax(axis=1) if isinstance(model, ScBMLPClassifier) else y
         sets.append(ExpressionDataset(sparse.csr_matrix(x), y, model.gene_names, model.output_names))
     return sets
 
 
-@settings(max_examples=20)
+def audited(*size, n_cells=(50, 30, 30), **options):
+    """A model with drawn weights, and cells for it."""
+    model = random_model(*size, **options)
+    return model, three_sets(model, n_cells)
+
+
+@settings(max_examples=12)
 @given(st.tuples(st.integers(1, 6), st.integers(1, 8), st.integers(1, 3), st.integers(0, 10_000)), st.booleans())
 def test_an_additive_quadratic_model_has_no_interaction(size, linear):
     model = of_single_genes(random_model(*size, linear=linear))
@@ -338,32 +278,26 @@ def test_an_additive_quadratic_model_has_no_interaction(size, linear):
 
 def test_interaction_is_what_the_best_additive_predictor_leaves():
     """eq-additive."""
-    model = random_model(5, 4, 2, seed=3)
-    train, val, test = three_sets(model, (300, 100, 200))
-    table = audit(model, test, train=train, validation=val)
-    features = [np.hstack([x := part.x.toarray().astype(np.float64), x**2, x > 0]) for part in (train, val, test)]
-    mean = train.x.toarray().mean(axis=0)
-    d = [part.x.toarray() - mean for part in (train, val, test)]
+    model, sets = audited(5, 4, 2, seed=3, n_cells=(300, 100, 200))
+    table = audit(model, sets[2], train=sets[0], validation=sets[1])
+    x = [part.x.toarray().astype(np.float64) for part in sets]
+    features, d = [np.hstack([one, one**2, one > 0]) for one in x], [one - x[0].mean(axis=0) for one in x]
     grid = baselines.RIDGE * np.square(features[0] - features[0].mean(axis=0)).sum() / 15
     for i, name in enumerate(model.output_names):
         q = dense_q(model, model.w_p.double().numpy()[i])
         pairs = [np.einsum("ci,ij,cj->c", part, q - np.diag(np.diag(q)), part) for part in d]
         fits = [Ridge(penalty, solver="svd").fit(features[0], pairs[0]) for penalty in grid]
         best = min(fits, key=lambda fit, pairs=pairs: np.square(fit.predict(features[1]) - pairs[1]).mean())
-        total = model.outputs(test)[:, i].var()
-        assert table.loc[name, "interaction"] == pytest.approx(
-            (pairs[2] - best.predict(features[2])).var() / total, rel=1e-3
-        )
-        assert table.loc[name, "self"] == pytest.approx(
-            (((test.x.toarray() - test.x.toarray().mean(0)) ** 2) @ np.diag(q)).var() / total, rel=1e-3
-        )
+        total, alone = model.outputs(sets[2])[:, i].var(), (x[2] - x[2].mean(axis=0)) ** 2 @ np.diag(q)
+        left = pairs[2] - best.predict(features[2])
+        assert table.loc[name, "interaction"] == pytest.approx(left.var() / total, rel=1e-3)
+        assert table.loc[name, "self"] == pytest.approx(alone.var() / total, rel=1e-3)
     # What single genes do on top of it changes nothing of the variance that is left.
     assert 0.01 < table["interaction"].min() and (table["interaction"] < table["pair"]).all()
 
 
 def test_interaction_does_not_depend_on_the_reference_and_quadratic_does():
-    model = random_model(6, 4, 2, seed=5)
-    train, val, test = three_sets(model, (200, 100, 100))
+    model, (train, val, test) = audited(6, 4, 2, seed=5, n_cells=(100, 50, 50))
     first, second = (audit(model, test, m, train=train, validation=val) for m in (np.zeros(6), np.full(6, 3.0)))
     pd.testing.assert_series_equal(first["interaction"], second["interaction"])
     assert (first["quadratic"] / second["quadratic"] - 1).abs().min() > 0.2
@@ -372,8 +306,7 @@ def test_interaction_does_not_depend_on_the_reference_and_quadratic_does():
 @pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
 def test_gain_is_the_score_beyond_the_best_model_without_products(kind):
     """eq-gain."""
-    model = random_model(5, 4, 3, seed=1, kind=kind)
-    train, val, test = three_sets(model, (400, 200, 200))
+    model, (train, val, test) = audited(5, 4, 3, seed=1, kind=kind, n_cells=(400, 200, 200))
     table = audit(model, test, train=train, validation=val)
     np.testing.assert_allclose(table["gain"], table["score"] - table["score_additive"])
     assert table.attrs["gain"] == pytest.approx(table.attrs["score"] - table.attrs["score_additive"])
@@ -390,9 +323,6 @@ def test_gain_is_the_score_beyond_the_best_model_without_products(kind):
         for i in range(3):
             best = min(fits, key=lambda fit, i=i: np.square(fit.predict(x_val)[:, i] - val.y.numpy()[:, i]).mean())
             assert table["score_additive"].iloc[i] > r2_score(target[:, i], best.predict(x_test)[:, i]) - 0.05
-        np.testing.assert_allclose(
-            table["score"], r2_score(target, model.outputs(test), multioutput="raw_values"), rtol=1e-4
-        )
         assert (table["gain"] > 0.05).all() and (table["gain_curved"] > 0.02).all()
 
 
@@ -420,10 +350,8 @@ def test_audit_of_a_balanced_model_weighs_what_is_fitted_to_the_target_alike():
     assert table.attrs["score_additive"] > balanced_accuracy_score(target, plain.predict(x_test)) + 0.02
     # Shares of variance are of all cells alike.
     model.class_weight.copy_(torch.tensor([9.0, 1.0]))
-    again, names = (
-        audit(model, test, train=train, validation=val),
-        ["linear", "self", "interaction", "interaction_curved"],
-    )
+    names = ["linear", "self", "interaction", "interaction_curved"]
+    again = audit(model, test, train=train, validation=val)
     pd.testing.assert_frame_equal(again[names], table[names], check_exact=True)
 
 
@@ -439,7 +367,7 @@ def linear_targets(link=lambda index: index, seed=0, n_genes=30, noise=0.3):
     return sets
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_linear_model_of_a_linear_target_gains_nothing_through_curves(seed):
     train, val, test = linear_targets(seed=seed)
     fit = Ridge(1.0).fit(train.x, train.y.numpy().ravel())
@@ -454,7 +382,7 @@ def test_a_linear_model_of_a_linear_target_gains_nothing_through_curves(seed):
     assert abs(table["gain"].item()) < 0.02
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_link_of_an_additive_index_is_fitted_with_it(seed):
     """The model is exp(index) itself, up to its second order: what it is ahead of a rival is no interaction."""
     train, val, test = linear_targets(np.exp, seed=seed, noise=0.1)
@@ -464,9 +392,9 @@ def test_the_link_of_an_additive_index_is_fitted_with_it(seed):
 
 
 def test_an_exclusive_or_is_all_interaction():
-    adata = simulate.planted_interactions(seed=1, n_cells=1500, n_genes=300, n_programs=4)
+    adata = simulate.planted_interactions(seed=1, n_cells=1200, n_genes=200, n_programs=4)
     train, val, test = get_classification_datasets(adata, "label")
-    model = ScBMLPClassifier(Config(300, 32, 2, linear=True, device="cpu"))
+    model = ScBMLPClassifier(Config(200, 16, 2, linear=True, device="cpu"))
     model.fit(train, val, enable_progress_bar=False)
     table = audit(model, test, train=train, validation=val)
     assert table["interaction"].min() > 0.85 and table.attrs["gain"] > 0.4 and table.attrs["gain_curved"] > 0.4
@@ -476,8 +404,7 @@ def test_an_exclusive_or_is_all_interaction():
 
 
 def test_audit_without_training_cells_leaves_out_what_needs_them():
-    model = random_model(5, 4, 2, seed=1)
-    train, val, test = three_sets(model, (50, 30, 30))
+    model, (train, val, test) = audited(5, 4, 2, seed=1)
     alone, whole = audit(model, test), audit(model, test, train=train, validation=val)
     needs = ["interaction", "interaction_curved", "gain", "gain_curved", "score_additive"]
     assert alone[needs].isna().all(axis=None) and whole[needs].notna().all(axis=None)
@@ -488,20 +415,18 @@ def test_audit_without_training_cells_leaves_out_what_needs_them():
 
 
 def test_audit_of_a_model_that_says_nothing():
-    model = random_model(5, 4, 2, seed=1)
-    sets = three_sets(model, (50, 30, 30))
+    model, sets = audited(5, 4, 2, seed=1)
     with torch.no_grad():
         model.project.weight[0].zero_()
     with warnings.catch_warnings(action="ignore"):  # R2 of a constant
         table = audit(model, sets[2], train=sets[0], validation=sets[1])
-    assert table.loc["out0", ["linear", "quadratic", "interaction"]].isna().all()
-    assert table.loc["out1", ["linear", "quadratic", "interaction"]].notna().all()
+    shares = table[["linear", "quadratic", "interaction"]]
+    assert shares.loc["out0"].isna().all() and shares.loc["out1"].notna().all()
 
 
 def test_strength_of_pairs_is_that_of_least_squares():
     """eq-pair-strength."""
-    model = random_model(12, 5, 1, seed=4)
-    (data,) = three_sets(model, (150,))
+    model, (data,) = audited(12, 5, 1, seed=4, n_cells=[150])
     matrix, x = interaction_matrix(model, 0), data.x.toarray().astype(np.float64)
     dense, d, rows = matrix.to_dense(), x - x.mean(axis=0), []
     for i in range(12):
@@ -511,12 +436,12 @@ def test_strength_of_pairs_is_that_of_least_squares():
             left = product - design @ np.linalg.lstsq(design, product, rcond=None)[0]
             rows.append((f"gene{i}", f"gene{j}", dense[i, j], 2 * abs(dense[i, j]) * np.sqrt(np.mean(left**2))))
     expected = sorted(rows, key=lambda row: -row[3])
-    for n in (1, 5, 66):
+    for n in (1, 5, 500):
         table = matrix.top_pairs(n, dataset=data, block=5)
         assert list(table.columns) == ["gene_a", "gene_b", "interaction", "strength"]
         assert table[["gene_a", "gene_b"]].to_numpy().tolist() == [list(row[:2]) for row in expected[:n]]
         np.testing.assert_allclose(table["strength"], [row[3] for row in expected[:n]], rtol=1e-4)
-    assert len(matrix.top_pairs(500, dataset=data)) == 66
+    assert len(table) == 66
 
 
 def test_pairs_of_barely_expressed_genes_do_not_lead():
@@ -552,15 +477,9 @@ def test_audit_around_the_mean_of_a_class():
     model = random_model(6, 4, 3, seed=2, kind=ScBMLPClassifier)
     x, y = np.random.default_rng(0).random((30, 6), np.float32), np.arange(30) % 3
     dataset = ExpressionDataset(x, y, model.gene_names, model.output_names)
-    named, given = audit(model, dataset, "out1"), audit(model, dataset, x[y == 1].mean(axis=0))
-    pd.testing.assert_frame_equal(named, given)
+    pd.testing.assert_frame_equal(audit(model, dataset, "out1"), audit(model, dataset, x[y == 1].mean(axis=0)))
     with pytest.raises(KeyError, match=r"reference='Out1' is not a class; .*; did you mean out1"):
         audit(model, dataset, "Out1")
-
-
-def test_audit_refuses_classes_in_another_order():
-    model = random_model(6, 4, 3, seed=2, kind=ScBMLPClassifier)
-    x, y = np.random.default_rng(0).random((9, 6), np.float32), np.arange(9) % 3
     with pytest.raises(ValueError, match=r"out2, out1, out0\) are not those of the model.*out0, out1, out2"):
         audit(model, ExpressionDataset(x, y, model.gene_names, model.output_names[::-1]))
 
@@ -605,7 +524,7 @@ def test_similarity_is_the_correlation_over_normal_cells(part, linear):
 
 def test_similarity_sees_functions_and_not_hidden_units(planted):
     train, *_ = get_regression_datasets(planted, "target")
-    a, b = (ScBMLPRegressor(Config(8, 6, 2, n_epochs=20, seed=seed, device="cpu")) for seed in (0, 1))
+    a, b = (ScBMLPRegressor(Config(8, 6, 2, n_epochs=5, seed=seed, device="cpu")) for seed in (0, 1))
     for model in (a, b):
         model.fit(train, baseline=False, enable_progress_bar=False)
     other = copy.deepcopy(a)
@@ -629,19 +548,18 @@ def test_similarity_that_cannot_be_told_is_refused(planted):
     train, val, _ = get_regression_datasets(planted, "target")
     a, b = (ScBMLPRegressor(Config(8, 2, 2, n_epochs=1, device="cpu")) for _ in range(2))
     a.fit(train, baseline=False, enable_progress_bar=False)
-    with pytest.raises(ValueError, match="part='pairs' is unknown; choose 'all'"):
-        similarity(a, a, 0, "pairs")
-    with pytest.raises(ValueError, match="part='interaction' of these models needs cells: .* dataset= gives"):
-        similarity(a, a, 0, "interaction")
+    b.fit(val, baseline=False, enable_progress_bar=False)
     without = copy.deepcopy(a)
     without.statistics = None
-    with pytest.raises(ValueError, match="part='all' of these models needs cells"):
-        similarity(a, without, 0)
-    b.fit(val, baseline=False, enable_progress_bar=False)
-    with pytest.raises(ValueError, match="trained on different cells; say by dataset="):
-        similarity(a, b, 0)
-    with pytest.raises(ValueError, match="a and b have 8 and 5 genes, .*; fit both on the same genes"):
-        similarity(a, random_model(5, 2, 1, seed=0), 0, dataset=train)
+    for other, part, dataset, message in (
+        (a, "pairs", None, "part='pairs' is unknown; choose 'all'"),
+        (a, "interaction", None, "part='interaction' of these models needs cells: .* dataset= gives"),
+        (without, "all", None, "part='all' of these models needs cells"),
+        (b, "all", None, "trained on different cells; say by dataset="),
+        (random_model(5, 2, 1, seed=0), "all", train, "a and b have 8 and 5 genes, .*; fit both on the same genes"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            similarity(a, other, 0, part, dataset=dataset)
     with torch.no_grad():
         b.project.weight.zero_()
     assert np.isnan(similarity(a, b, 0, dataset=train))

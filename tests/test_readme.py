@@ -35,49 +35,37 @@ def ran(tmp_path_factory):
     return names
 
 
-def test_quick_start_trains_a_model(ran):
+def test_quick_start_trains_a_model_of_cells_in_memory_or_on_disk(ran):
     model = ran["model"]
     assert model.w_l.shape == (128, 300) and model.w_p.shape == (8, 128)
     assert model.score(ran["test"]) > 0.5  # the largest type is a quarter of the cells
     assert model.gene_names.equals(ran["adata"].var_names)
+    assert ran["on_disk"][0].stored and abs(ran["large"].score(ran["test"]) - model.score(ran["test"])) < 0.1
 
 
-def test_a_file_is_learnt_as_cells_in_memory(ran):
-    assert ran["on_disk"][0].stored and abs(ran["large"].score(ran["test"]) - ran["model"].score(ran["test"])) < 0.1
-
-
-def test_quick_start_decomposes_a_symmetric_matrix(ran):
+def test_plain_decomposition_finds_the_modules_of_the_package(ran):
     q, vecs, values = ran["q"], ran["vecs"], ran["values"]
     assert torch.equal(q, q.mT)
     leading = values[values.abs().argmax()]
     torch.testing.assert_close(q[-1] @ vecs[:, 0], leading * vecs[:, 0], atol=1e-4, rtol=1e-3)
-
-
-def test_package_finds_the_same_modules_as_the_plain_way(ran):
     for i, name in enumerate(ran["train"].output_names):
-        expected = np.sort(np.abs(np.linalg.eigvalsh(ran["q"][i].double().numpy())))[::-1][:5]
+        expected = np.sort(np.abs(np.linalg.eigvalsh(q[i].double().numpy())))[::-1][:5]
         values, _ = interaction_matrix(ran["model"], {name: 1.0}).eigh(5)
         np.testing.assert_allclose(np.abs(values), expected, rtol=1e-3)
 
 
-def test_commands_of_the_readme_are_in_the_makefile():
+def test_commands_and_files_of_the_readme_exist():
     commands = set(re.findall(r"^make (\w+)", README, flags=re.M))
     assert commands == {"book", "test"}
     assert commands <= set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M))
-
-
-def test_files_of_the_readme_exist():
     for path in re.findall(r"\]\(([\w./]+)\)", README):
         assert (ROOT / path).is_file(), path
 
 
-def test_readme_asks_whether_it_is_worth_it(ran):
+def test_readme_asks_whether_it_is_worth_it_and_what_speaks_for_modules(ran):
     trials = ran["solved"].trials
     assert trials["val_loss"][:-1].min() <= trials["val_loss"][0] and trials["chosen"].sum() == 1
     assert (ran["report"]["interaction"].fillna(0) <= 1.0).all() and ran["report"]["gain"].notna().all()
-
-
-def test_modules_come_with_what_speaks_for_them(ran):
     table = ran["beta"].trust
     assert list(table.columns) == ["eigenvalue", "stability", "low", "r", "p", "similarity", "trusted"]
     assert len(table) == 5 and (table["p"] >= 0.01).all()

@@ -25,6 +25,7 @@ nbformat = pytest.importorskip("nbformat", reason="it comes with the report extr
 pytest.importorskip("nbconvert", reason="it comes with the report extra")
 BeautifulSoup = pytest.importorskip("bs4").BeautifulSoup
 N, G = 240, 40
+HERE = os.environ | {"PYTHONPATH": str(Path(scbmlp.__file__).parent.parent)}
 
 
 def own_cells():
@@ -49,6 +50,14 @@ def scaled(adata):
     adata.X = adata.X.toarray()
     sc.pp.scale(adata)
     return adata
+
+
+def shortened(source, **step):
+    """The template cut down to its parameters and one more cell."""
+    notebook = nbformat.reads(template(), as_version=4)
+    last = nbformat.v4.new_code_cell(source, metadata={"scbmlp": step})
+    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + [last]
+    return nbformat.writes(notebook)
 
 
 @pytest.fixture
@@ -94,49 +103,41 @@ def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, cap
     assert page.read_bytes() == before
 
 
-BAD = {
+CLASSES = {"class_key": "type"}
+OPTIONS = {
     "no target": ({}, ValueError, "0 are named; name one"),
-    "two targets": ({"class_key": "type", "target_key": "numbers"}, ValueError, "2 are named; name one"),
+    "two targets": (CLASSES | {"target_key": "numbers"}, ValueError, "2 are named; name one"),
     "no such column": ({"class_key": "typ"}, KeyError, r"class_key='typ' is not a column.*did you mean type\?"),
     "no such numbers": ({"target_key": "number"}, KeyError, "target_key='number' is not in adata.obsm"),
     "no control": ({"perturbation_key": "drug"}, ValueError, "control=None go together"),
     "another control": ({"perturbation_key": "drug", "control": "DMSO"}, KeyError, "control='DMSO' is no label"),
-    "no such layer": ({"class_key": "type", "layer": "log"}, KeyError, "layer='log' is not in adata.layers"),
-    "no such sets": (
-        {"class_key": "type", "gene_sets": "none.gmt"},
-        ValueError,
-        r"neither a GMT file that can be read",
-    ),
-    "half a gene": ({"class_key": "type", "n_genes": 0.5}, ValueError, "n_genes=0.5: a whole number of at least 2"),
-    "negative seed": ({"class_key": "type", "seed": -1}, ValueError, "seed=-1: a whole number of at least 0"),
+    "no such layer": (CLASSES | {"layer": "log"}, KeyError, "layer='log' is not in adata.layers"),
+    "no such sets": (CLASSES | {"gene_sets": "none.gmt"}, ValueError, "neither a GMT file that can be read"),
+    "half a gene": (CLASSES | {"n_genes": 0.5}, ValueError, "n_genes=0.5: a whole number of at least 2"),
+    "negative seed": (CLASSES | {"seed": -1}, ValueError, "seed=-1: a whole number of at least 0"),
 }
+MISSING, RARE = [None] + list("ab" * 119) + ["a"], ["rare"] * 3 + ["b"] * (N - 3)
 CHANGED = {
     "counts": (lambda a: setattr(a, "X", a.X.rint()), r"holds only whole numbers, like raw counts; .*normalize_total"),
     "no logarithm": (lambda a: setattr(a, "X", 90.5 * a.X), r"holds values up to \d+, too large for logarithms"),
     "scaled, no raw": (lambda a: setattr(a, "X", a.X.toarray() - 1), r"negative values .*; log-normalised values are"),
-    "a missing label": (
-        lambda a: a.obs.__setitem__("type", [None] + list("ab" * 119) + ["a"]),
-        "has no label for 1 of 240 cells",
-    ),
-    "a small class": (lambda a: a.obs.__setitem__("type", ["rare"] * 3 + ["b"] * (N - 3)), "class 'rare' has 3 cells"),
+    "a missing label": (lambda a: a.obs.__setitem__("type", MISSING), "has no label for 1 of 240 cells"),
+    "a small class": (lambda a: a.obs.__setitem__("type", RARE), "class 'rare' has 3 cells"),
     "nothing": (lambda a: setattr(a, "X", a.X * 0), "is 0 everywhere"),
     "a NaN": (lambda a: a.X.data.__setitem__(0, np.nan), "holds NaN or infinite values in 1 of 240 cells"),
 }
+BAD = {name: (lambda a: None, *case) for name, case in OPTIONS.items()}
+BAD |= {name: (change, CLASSES, ValueError, match) for name, (change, match) in CHANGED.items()}
 
 
-@pytest.mark.parametrize(("options", "error", "match"), BAD.values(), ids=BAD)
-def test_bad_options_are_refused_before_training(options, error, match, tmp_path, never_trains):
-    with pytest.raises(error, match=match):
-        report(own_cells(), tmp_path / "report", **options)
-    assert not os.listdir(tmp_path)
-
-
-@pytest.mark.parametrize(("change", "match"), CHANGED.values(), ids=CHANGED)
-def test_cells_that_do_not_fit_are_refused_before_training(change, match, tmp_path, never_trains):
+@pytest.mark.parametrize(("change", "options", "error", "match"), BAD.values(), ids=BAD)
+def test_options_and_cells_that_do_not_fit_are_refused_before_training(
+    change, options, error, match, tmp_path, never_trains
+):
     adata = own_cells()
     change(adata)
-    with pytest.raises(ValueError, match=match):
-        report(adata, tmp_path / "report", class_key="type")
+    with pytest.raises(error, match=match):
+        report(adata, tmp_path / "report", **options)
     assert not os.listdir(tmp_path)
 
 
@@ -217,41 +218,29 @@ def test_nothing_is_left_of_a_report_that_fails(tmp_path, monkeypatch):
     assert (tmp_path / "report" / "report.html").read_text() == "the last one"
 
 
-def test_a_cell_that_raises_names_its_step(tmp_path, monkeypatch):
-    notebook = nbformat.reads(template(), as_version=4)
-    failing = nbformat.v4.new_code_cell("1 / 0", metadata={"scbmlp": {"step": "dividing", "share": 1}})
-    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + [failing]
-    monkeypatch.setattr(reporting, "template", lambda: nbformat.writes(notebook))
-    with pytest.raises(RuntimeError, match="stopped at 'dividing': ZeroDivisionError: division by zero"):
-        report(own_cells(), tmp_path / "report", class_key="type", progress=False)
-    assert not os.listdir(tmp_path)
-
-
-def test_a_kernel_that_ends_is_told_of(tmp_path, monkeypatch):
-    notebook = nbformat.reads(template(), as_version=4)
-    ending = nbformat.v4.new_code_cell("import os\nos._exit(1)", metadata={"scbmlp": {"step": "ending", "share": 1}})
-    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + [ending]
-    monkeypatch.setattr(reporting, "template", lambda: nbformat.writes(notebook))
-    with pytest.raises(RuntimeError, match="stopped at 'ending': its process ended, perhaps for want of memory"):
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [
+        ("1 / 0", "stopped at 'the step': ZeroDivisionError: division by zero"),
+        ("import os\nos._exit(1)", "stopped at 'the step': its process ended, perhaps for want of memory"),
+    ],
+)
+def test_a_step_that_fails_or_ends_the_kernel_is_named(source, match, tmp_path, monkeypatch):
+    shorter = shortened(source, step="the step", share=1)
+    monkeypatch.setattr(reporting, "template", lambda: shorter)
+    with pytest.raises(RuntimeError, match=match):
         report(own_cells(), tmp_path / "report", class_key="type", progress=False)
     assert not os.listdir(tmp_path)
 
 
 def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
     own_cells().write_h5ad(tmp_path / "own.h5ad")
-    notebook = nbformat.reads(template(), as_version=4)
-    waiting = nbformat.v4.new_code_cell("import time\nopen('begun', 'w').close()\ntime.sleep(600)")
-    notebook.cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])] + [waiting]
+    waiting = shortened("import time\nopen('begun', 'w').close()\ntime.sleep(600)")
+    words = ["report", str(tmp_path / "own.h5ad"), "--class-key", "type", "--out", str(tmp_path / "out" / "report")]
     program = (
-        "import sys\nfrom scbmlp import report\n"
-        f"report.template = lambda: {nbformat.writes(notebook)!r}\n"
-        f"sys.exit(report.main(['report', {str(tmp_path / 'own.h5ad')!r}, '--class-key', 'type', "
-        f"'--out', {str(tmp_path / 'out' / 'report')!r}]))"
+        f"import sys\nfrom scbmlp import report\nreport.template = lambda: {waiting!r}\nsys.exit(report.main({words}))"
     )
-    root = str(Path(scbmlp.__file__).parent.parent)
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", program], env=HERE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if list(tmp_path.glob("out/.report-*/begun")) or process.poll() is not None:
             break
@@ -262,24 +251,23 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
 
 
 def test_commands_say_what_is_wrong_in_a_line(tmp_path, capsys, never_trains):
-    assert main(["report", str(tmp_path / "none.h5ad"), "--class-key", "type"]) == 2
-    assert "there is no such file" in capsys.readouterr().err
     (tmp_path / "text.h5ad").write_text("no cells")
-    assert main(["report", str(tmp_path / "text.h5ad"), "--class-key", "type"]) == 2
-    assert capsys.readouterr().err.startswith("scbmlp report: cells='text.h5ad' is no h5ad file that can be read")
     own_cells().write_h5ad(tmp_path / "own.h5ad")
-    assert main(["report", str(tmp_path / "own.h5ad"), "--class-key", "typ"]) == 2
-    assert "class_key='typ' is not a column" in capsys.readouterr().err
+    for name, key, words in (
+        ("none.h5ad", "type", "there is no such file"),
+        ("text.h5ad", "type", "scbmlp report: cells='text.h5ad' is no h5ad file that can be read"),
+        ("own.h5ad", "typ", "class_key='typ' is not a column"),
+    ):
+        assert main(["report", str(tmp_path / name), "--class-key", key]) == 2
+        assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["report", str(tmp_path / "own.h5ad")])
 
 
 def test_package_runs_as_a_module():
-    root = str(Path(scbmlp.__file__).parent.parent)
     done = subprocess.run(
-        [sys.executable, "-m", "scbmlp", "report", "--help"],
-        env=os.environ | {"PYTHONPATH": root}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "scbmlp", "report", "--help"], env=HERE, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--class-key" in done.stdout
 
 

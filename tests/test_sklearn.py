@@ -15,6 +15,7 @@ from scbmlp.interactions import interaction_matrix
 from scbmlp.sklearn import BilinearClassifier, BilinearRegressor
 
 SMALL = {"d_hidden": 8, "n_epochs": 20, "batch_size": 32, "lr": 0.01, "device": "cpu"}
+LONG = SMALL | {"n_epochs": 60, "dropout_rate": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,7 @@ def planted(n=300):
 
 def test_it_learns_in_a_grid_behind_a_pipeline_and_its_model_can_be_read():
     x, y = planted()
-    fields = SMALL | {"n_epochs": 60, "dropout_rate": 0.0}
-    pipeline = make_pipeline(MaxAbsScaler(), BilinearClassifier(**fields))
+    pipeline = make_pipeline(MaxAbsScaler(), BilinearClassifier(**LONG))
     grid = GridSearchCV(pipeline, {"bilinearclassifier__weight_decay": [1e-4, 1e-1]}, cv=2)
     grid.fit(sparse.csr_matrix(x), y)
     assert grid.best_score_ > 0.8 and grid.best_params_["bilinearclassifier__weight_decay"] == 1e-4
@@ -60,8 +60,7 @@ def test_classes_are_balanced_where_that_is_asked_for():
     rare = np.flatnonzero(y == "one")[:12]
     rows = np.sort(np.r_[np.flatnonzero(y == "none"), rare])
     plain, balanced = (
-        BilinearClassifier(**SMALL | {"n_epochs": 60, "dropout_rate": 0.0}, class_weight=kind).fit(x[rows], y[rows])
-        for kind in (None, "balanced")
+        BilinearClassifier(**LONG, class_weight=kind).fit(x[rows], y[rows]) for kind in (None, "balanced")
     )
     assert plain.get_params()["class_weight"] is None and "class_weight" not in BilinearRegressor().get_params()
     assert balanced.model_.cfg.class_weight == "balanced" and balanced.model_.metric == "balanced_accuracy"
@@ -76,5 +75,5 @@ def test_it_is_the_model_of_the_package():
     assert list(regressor.model_.gene_names) == list("abcdef") and regressor.predict(table).shape == (300, 2)
     np.testing.assert_array_equal(regressor.predict(table), regressor.model_.outputs(x))
     assert regressor.fit(table, y[:, 0]).predict(table).shape == (300,)
-    scores = cross_val_score(BilinearRegressor(**(SMALL | {"n_epochs": 60, "dropout_rate": 0.0})), table, y, cv=3)
+    scores = cross_val_score(BilinearRegressor(**LONG), table, y, cv=3)
     assert scores.min() > 0.8

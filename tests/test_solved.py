@@ -16,6 +16,7 @@ RATIO = 1e-2
 
 @pytest.fixture(scope="module")
 def cells():
+    """Cells of three gene programs, and the state of two of them."""
     adata = simulate.planted_interactions(n_cells=160, n_genes=12, n_programs=3, genes_per_program=4)
     adata.obsm["state"] = adata.uns["truth"]["state"][:, :2].astype(float)
     return adata
@@ -32,20 +33,20 @@ def features(x, rank):
     return np.hstack(found)
 
 
-def dense(dataset):
-    return np.asarray(dataset.x.toarray() if hasattr(dataset.x, "toarray") else dataset.x, float)
+def outputs_of(found, d):
+    """Outputs of a solution, for cells less the training mean."""
+    return found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
 
 
 def test_targets_are_ridge_regression_on_explicit_features(cells):
     """eq-solved, eq-kernels, eq-ridge: c + W d + products of components, and its matrix by eq-back."""
     train, *_ = get_regression_datasets(cells, "state")
-    x, y = dense(train), train.y.numpy().astype(float)
+    x, y = train.x.astype(float), train.y.numpy().astype(float)
     found = solution(train, [MIXTURE] * 2, [RATIO] * 2)
     phi = features(x, MIXTURE.rank)
     weights = np.linalg.solve(phi.T @ phi + len(x) * RATIO * np.eye(phi.shape[1]), phi.T @ (y - y.mean(axis=0)))
     d = x - found.mean
-    outputs = found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
-    np.testing.assert_allclose(outputs, y.mean(axis=0) + phi @ weights, atol=1e-8)
+    np.testing.assert_allclose(outputs_of(found, d), y.mean(axis=0) + phi @ weights, atol=1e-8)
     # The products alone make up Q, in components.
     axes = np.linalg.svd(d, full_matrices=False)[2][:4]
     u = d @ axes.T
@@ -55,18 +56,16 @@ def test_targets_are_ridge_regression_on_explicit_features(cells):
     model = _solved(models.ScBMLPRegressor, models.Config(12, 1, 2, linear=True), found, train)  # as solve makes it
     for k in range(2):
         expected = axes.T @ core[k] @ axes
-        np.testing.assert_allclose(
-            interaction_matrix(model, k).to_dense(), expected, atol=1e-5 * np.abs(expected).max()
-        )
+        q = interaction_matrix(model, k).to_dense()
+        np.testing.assert_allclose(q, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_classes_are_logistic_regression_on_explicit_features(cells):
     """The least of the sum of log-losses plus n rho / 2 times the squared weights: its slope is 0."""
     train, *_ = get_classification_datasets(cells, "label")
-    x, y = dense(train), np.eye(2)[train.y.numpy()]
+    x, y = train.x.astype(float), np.eye(2)[train.y.numpy()]
     found = solution(train, [MIXTURE], [RATIO])
-    phi, d = features(x, MIXTURE.rank), x - found.mean
-    outputs = found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
+    phi, outputs = features(x, MIXTURE.rank), outputs_of(found, x - found.mean)
     left = y - softmax(outputs, axis=1)
     # The weights follow from their own slope: phi' left = n rho w.
     weights = phi.T @ left / (len(x) * RATIO)

@@ -7,6 +7,7 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from unittest.mock import Mock
 
 import anndata
 import h5py
@@ -31,6 +32,25 @@ needs_real = pytest.mark.skipif(
 )
 
 
+def saved(adata, path):
+    """Save cells in a file that says nothing of their source, as one from elsewhere would."""
+    adata = adata.copy()
+    adata.uns.clear()
+    adata.write_h5ad(path)
+    return path
+
+
+def rewritten(path, change):
+    """Change a store in place."""
+    adata = anndata.read_h5ad(path)
+    change(adata)
+    adata.write_h5ad(path)
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 @pytest.fixture(scope="module")
 def small():
     return simulate.pancreas(seed=1, n_cells=80, n_genes=250)
@@ -38,43 +58,35 @@ def small():
 
 @pytest.fixture(scope="module")
 def screen():
-    return simulate.sciplex3(seed=2, n_cells=6000, n_genes=300)
+    return simulate.sciplex3(seed=2, n_cells=4000, n_genes=300)
+
+
+@pytest.fixture(scope="module")
+def h5ad(small, tmp_path_factory):
+    return saved(small, tmp_path_factory.mktemp("elsewhere") / "cells.h5ad")
 
 
 @pytest.fixture(scope="module")
 def store(screen, tmp_path_factory):
     """A file like the public one: int64 counts, more columns, cells without a label, a 72-hour arm, mouse genes."""
     adata = screen.copy()
-    adata.uns.clear()
     adata.X = adata.X.astype(np.int64)
     adata.var["ensembl_id"] = np.where(np.arange(adata.n_vars) % 3, "ENSG00000000", "ENSMUSG00000000")
     adata.obs["time"], adata.obs["pathway_level_1"], adata.obs["well"] = 24.0, adata.obs["pathway"], "A1"
     adata.obs.iloc[-300:, adata.obs.columns.get_loc("time")] = 72.0
     unlabelled = ["perturbation", "cell_line", "dose_value", "replicate", "plate", "time"]
     adata.obs.iloc[::29, [adata.obs.columns.get_loc(column) for column in unlabelled]] = np.nan
-    path = tmp_path_factory.mktemp("screen") / "sciplex3.h5ad"
-    adata.write_h5ad(path, compression="gzip")
-    return path
+    return saved(adata, tmp_path_factory.mktemp("screen") / "sciplex3.h5ad")
 
 
 @pytest.fixture
 def expected(store):
-    """What is to come of the file, cell by cell."""
+    """What is to come of the store, cell by cell."""
     adata = anndata.read_h5ad(store)
     keep = [isinstance(cell.perturbation, str) and cell.time == 24 for cell in adata.obs.itertuples()]
     adata = adata[keep, ~adata.var["ensembl_id"].str.contains("MUS")].copy()
     adata.obs.loc[adata.obs["perturbation"] == "control", "dose_value"] = 0
     return adata
-
-
-@pytest.fixture(scope="module")
-def h5ad(small, tmp_path_factory):
-    """A file of cells that says nothing of its source, as one from elsewhere would."""
-    adata = small.copy()
-    adata.uns.clear()
-    path = tmp_path_factory.mktemp("elsewhere") / "cells.h5ad"
-    adata.write_h5ad(path)
-    return path
 
 
 @pytest.fixture
@@ -85,29 +97,41 @@ def folder(monkeypatch, tmp_path):
 
 
 @pytest.fixture
+def local(folder, h5ad):
+    return Path(shutil.copy(h5ad, folder / "pancreas.h5ad"))
+
+
+@pytest.fixture
+def local_screen(folder, store):
+    return Path(shutil.copy(store, folder / "sciplex3.h5ad"))
+
+
+@pytest.fixture
 def cache(tmp_path):
     return tmp_path / "home" / "cache"
 
 
-class Download:
-    """Stands in for the network: gives what it is told to, and counts how often."""
+def cut_off(error):
+    """Return a download that ends half-way."""
 
-    def __init__(self, source):
-        self.calls, self.source = 0, source
+    def download(path):
+        path.write_bytes(b"half a file")
+        raise error
 
-    def __call__(self, path):
-        self.calls += 1
-        if isinstance(self.source, BaseException):
-            path.write_bytes(b"half a file")
-            raise self.source
-        shutil.copy(self.source, path)
+    return download
 
 
 @pytest.fixture
 def download(monkeypatch, h5ad):
-    replacement = Download(h5ad)
+    """Stand in for the network."""
+    replacement = Mock(side_effect=lambda path: shutil.copy(h5ad, path))
     monkeypatch.setattr(sources, "_download_pancreas", replacement)
     return replacement
+
+
+@pytest.fixture
+def force(monkeypatch):
+    return lambda kind: monkeypatch.setenv("SCBMLP_DATA_SOURCE", kind or "")
 
 
 @pytest.fixture(autouse=True)
@@ -121,39 +145,33 @@ def closed_world(monkeypatch, cache, small, screen, download):
         monkeypatch.setattr(sources, url, "file:///nowhere/cells.h5ad")
 
 
-@pytest.mark.parametrize("forced", [None, "local"])
-def test_local_file_comes_first_and_is_recorded(folder, h5ad, download, small, monkeypatch, forced):
-    shutil.copy(h5ad, folder / "pancreas.h5ad")
-    if forced:
-        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
-    adata = sources.pancreas()
-    np.testing.assert_array_equal(adata.X.toarray(), small.X.toarray())
-    digest = hashlib.sha256(h5ad.read_bytes()).hexdigest()
-    expected = {"name": "pancreas", "kind": "local", "file": "pancreas.h5ad", "sha256": digest}
-    assert adata.uns["scbmlp_source"] == expected
-    assert download.calls == 0
+# ----------------------------------------------------------------------------------------- which source, and when
 
 
-@pytest.mark.parametrize("forced", [None, "download"])
-def test_download_comes_second_and_once(folder, cache, download, monkeypatch, forced):
-    if forced:
-        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
+@pytest.mark.parametrize(
+    ("forced", "kind"), [(None, "local"), ("local", "local"), ("download", "download"), ("simulated", "simulated")]
+)
+def test_local_file_comes_first_unless_another_source_is_forced(
+    local, cache, download, small, force, recwarn, forced, kind
+):
+    force(forced)
     for _ in range(2):
-        source = sources.pancreas().uns["scbmlp_source"]
-        assert (source["kind"], source["file"]) == ("download", "pancreas.h5ad")
-    assert download.calls == 1
-    assert [path.name for path in cache.iterdir()] == ["pancreas.h5ad"]
-    assert source["sha256"] == hashlib.sha256((cache / "pancreas.h5ad").read_bytes()).hexdigest()
+        adata = sources.pancreas()
+        np.testing.assert_array_equal(adata.X.toarray(), small.X.toarray())
+    origin = {"seed": 1} if kind == "simulated" else {"file": "pancreas.h5ad", "sha256": sha256(local)}
+    assert adata.uns["scbmlp_source"] == {"name": "pancreas", "kind": kind} | origin
+    assert download.call_count == (kind == "download") and not recwarn.list
 
 
-def test_empty_variables_are_as_if_unset(monkeypatch, download):
-    monkeypatch.setenv("SCBMLP_DATA_DIR", "")
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "")
-    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "download"
+def test_download_comes_second_and_once(cache, download, monkeypatch):
+    monkeypatch.setenv("SCBMLP_DATA_DIR", "")  # as if unset
+    for _ in range(2):
+        assert sources.pancreas().uns["scbmlp_source"]["kind"] == "download"
+    assert download.call_count == 1 and [path.name for path in cache.iterdir()] == ["pancreas.h5ad"]
 
 
 def test_simulation_comes_last_with_a_warning_at_the_caller(cache, download):
-    download.source = ConnectionError("no network")
+    download.side_effect = cut_off(ConnectionError("no network"))
     with pytest.warns(UserWarning, match=r"no download \(no network\): these are SIMULATED cells") as record:
         adata = sources.pancreas()
     assert [warning.filename for warning in record] == [__file__]
@@ -161,43 +179,26 @@ def test_simulation_comes_last_with_a_warning_at_the_caller(cache, download):
     assert list(cache.iterdir()) == []
 
 
-def test_forced_simulation_looks_nowhere_else(folder, h5ad, download, monkeypatch, recwarn):
-    shutil.copy(h5ad, folder / "pancreas.h5ad")
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "simulated")
-    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "simulated"
-    assert download.calls == 0 and not recwarn.list
-
-
-def test_forced_download_passes_over_the_local_file(folder, h5ad, download, monkeypatch):
-    shutil.copy(h5ad, folder / "pancreas.h5ad")
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
-    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "download"
-
-
 @pytest.mark.parametrize("with_folder", [True, False])
-def test_forced_local_file_that_is_not_there_is_an_error(request, download, monkeypatch, with_folder):
+def test_forced_local_file_that_is_not_there_is_an_error(request, download, force, with_folder):
     where = request.getfixturevalue("folder") / "pancreas.h5ad" if with_folder else "$SCBMLP_DATA_DIR/pancreas.h5ad"
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    force("local")
     with pytest.raises(FileNotFoundError, match=r"SCBMLP_DATA_SOURCE=local, but .*; set SCBMLP_DATA_DIR") as error:
         sources.pancreas()
-    assert str(where) in str(error.value) and download.calls == 0
+    assert str(where) in str(error.value) and download.call_count == 0
 
 
-def test_forced_download_that_fails_is_an_error(folder, h5ad, download, monkeypatch):
-    shutil.copy(h5ad, folder / "pancreas.h5ad")
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
-    download.source = ConnectionError("no network")
+def test_forced_download_that_fails_and_unknown_sources_are_errors(local, download, force):
+    force("download")
+    download.side_effect = cut_off(ConnectionError("no network"))
     with pytest.raises(OSError, match=r"download of pancreas failed \(no network\); try again, or put pancreas.h5ad"):
         sources.pancreas()
-
-
-def test_unknown_source_is_an_error(monkeypatch):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "web")
+    force("web")
     with pytest.raises(ValueError, match="SCBMLP_DATA_SOURCE='web' is unknown; set it to local, download, simulated"):
         sources.pancreas()
 
 
-def test_two_downloads_at_once_do_not_share_a_file(cache, download, h5ad, monkeypatch):
+def test_two_downloads_at_once_do_not_share_a_file(cache, h5ad, monkeypatch):
     seen = []
 
     def first(path):
@@ -213,82 +214,123 @@ def test_two_downloads_at_once_do_not_share_a_file(cache, download, h5ad, monkey
     assert len(set(seen)) == 2 and [path.name for path in cache.iterdir()] == ["pancreas.h5ad"]
 
 
-def test_interrupted_download_leaves_nothing_behind(cache, download, h5ad):
-    download.source = KeyboardInterrupt()
+def test_interrupted_download_leaves_nothing_behind(cache, download):
+    download.side_effect = cut_off(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         sources.pancreas()
     assert list(cache.iterdir()) == []
-    download.source = h5ad
-    assert sources.pancreas().uns["scbmlp_source"]["kind"] == "download"
 
 
-@pytest.mark.parametrize(("kind", "advice"), [("download", "delete it and try again"), ("local", "a whole copy")])
-def test_file_cut_short_is_an_error_that_names_it(folder, cache, h5ad, monkeypatch, kind, advice):
-    path = (folder if kind == "local" else cache) / "pancreas.h5ad"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(h5ad.read_bytes()[:5000])
-    with pytest.raises(OSError, match=f"cannot be read .*{advice}") as error:
+def test_a_folder_may_be_named_by_a_tilde(tmp_path, small, force, monkeypatch):
+    (tmp_path / "my cells").mkdir()
+    small.write_h5ad(tmp_path / "my cells" / "pancreas.h5ad")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCBMLP_DATA_DIR", "~/my cells")
+    force("local")
+    assert sources.pancreas().shape == small.shape
+
+
+# ------------------------------------------------------------------------------------------------- damaged files
+
+
+def test_cached_download_cut_short_is_an_error_that_says_to_delete_it(cache, h5ad):
+    cache.mkdir(parents=True)
+    (cache / "pancreas.h5ad").write_bytes(h5ad.read_bytes()[:5000])
+    with pytest.raises(OSError, match=f"{cache / 'pancreas.h5ad'} cannot be read .*delete it and try again"):
         sources.pancreas()
-    assert str(path) in str(error.value)
 
 
-def test_card_of_simulated_cells_says_so_before_anything_else(small):
-    card = sources.data_card(small)
-    assert card.simulated
-    assert repr(card).startswith("SIMULATED CELLS\n")
-    assert card._repr_html_().startswith('<div role="alert"') and "SIMULATED CELLS" in card._repr_html_()
-    assert card.rows["Source"] == "simulation, seed 1"
-    assert card.rows["SHA-256"] == hashlib.sha256(small.X.data.tobytes()).hexdigest()
+@pytest.mark.parametrize("read", [sources.pancreas, sources.sciplex3])
+def test_damaged_files_are_an_error_that_names_them(folder, small, screen, force, read):
+    force("local")
+    path = saved(small if read is sources.pancreas else screen[:300], folder / f"{read.__name__}.h5ad")
+    whole = path.read_bytes()
+    for cut in [*np.random.default_rng(0).integers(0, len(whole) - 1, 12), len(whole) - 1000]:
+        path.write_bytes(whole[:cut])
+        with pytest.raises(OSError, match=rf"{path.name} cannot be read .*; replace it with a whole copy"):
+            read()
+    path.write_bytes(whole)
+    with h5py.File(path, "r+") as file:
+        file["X/indices"][7] = 10**8  # would end the process
+    with pytest.raises(OSError, match="no valid sparse matrix .*replace it"):
+        read()
 
 
-@pytest.fixture
-def real_card(folder, h5ad):
-    shutil.copy(h5ad, folder / "pancreas.h5ad")
-    return sources.data_card(sources.pancreas())
+def test_download_of_the_screen_is_whole_or_nothing(cache, store, tmp_path, force, monkeypatch):
+    short = tmp_path / "short.h5ad"
+    short.write_bytes(store.read_bytes()[:-1000])
+    force("download")
+    for url, message in {"file:///nowhere/sciplex3.h5ad": "nowhere", short.as_uri(): "truncated"}.items():
+        monkeypatch.setattr(sources, "SCIPLEX3_URL", url)
+        with pytest.raises(OSError, match=f"download of sciplex3 failed .*{message}.*; try again"):
+            sources.sciplex3()
+        assert list(cache.iterdir()) == []
+    monkeypatch.setattr(sources, "SCIPLEX3_URL", store.as_uri())
+    assert sources.sciplex3(cell_lines="K562").uns["scbmlp_source"]["kind"] == "download"
+    assert [path.name for path in cache.iterdir()] == ["sciplex3.h5ad"]
 
 
-def test_card_of_real_cells_has_no_banner_and_its_numbers_are_right(real_card, small):
-    rows, counts = real_card.rows, small.X.toarray()
-    assert not real_card.simulated and real_card._repr_html_().startswith("<table>")
+@pytest.mark.parametrize("counts", ["in X", "in a layer", "nowhere"])
+def test_pancreas_has_counts_or_says_that_the_file_has_none(folder, small, counts):
+    adata = small.copy()
+    if counts != "in X":
+        adata.layers["counts"] = adata.X.copy() if counts == "in a layer" else adata.X / 2
+        adata.X = np.log1p(adata.X.toarray()) - 1
+    saved(adata, folder / "pancreas.h5ad")
+    if counts == "nowhere":
+        with pytest.raises(ValueError, match=r"pancreas\.h5ad has no counts: .*; put raw counts into either"):
+            sources.pancreas()
+    else:
+        np.testing.assert_array_equal(sources.pancreas().X.toarray(), small.X.toarray())
+
+
+# -------------------------------------------------------------------------------------------------------- cards
+
+
+def test_card_of_simulated_cells_says_so_before_anything_else_even_from_a_file(folder, small):
+    small.write_h5ad(folder / "pancreas.h5ad")
+    for adata in (small, sources.pancreas()):
+        card = sources.data_card(adata)
+        assert card.simulated and repr(card).startswith("SIMULATED CELLS\n")
+        assert card._repr_html_().startswith('<div role="alert"') and "SIMULATED CELLS" in card._repr_html_()
+        assert card.rows["Source"] == "simulation, seed 1"
+        assert card.rows["SHA-256"] == hashlib.sha256(small.X.data.tobytes()).hexdigest()
+
+
+def test_card_of_real_cells_has_no_banner_and_its_numbers_are_right(local, small):
+    card, counts = sources.data_card(sources.pancreas()), small.X.toarray()
+    rows = card.rows
+    assert not card.simulated and card._repr_html_().startswith("<table>")
     assert rows["Source"] == "real cells, local file pancreas.h5ad" and rows["Cells x genes"] == "80 x 250"
-    assert rows["Zeros"] == f"{(counts == 0).mean():.0%} of the entries"
+    assert rows["Zeros"] == f"{(counts == 0).mean():.0%} of the entries" and rows["SHA-256"] == sha256(local)
     depth = counts.sum(axis=1)
     assert f"median {np.median(depth):,.0f}, 5% to 95% {np.quantile(depth, 0.05):,.0f}" in rows["Total a cell"]
     sizes = small.obs["clusters"].value_counts()
     assert sorted(rows["Labels: clusters"].split(", ")) == sorted(f"{name} {size}" for name, size in sizes.items())
-
-
-@pytest.mark.parametrize("form", ["__repr__", "_repr_html_"])
-def test_card_shows_every_row_in_full(real_card, h5ad, form):
-    shown = getattr(real_card, form)()
-    assert "simula" not in shown.lower()
-    assert hashlib.sha256(h5ad.read_bytes()).hexdigest() in shown
-    for key, value in real_card.rows.items():
-        assert key in shown and value in shown
-
-
-def test_card_is_the_same_for_dense_and_stored_zeros(small):
-    dense = AnnData(small.X.toarray(), obs=small.obs, uns=small.uns)
-    stored = AnnData(small.X.copy(), obs=small.obs, uns=small.uns)
-    stored.X.data[:100] = 0
-    rows = [sources.data_card(adata).rows for adata in (small, dense, stored)]
-    assert rows[0].drop("SHA-256").equals(rows[1].drop("SHA-256"))
-    assert rows[2]["Zeros"] == f"{(stored.X.toarray() == 0).mean():.0%} of the entries"
+    for shown in (repr(card), card._repr_html_()):
+        assert "simula" not in shown.lower()
+        assert all(key in shown and value in shown for key, value in rows.items())
 
 
 @pytest.mark.parametrize("form", [np.asarray, sparse.csr_matrix])
-def test_card_of_log_normalised_cells_shows_no_total(small, form):
-    counts = small.X.toarray()
+def test_card_is_the_same_for_dense_cells_and_shows_no_total_of_log_normalised_ones(small, form):
+    counts, sparse_rows = small.X.toarray(), sources.data_card(small).rows
+    rows = sources.data_card(AnnData(form(counts), obs=small.obs, uns=small.uns)).rows
+    assert rows.drop("SHA-256").equals(sparse_rows.drop("SHA-256")) and not {"Values", "Genes a cell"} & set(rows.index)
     x = np.log1p(counts / counts.sum(axis=1, keepdims=True) * 1e4)
     rows = sources.data_card(AnnData(form(x), obs=small.obs, uns=small.uns)).rows
     assert "Total a cell" not in rows
     assert rows["Values"] == f"not counts: fractions up to {x.max():.2g}, as log-normalised expression has"
     assert rows["Genes a cell"].startswith(f"median {np.median((x > 0).sum(axis=1)):,.0f}, 5% to 95%")
-    assert not {"Values", "Genes a cell"} & set(sources.data_card(small).rows.index)
 
 
-def test_card_escapes_labels():
+def test_card_counts_stored_zeros_as_zeros_escapes_labels_and_needs_a_source(small):
+    stored = AnnData(small.X.copy(), obs=small.obs, uns=small.uns)
+    stored.X.data[:1000] = 0
+    assert sources.data_card(stored).rows["Zeros"] == f"{(stored.X.toarray() == 0).mean():.0%} of the entries"
     adata = AnnData(sparse.csr_matrix(np.ones((2, 1))))
+    with pytest.raises(KeyError, match="has no 'scbmlp_source'"):
+        sources.data_card(adata)
     adata.obs["<i>kind</i>"] = pd.Categorical(["<b>T cell</b>", "A & B"])
     adata.uns["scbmlp_source"] = {"name": "<u>", "kind": "local", "file": "a.h5ad", "sha256": "0"}
     page = sources.data_card(adata)._repr_html_()
@@ -296,32 +338,21 @@ def test_card_escapes_labels():
     assert "&lt;b&gt;T cell&lt;/b&gt; 1" in page and "A &amp; B 1" in page
 
 
-def test_cells_of_unknown_source_have_no_card(cells):
-    with pytest.raises(KeyError, match="has no 'scbmlp_source'"):
-        sources.data_card(AnnData(cells.X))
+def test_run_card_says_what_a_page_took():
+    before = sources.run_card().rows
+    held = np.ones(50_000_000)  # 0.4 GB
+    rows = sources.run_card(AnnData(np.zeros((3, 2), "f4"))).rows
+    assert "Data" not in before and rows["Data"] == "3 cells x 2 genes"
+    assert float(rows["Peak memory"].split()[0]) >= held.nbytes / 1e9
+    assert 0 <= int(rows["Run time"].split()[0]) <= time.perf_counter() - sources.BEGAN + 1
+    assert f"numpy {np.__version__}" in rows["Packages"] and f"pandas {pd.__version__}" in rows["Packages"]
+    assert rows["Python"].startswith(".".join(map(str, sys.version_info[:3])))
 
 
-def test_simulated_cells_saved_as_the_local_file_stay_simulated(folder, small):
-    small.write_h5ad(folder / "pancreas.h5ad")
-    adata = sources.pancreas()
-    assert adata.uns["scbmlp_source"]["kind"] == "simulated"
-    assert sources.data_card(adata).simulated
+# ------------------------------------------------------------------------------------------------------ the screen
 
 
-@pytest.fixture
-def local_screen(folder, store):
-    shutil.copy(store, folder / "sciplex3.h5ad")
-    return folder / "sciplex3.h5ad"
-
-
-def rewritten(path, change):
-    """Change a store in place."""
-    adata = anndata.read_h5ad(path)
-    change(adata)
-    adata.write_h5ad(path)
-
-
-def test_screen_comes_clean(local_screen, store, expected):
+def test_screen_comes_clean(local_screen, expected):
     adata = sources.sciplex3()
     assert list(adata.obs_names) == list(expected.obs_names) and list(adata.var_names) == list(expected.var_names)
     np.testing.assert_array_equal(adata.X.toarray(), expected.X.toarray())
@@ -332,10 +363,19 @@ def test_screen_comes_clean(local_screen, store, expected):
         assert list(adata.obs[column]) == list(expected.obs[column])
         if adata.obs[column].dtype == "category":
             assert set(adata.obs[column].cat.categories) == set(expected.obs[column])
-    digest = hashlib.sha256(store.read_bytes()).hexdigest()
-    source = {"name": "sciplex3", "kind": "local", "file": "sciplex3.h5ad", "sha256": digest}
+    source = {"name": "sciplex3", "kind": "local", "file": "sciplex3.h5ad", "sha256": sha256(local_screen)}
     assert adata.uns["scbmlp_source"] == source
     assert sources.data_card(adata).rows["Source"] == "real cells, local file sciplex3.h5ad"
+
+
+def test_simulated_screen_comes_last_as_clean_as_a_real_one_and_with_its_truth(screen):
+    with pytest.warns(UserWarning, match="no sciplex3.h5ad .*: these are SIMULATED cells") as record:
+        adata = sources.sciplex3(cell_lines="MCF7")
+    assert [warning.filename for warning in record] == [__file__]
+    assert sources.data_card(adata).simulated and "truth" in adata.uns
+    assert (adata.obs.loc[adata.obs["perturbation"] == "control", "dose_value"] == 0).all()
+    assert "Vehicle" not in adata.obs["perturbation"].cat.categories
+    assert list(adata.obs_names) == list(screen.obs_names[screen.obs["cell_line"] == "MCF7"])
 
 
 @pytest.mark.parametrize("kind", ["local", "simulated"])
@@ -348,21 +388,18 @@ def test_screen_comes_clean(local_screen, store, expected):
         {"doses": [10, 1000], "compounds": "Ruxolitinib (INCB018424)"},
     ],
 )
-def test_part_of_the_screen_is_what_was_asked_for(local_screen, expected, screen, monkeypatch, kind, wanted):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", kind)
+def test_part_of_the_screen_is_what_was_asked_for(local_screen, expected, screen, force, kind, wanted):
+    force(kind)
     whole = expected if kind == "local" else screen
-    listed = {key: [value] if isinstance(value, str | int) else value for key, value in wanted.items()}
-    chosen = []
-    for name, cell in whole.obs.iterrows():
-        vehicle = cell["perturbation"] == "control"
-        line = cell["cell_line"] in listed.get("cell_lines", [cell["cell_line"]])
-        compound = vehicle or cell["perturbation"] in listed.get("compounds", [cell["perturbation"]])
-        dose = vehicle or cell["dose_value"] in listed.get("doses", [cell["dose_value"]])
-        if line and compound and dose and cell["ncounts"] >= wanted.get("min_counts", 0):
-            chosen.append(name)
+    obs, listed = whole.obs, {key: np.atleast_1d(value) for key, value in wanted.items()}
+    vehicle = obs["perturbation"] == "control"
+    keep = obs["ncounts"] >= wanted.get("min_counts", 0)
+    keep &= obs["cell_line"].isin(listed.get("cell_lines", obs["cell_line"]))
+    keep &= vehicle | obs["perturbation"].isin(listed.get("compounds", obs["perturbation"]))
+    keep &= vehicle | obs["dose_value"].isin(listed.get("doses", obs["dose_value"]))
     adata = sources.sciplex3(**wanted)
-    assert 0 < len(chosen) < whole.n_obs and list(adata.obs_names) == chosen
-    np.testing.assert_array_equal(adata.X.toarray(), whole[chosen].X.toarray())
+    assert 0 < keep.sum() < whole.n_obs and list(adata.obs_names) == list(whole.obs_names[keep])
+    np.testing.assert_array_equal(adata.X.toarray(), whole[keep].X.toarray())
 
 
 def test_conditions_are_thinned_at_random_and_vehicle_is_not(local_screen, expected):
@@ -377,23 +414,29 @@ def test_conditions_are_thinned_at_random_and_vehicle_is_not(local_screen, expec
     pd.testing.assert_series_equal(sizes, full.where(vehicle, full.clip(upper=2)))
 
 
-def test_a_part_of_the_screen_takes_a_part_of_the_memory(local_screen, monkeypatch):
+def test_a_part_of_the_screen_takes_a_part_of_the_memory_from_a_layer_too(local_screen, monkeypatch):
     def fill(adata):
         adata.X = sparse.csr_matrix(np.ones(adata.shape, np.int64))
 
-    rewritten(local_screen, fill)
+    def move(adata):
+        adata.layers["counts"] = adata.X.copy()
+        adata.X = sparse.csr_matrix(adata.X, dtype=np.float32).log1p()
+
+    def peak(read):
+        tracemalloc.start()
+        try:
+            return read(), tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
     monkeypatch.setattr(sources, "BLOCK", 256)
-    tracemalloc.start()
-    try:
-        whole = anndata.read_h5ad(local_screen)
-        most = tracemalloc.get_traced_memory()[1]
-        del whole
-        tracemalloc.reset_peak()
-        before = tracemalloc.get_traced_memory()[0]
-        sources.sciplex3(compounds="AR-42")
-        assert tracemalloc.get_traced_memory()[1] - before < most / 3
-    finally:
-        tracemalloc.stop()
+    rewritten(local_screen, fill)
+    _, most = peak(lambda: anndata.read_h5ad(local_screen))
+    for change in (None, move):
+        if change:
+            rewritten(local_screen, change)
+        part, used = peak(lambda: sources.sciplex3(compounds="AR-42"))
+        assert used < most / 3 and not np.any(part.X.data % 1)
 
 
 @pytest.mark.parametrize(
@@ -402,6 +445,7 @@ def test_a_part_of_the_screen_takes_a_part_of_the_memory(local_screen, monkeypat
         ({"cell_lines": ["A549", "HeLa"]}, r"cell_lines has 'HeLa', the screen does not; .*: (\w+, ){2}\w+\.$"),
         ({"compounds": "Trametinib"}, r"compounds has 'Trametinib', .* nearest to it: .*Trametinib \(GSK1120212\)"),
         ({"doses": [10, 20]}, "doses has 20, the screen does not; nearest to it: .*10.0"),
+        ({"doses": []}, "doses is empty; name one at least"),
         ({"min_counts": 10**9}, "no cell is left with .*min_counts=1000000000; ask for more"),
         ({"max_cells": 0}, "max_cells=0 is too small; pass 1 or more, or None"),
     ],
@@ -423,53 +467,61 @@ def test_counts_come_from_their_layer_or_not_at_all(local_screen, expected):
         sources.sciplex3()
 
 
-def test_columns_that_nothing_depends_on_may_be_missing(local_screen, expected):
+def test_columns_may_be_missing_if_nothing_depends_on_them(local_screen, expected):
     rewritten(local_screen, lambda adata: adata.obs.drop(columns=["plate", "pathway"], inplace=True))
     adata = sources.sciplex3()
-    assert not {"plate", "pathway"} & set(adata.obs)
-    assert list(adata.obs["target"]) == list(expected.obs["target"])
-
-
-def test_missing_columns_are_named(local_screen):
+    assert not {"plate", "pathway"} & set(adata.obs) and list(adata.obs["target"]) == list(expected.obs["target"])
     rewritten(local_screen, lambda adata: adata.obs.drop(columns=["dose_value", "replicate"], inplace=True))
-    with pytest.raises(
-        KeyError, match="has no dose_value, replicate in obs, only perturbation, .*; rename its columns"
-    ):
+    with pytest.raises(KeyError, match="has no dose_value, replicate in obs, only perturbation, .*; rename its col"):
         sources.sciplex3()
 
 
-def test_screen_cut_short_is_an_error_that_names_it(local_screen):
-    local_screen.write_bytes(local_screen.read_bytes()[:-1000])
-    with pytest.raises(OSError, match=r"sciplex3.h5ad cannot be read .*a whole copy"):
+def screen_file(folder, ids=None, **columns):
+    """Save a small screen of one compound at four doses, with columns as a file may have them."""
+    n = 240
+    x = sparse.csr_matrix(np.random.default_rng(0).poisson(1, (n, 8)).astype(np.float32))
+    drug = np.array(["control", "AR-42"])[np.arange(n) % 2]
+    dose = np.where(drug == "control", 0, 10 ** (1 + np.arange(n) // 2 % 4))
+    obs = {"cell_line": "A549", "perturbation": drug, "dose_value": dose, "replicate": "rep1", "ncounts": 9}
+    obs |= {name: [text.format(value) for value in dose] for name, text in columns.items()}
+    var = pd.DataFrame({"ensembl_id": ids or "ENSG"}, index=[f"G{i}" for i in range(8)])
+    AnnData(x, obs=pd.DataFrame(obs, map(str, range(n))), var=var).write_h5ad(folder / "sciplex3.h5ad")
+
+
+@pytest.mark.parametrize(
+    "columns", [{}, {"dose_value": "{:,}"}, {"dose_value": "{} nM"}, {"time": "24"}, {"time": "24 h"}]
+)
+def test_doses_and_hours_are_read_from_text(folder, columns):
+    screen_file(folder, **columns)
+    adata = sources.sciplex3(compounds="AR-42")
+    assert adata.n_obs == 240
+    assert adata.obs["dose_value"].value_counts().to_dict() == {0: 120, 10: 30, 100: 30, 1000: 30, 10000: 30}
+
+
+@pytest.mark.parametrize(
+    ("columns", "match"),
+    [
+        ({"dose_value": "{} uM"}, "no numbers of nM in 120 cells, such as '10 uM'"),
+        ({"dose_value": "high"}, "no numbers of nM in 120 cells, such as 'high'; write numbers"),
+        ({"time": "one day"}, "no cell of 24 hours .* holds 'one day'; write hours"),
+    ],
+)
+def test_doses_and_hours_that_cannot_be_read_are_told_and_no_cell_is_dropped(folder, columns, match):
+    screen_file(folder, **columns)
+    with pytest.raises(ValueError, match=match):
         sources.sciplex3()
 
 
-def test_download_of_the_screen_is_whole_or_nothing(cache, store, tmp_path, monkeypatch):
-    short = tmp_path / "short.h5ad"
-    short.write_bytes(store.read_bytes()[:-1000])
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
-    for url, message in {"file:///nowhere/sciplex3.h5ad": "nowhere", short.as_uri(): "truncated"}.items():
-        monkeypatch.setattr(sources, "SCIPLEX3_URL", url)
-        with pytest.raises(OSError, match=f"download of sciplex3 failed .*{message}.*; try again"):
-            sources.sciplex3()
-        assert list(cache.iterdir()) == []
-    monkeypatch.setattr(sources, "SCIPLEX3_URL", store.as_uri())
-    assert sources.sciplex3(cell_lines="K562").uns["scbmlp_source"]["kind"] == "download"
-    assert [path.name for path in cache.iterdir()] == ["sciplex3.h5ad"]
+def test_a_gene_without_an_ensembl_id_stays(folder):
+    screen_file(folder, ids=[*(f"ENSG{i}" for i in range(6)), "ENSMUSG1", None])
+    assert list(sources.sciplex3().var_names) == ["G0", "G1", "G2", "G3", "G4", "G5", "G7"]
 
 
-def test_simulated_screen_comes_last_as_clean_as_a_real_one_and_with_its_truth(screen):
-    with pytest.warns(UserWarning, match="no sciplex3.h5ad .*: these are SIMULATED cells") as record:
-        adata = sources.sciplex3(cell_lines="MCF7")
-    assert [warning.filename for warning in record] == [__file__]
-    assert sources.data_card(adata).simulated and "truth" in adata.uns
-    assert (adata.obs.loc[adata.obs["perturbation"] == "control", "dose_value"] == 0).all()
-    assert "Vehicle" not in adata.obs["perturbation"].cat.categories
-    assert list(adata.obs_names) == list(screen.obs_names[screen.obs["cell_line"] == "MCF7"])
+# ------------------------------------------------------------------------------- data that no simulation stands in for
 
 
 def stand_in(name, h5ad):
-    """A file like the local one."""
+    """Return cells like those of the local file."""
     adata = anndata.read_h5ad(h5ad)
     if name == "norman":
         adata.X = adata.X.log1p()
@@ -485,16 +537,12 @@ def stand_in(name, h5ad):
 @pytest.fixture
 def public_norman(small, tmp_path, monkeypatch):
     """As pertpy's: log-normalised with counts in a layer, a column a guide, 150 cells of one label."""
-    adata = AnnData(
-        sparse.vstack([small.X] * 5, format="csr"), obs=pd.DataFrame(index=[f"cell{i}" for i in range(400)])
-    )
-    adata.layers["counts"] = adata.X.copy()
-    adata.X = adata.X.log1p()
+    x, names = sparse.vstack([small.X] * 5, format="csr"), [f"cell{i}" for i in range(400)]
+    adata = AnnData(x.log1p(), obs=pd.DataFrame(index=names), layers={"counts": x})
     adata.obs[["guide_KLF1", "guide_ids", "gemgroup"]] = 1, "KLF1", 1
     labels = np.repeat(["control", "KLF1", "KLF1+MAP2K6", None], [150, 100, 120, 30]).astype(object)
     adata.obs["perturbation_name"] = pd.Categorical(np.random.default_rng(0).permutation(labels))
-    adata.write_h5ad(tmp_path / "public.h5ad")
-    monkeypatch.setattr(sources, "NORMAN_URL", (tmp_path / "public.h5ad").as_uri())
+    monkeypatch.setattr(sources, "NORMAN_URL", saved(adata, tmp_path / "public.h5ad").as_uri())
     return adata
 
 
@@ -502,70 +550,56 @@ def public_norman(small, tmp_path, monkeypatch):
 def public_tumours(small, tmp_path, monkeypatch):
     """As scPerturb's: other drugs, a patient without panobinostat, one without control, barcodes that come twice."""
     adata = small.copy()
-    adata.uns.clear()
     adata.obs = pd.DataFrame(index=np.resize(adata.obs_names[:60], adata.n_obs))
     adata.obs["sample"] = pd.Categorical(np.resize(["PW030-701", "PW030-704", "PW032", "PW029", "PW053"], adata.n_obs))
     drugs = np.resize(["control", "panobinostat", "etoposide", "control", "panobinostat", "control", "control"], 80)
     drugs[adata.obs["sample"] == "PW029"] = "control"
     drugs[adata.obs["sample"] == "PW053"] = "panobinostat"
     adata.obs["perturbation"] = pd.Categorical(drugs)
-    adata.write_h5ad(tmp_path / "public.h5ad")
-    monkeypatch.setattr(sources, "ZHAO_URL", (tmp_path / "public.h5ad").as_uri())
+    monkeypatch.setattr(sources, "ZHAO_URL", saved(adata, tmp_path / "public.h5ad").as_uri())
     return adata
 
 
 @pytest.mark.parametrize("forced", [None, "local"])
 @pytest.mark.parametrize("name", REAL_ONLY)
-def test_real_cells_come_from_their_local_file(folder, h5ad, monkeypatch, name, forced):
+def test_real_cells_come_from_their_local_file(folder, h5ad, force, name, forced):
+    force(forced)
     load, column, _ = REAL_ONLY[name]
-    expected = stand_in(name, h5ad)
-    path = folder / f"{name}.h5ad"
+    expected, path = stand_in(name, h5ad), folder / f"{name}.h5ad"
     expected.write_h5ad(path)
-    if forced:
-        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
     adata = load()
     assert not adata.isbacked and list(adata.obs_names) == list(expected.obs_names)
     np.testing.assert_array_equal(adata.X.toarray(), expected.X.toarray())
     assert list(adata.obs[column]) == list(expected.obs[column]) and adata.obs[column].dtype == "category"
     assert set(adata.obs) == set(expected.obs)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    source = {"name": name, "kind": "local", "file": f"{name}.h5ad", "sha256": digest}
+    source = {"name": name, "kind": "local", "file": f"{name}.h5ad", "sha256": sha256(path)}
     assert adata.uns["scbmlp_source"] == source
     card = sources.data_card(adata)
     assert not card.simulated and ("Total a cell" in card.rows) == (name != "norman")
 
 
 @pytest.mark.parametrize("name", REAL_ONLY)
-def test_real_cells_that_are_nowhere_are_an_error_that_says_what_to_do(folder, name):
+def test_real_cells_come_from_the_source_that_is_forced_or_not_at_all(folder, h5ad, force, name):
     load, _, url = REAL_ONLY[name]
     why = r"no download \(.*nowhere.*\)" if url else "no public download"
     remedy = f"set SCBMLP_DATA_DIR to the folder that holds {name}.h5ad"
     with pytest.raises(FileNotFoundError, match=rf"no {name}.h5ad in .*, {why}, and no simulation .* it; {remedy}"):
         load()
-
-
-@pytest.mark.parametrize("name", REAL_ONLY)
-def test_real_cells_are_not_simulated_even_if_asked_for(folder, h5ad, monkeypatch, name):
-    stand_in(name, h5ad).write_h5ad(folder / f"{name}.h5ad")
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "simulated")
-    match = f"SCBMLP_DATA_SOURCE=simulated, but no simulation stands in for {name}; unset .* {name}.h5ad"
-    with pytest.raises(FileNotFoundError, match=match):
-        REAL_ONLY[name][0]()
-
-
-@pytest.mark.parametrize("name", REAL_ONLY)
-def test_real_cells_from_the_source_that_is_forced_or_not_at_all(folder, h5ad, monkeypatch, name):
-    load, _, url = REAL_ONLY[name]
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
+    force("local")
     with pytest.raises(FileNotFoundError, match=f"=local, but .*{name}.h5ad is not there"):
         load()
-    stand_in(name, h5ad).write_h5ad(folder / f"{name}.h5ad")
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "download")
+    path = folder / f"{name}.h5ad"
+    stand_in(name, h5ad).write_h5ad(path)
+    force("simulated")
+    match = f"SCBMLP_DATA_SOURCE=simulated, but no simulation stands in for {name}; unset .* {name}.h5ad"
+    with pytest.raises(FileNotFoundError, match=match):
+        load()
+    force("download")
     message = f"download of {name} failed .*; try again" if url else f"=download, but no public download has {name}; "
     with pytest.raises(OSError, match=message):
         load()
-    (folder / f"{name}.h5ad").write_bytes(h5ad.read_bytes()[:1000])
-    monkeypatch.delenv("SCBMLP_DATA_SOURCE")
+    path.write_bytes(h5ad.read_bytes()[:1000])
+    force(None)
     with pytest.raises(OSError, match="cannot be read .*a whole copy"):
         load()
 
@@ -578,9 +612,8 @@ def test_file_without_the_column_is_an_error_that_names_it(folder, h5ad, name):
 
 
 @pytest.mark.parametrize("forced", [None, "download"])
-def test_downloaded_activations_have_the_columns_of_the_local_file(public_norman, cache, monkeypatch, forced):
-    if forced:
-        monkeypatch.setenv("SCBMLP_DATA_SOURCE", forced)
+def test_downloaded_activations_have_the_columns_of_the_local_file(public_norman, cache, force, forced):
+    force(forced)
     adata = sources.norman(max_cells=None)
     known = public_norman[public_norman.obs["perturbation_name"].notna()]
     assert list(adata.obs_names) == list(known.obs_names)
@@ -644,147 +677,3 @@ def test_real_files_are_what_the_docstrings_say(monkeypatch):
     assert (tumours.obs.groupby("patient_id", observed=True)["condition"].value_counts() == 500).all()
     for adata, counted in ((hours, False), (activated, False), (tumours, True)):
         assert ("Total a cell" in sources.data_card(adata).rows) == counted
-
-
-# ------------------------------------------------------------------------------------- files that others have made
-
-
-def screen_file(folder, **columns):
-    """A small screen of one compound at four doses, with columns as a file may have them."""
-    n = 240
-    x = sparse.csr_matrix(np.random.default_rng(0).poisson(1, (n, 8)).astype(np.float32))
-    drug = np.array(["control", "AR-42"])[np.arange(n) % 2]
-    dose = np.where(drug == "control", 0, 10 ** (1 + np.arange(n) // 2 % 4))
-    obs = pd.DataFrame({"cell_line": "A549", "perturbation": drug, "dose_value": dose, "replicate": "rep1"})
-    obs = obs.assign(ncounts=9, **{name: values(dose) for name, values in columns.items()}).set_index(
-        obs.index.astype(str)
-    )
-    AnnData(x, obs=obs, var=pd.DataFrame(index=[f"G{i}" for i in range(8)])).write_h5ad(folder / "sciplex3.h5ad")
-
-
-@pytest.mark.parametrize(
-    "columns",
-    [
-        {},
-        {"dose_value": lambda dose: [f"{value:,}" for value in dose]},
-        {"dose_value": lambda dose: [f"{value} nM" for value in dose]},
-        {"dose_value": lambda dose: dose.astype(np.float32), "time": lambda dose: ["24"] * len(dose)},
-        {"time": lambda dose: ["24 h"] * len(dose)},
-    ],
-)
-def test_doses_and_hours_are_read_from_text(folder, monkeypatch, columns):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    screen_file(folder, **columns)
-    adata = sources.sciplex3(compounds="AR-42")
-    assert adata.n_obs == 240
-    assert adata.obs["dose_value"].value_counts().to_dict() == {0: 120, 10: 30, 100: 30, 1000: 30, 10000: 30}
-
-
-@pytest.mark.parametrize(
-    ("columns", "match"),
-    [
-        (
-            {"dose_value": lambda dose: [f"{value} uM" for value in dose]},
-            "no numbers of nM in 120 cells, such as '10 uM'",
-        ),
-        (
-            {"dose_value": lambda dose: ["high"] * len(dose)},
-            "no numbers of nM in 120 cells, such as 'high'; write numbers",
-        ),
-        ({"time": lambda dose: ["one day"] * len(dose)}, "no cell of 24 hours .* holds 'one day'; write hours"),
-    ],
-)
-def test_doses_and_hours_that_cannot_be_read_are_told_and_no_cell_is_dropped(folder, monkeypatch, columns, match):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    screen_file(folder, **columns)
-    with pytest.raises(ValueError, match=match):
-        sources.sciplex3()
-
-
-def test_a_gene_without_an_ensembl_id_stays(folder, monkeypatch):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    screen_file(folder)
-    adata = anndata.read_h5ad(folder / "sciplex3.h5ad")
-    adata.var["ensembl_id"] = [*(f"ENSG{i}" for i in range(6)), "ENSMUSG1", None]
-    adata.write_h5ad(folder / "sciplex3.h5ad")
-    assert list(sources.sciplex3().var_names) == ["G0", "G1", "G2", "G3", "G4", "G5", "G7"]
-
-
-@pytest.mark.parametrize("counts", ["in X", "in a layer", "nowhere"])
-def test_pancreas_has_counts_or_says_that_the_file_has_none(folder, small, monkeypatch, counts):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    adata = small.copy()
-    adata.uns.clear()
-    if counts != "in X":
-        adata.layers["counts"] = adata.X.copy() if counts == "in a layer" else adata.X / 2
-        adata.X = np.log1p(adata.X.toarray()) - 1
-    adata.write_h5ad(folder / "pancreas.h5ad")
-    if counts == "nowhere":
-        with pytest.raises(ValueError, match=r"pancreas\.h5ad has no counts: .*; put raw counts into either"):
-            sources.pancreas()
-    else:
-        np.testing.assert_array_equal(sources.pancreas().X.toarray(), small.X.toarray())
-
-
-def test_counts_in_a_layer_are_read_in_blocks_too(local_screen, monkeypatch):
-    monkeypatch.setattr(sources, "BLOCK", 500)
-    adata = anndata.read_h5ad(local_screen)
-    peaks = {}
-    for where in ("X", "layer"):
-        if where == "layer":
-            adata.layers["counts"] = adata.X.copy()
-            adata.X = sparse.csr_matrix(adata.X, dtype=np.float32).log1p()
-            adata.write_h5ad(local_screen, compression="gzip")
-        tracemalloc.start()
-        part = sources.sciplex3(compounds="AR-42")
-        peaks[where] = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert not np.any(part.X.data % 1)
-    assert peaks["layer"] < 1.2 * peaks["X"]
-
-
-def test_a_folder_may_be_named_by_a_tilde(tmp_path, small, monkeypatch):
-    (tmp_path / "my cells").mkdir()
-    small.write_h5ad(tmp_path / "my cells" / "pancreas.h5ad")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("SCBMLP_DATA_DIR", "~/my cells")
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    assert sources.pancreas().shape == small.shape
-
-
-@pytest.mark.parametrize("read", [sources.pancreas, sources.sciplex3])
-def test_files_cut_short_anywhere_are_an_error_that_names_them(folder, small, screen, monkeypatch, read):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    path = folder / f"{read.__name__}.h5ad"
-    adata = (small if read is sources.pancreas else screen[:300]).copy()
-    adata.uns.clear()
-    adata.write_h5ad(path)
-    whole = path.read_bytes()
-    for cut in np.random.default_rng(0).integers(0, len(whole) - 1, 40):
-        path.write_bytes(whole[:cut])
-        with pytest.raises(OSError, match=rf"{path.name} cannot be read .*; replace it with a whole copy"):
-            read()
-
-
-@pytest.mark.parametrize("read", [sources.pancreas, sources.sciplex3])
-def test_indices_out_of_range_are_an_error_and_not_the_end_of_the_process(folder, small, screen, monkeypatch, read):
-    monkeypatch.setenv("SCBMLP_DATA_SOURCE", "local")
-    path = folder / f"{read.__name__}.h5ad"
-    adata = (small if read is sources.pancreas else screen[:300]).copy()
-    adata.uns.clear()
-    adata.write_h5ad(path)
-    with h5py.File(path, "r+") as file:
-        file["X/indices"][7] = 10**8
-    with pytest.raises(OSError, match="no valid sparse matrix .*replace it"):
-        read()
-
-
-def test_run_card_says_what_a_page_took():
-    before = sources.run_card().rows
-    held = np.ones(100_000_000)  # 0.8 GB
-    rows = sources.run_card(AnnData(np.zeros((3, 2), "f4"))).rows
-    assert "Data" not in before and rows["Data"] == "3 cells x 2 genes"
-    assert float(rows["Peak memory"].split()[0]) >= held.nbytes / 1e9
-    assert 0 <= int(rows["Run time"].split()[0]) <= time.perf_counter() - sources.BEGAN + 1
-    assert f"numpy {np.__version__}" in rows["Packages"] and f"pandas {pd.__version__}" in rows["Packages"]
-    assert rows["Python"].startswith(".".join(map(str, sys.version_info[:3])))

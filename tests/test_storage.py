@@ -34,29 +34,20 @@ def test_saved_model_comes_back(classifier, planted, cells, tmp_path):
     assert loaded.loss_fn == "huber"
     with pytest.raises(ValueError, match=r"model\.pt holds ScBMLPRegressor, not ScBMLPClassifier"):
         ScBMLPClassifier.load(tmp_path / "model.pt")
+    ScBMLPClassifier(Config(**TOY)).save(tmp_path / "model.pt")  # without names
+    loaded = ScBMLPClassifier.load(str(tmp_path / "model.pt"))
+    np.testing.assert_array_equal(loaded.predict(toy()), loaded.outputs(toy()).argmax(axis=1))
 
 
-def test_a_balanced_model_keeps_how_its_classes_count_and_files_of_before_have_none(tmp_path):
+def test_a_balanced_model_keeps_how_its_classes_count(tmp_path):
     path, model, x = tmp_path / "model.pt", fitted_to_toy(class_weight="balanced"), torch.rand(40, 6)
     model.save(path)
     loaded = ScBMLPClassifier.load(path)
     assert loaded.cfg.class_weight == "balanced" and loaded.score(toy()) == model.score(toy())
     assert torch.equal(loaded.loss(loaded(x), toy().y), model.loss(model(x), toy().y))
-    fitted_to_toy().save(path)
-    rewritten(
-        path, config={name: value for name, value in asdict(fitted_to_toy().cfg).items() if name != "class_weight"}
-    )
-    assert ScBMLPClassifier.load(path).cfg == fitted_to_toy().cfg
 
 
-def test_saved_model_without_names_takes_unnamed_genes(tmp_path):
-    model = ScBMLPClassifier(Config(**TOY))
-    model.save(tmp_path / "model.pt")
-    loaded = ScBMLPClassifier.load(str(tmp_path / "model.pt"))
-    np.testing.assert_array_equal(loaded.predict(toy()), model.outputs(toy()).argmax(axis=1))
-
-
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     genes=st.lists(st.text(), min_size=3, max_size=3, unique=True),
     outputs=st.lists(st.text(), min_size=2, max_size=2, unique=True)
@@ -85,21 +76,29 @@ def rewritten(path, **changes):
     save_file(tensors, path, {"scbmlp": text, "sha256": _digest(text, tensors)})
 
 
+class _Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
 FOREIGN, DAMAGED = r"model\.pt holds no scbmlp model; give a file that save has written", r"model\.pt is damaged"
 FILES = {
     "text": (lambda path: path.write_bytes(b"no model at all"), FOREIGN),
     "nothing": (lambda path: path.write_bytes(b""), FOREIGN),
     "half a model": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), DAMAGED),
     "another object of torch": (lambda path: torch.save([1, 2], path), FOREIGN),
-    "half an object of torch": (lambda path: (torch.save(torch.zeros(99), path), os.truncate(path, 600)), DAMAGED),
     "tensors of others": (lambda path: save_file({"x": torch.zeros(2)}, path), FOREIGN),
-    "a later version": (
-        lambda path: rewritten(path, format=99),
-        "written by scbmlp .*, in format 99; .* update scbmlp",
-    ),
+    "a later version": (lambda path: rewritten(path, format=99), "scbmlp .*, in format 99; .* update scbmlp"),
+    "a format of another kind": (lambda path: rewritten(path, format="two"), DAMAGED),
     "other sizes": (lambda path: rewritten(path, config=TOY | {"d_hidden": 7}), DAMAGED),
     "unknown fields": (lambda path: rewritten(path, config=TOY | {"depth": 7}), DAMAGED),
     "no names": (lambda path: rewritten(path, named=None), DAMAGED),
+    "code to run": (lambda path: torch.save({"config": _Code(path.with_name("ran"))}, path), FOREIGN),
 }
 
 
@@ -110,13 +109,16 @@ def test_file_without_a_model_is_refused(tmp_path, change, match):
     change(path)
     with pytest.raises(ValueError, match=match):
         ScBMLPClassifier.load(path)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(FileNotFoundError):
+        ScBMLPClassifier.load(tmp_path / "nowhere.pt")
 
 
 def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path):
     path, rng = tmp_path / "model.pt", np.random.default_rng(0)
     fitted_to_toy().save(path)
     whole = path.read_bytes()
-    for trial in range(400):
+    for trial in range(200):
         spoiled = bytearray(whole)
         if trial % 4 == 0:
             spoiled = spoiled[: rng.integers(len(whole))]
@@ -125,17 +127,6 @@ def test_no_cut_and_no_flipped_bit_goes_unnoticed(tmp_path):
         path.write_bytes(spoiled)
         with pytest.raises(ValueError, match=r"model\.pt (is damaged|holds no scbmlp model)"):
             ScBMLPClassifier.load(path)
-
-
-def test_file_that_would_run_code_is_refused_and_does_not(tmp_path):
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"class": "ScBMLPClassifier", "config": Code()}, tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=FOREIGN):
-        ScBMLPClassifier.load(tmp_path / "model.pt")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_saving_keeps_the_file_that_was_there_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -151,23 +142,3 @@ def test_saving_keeps_the_file_that_was_there_until_the_new_one_is_whole(tmp_pat
     with pytest.raises(OSError, match="disk full"):
         fitted_to_toy(seed=5).save(path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_model_of_an_earlier_version_is_read_without_statistics(tmp_path):
-    model = fitted_to_toy()
-    config = {
-        name: value for name, value in asdict(model.cfg).items() if name not in ("patience", "weight_decay_linear")
-    }
-    stored = {"class": "ScBMLPClassifier", "config": config, "options": {}, "weights": model.state_dict()}
-    stored |= {"gene_names": list(model.gene_names), "output_names": list(model.output_names), "history": model._rows}
-    torch.save(stored, tmp_path / "first.pt")
-    later = {"baseline": None, "best_epoch": 2, "trials": None}
-    torch.save(
-        stored | later | {"statistics": [torch.as_tensor(part) for part in model.statistics]}, tmp_path / "next.pt"
-    )
-    first, then = (ScBMLPClassifier.load(tmp_path / name) for name in ("first.pt", "next.pt"))
-    for old in (first, then):
-        assert_same_weights(old, model)
-        pd.testing.assert_frame_equal(old.history, model.history)
-    assert first.statistics is None and first.trials is None
-    np.testing.assert_array_equal(then.statistics.covariance, model.statistics.covariance)
