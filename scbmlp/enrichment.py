@@ -106,8 +106,8 @@ def enrich(
     >>> table = enrichment.enrich(on, programs, n_top=10)
     >>> table[["module", "pole", "term", "overlap", "size"]].head(2)
          module pole        term  overlap  size
-    0  module_1    +  program_03       10    10
-    1  module_1    -  program_04       10    10
+    0  module_2    +  program_03       10    10
+    1  module_2    -  program_04       10    10
     """
     n_top = whole_number(n_top, "n_top")
     if isinstance(background, str):
@@ -171,8 +171,8 @@ def gsea(
     >>> table = enrichment.gsea(on, programs, n_permutations=100)
     >>> table[["module", "term", "nes"]].head(2).round(1)
          module        term  nes
-    0  module_1  program_03  2.4
-    1  module_1  program_04 -2.3
+    0  module_1  program_01 -2.1
+    1  module_1  program_02 -1.7
     """
     n_permutations = whole_number(n_permutations, "n_permutations")
     random_state = whole_number(random_state, "random_state", 0)

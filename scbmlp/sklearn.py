@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 from scipy.special import softmax
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, is_regressor
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import train_test_split
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
@@ -35,7 +35,7 @@ class _Bilinear(BaseEstimator):
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.sparse = True
-        tags.target_tags.multi_output = is_regressor(self)
+        tags.target_tags.multi_output = isinstance(self, RegressorMixin)
         return tags
 
     def fit(self, X: Any, y: Any) -> Self:
@@ -46,7 +46,7 @@ class _Bilinear(BaseEstimator):
         >>> BilinearClassifier(8, n_epochs=2).fit(adata.X, labels).classes_.tolist()
         ['off', 'on']
         """
-        numeric = is_regressor(self)
+        numeric = isinstance(self, RegressorMixin)
         x, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float32, multi_output=numeric, y_numeric=numeric)
         y, names = self._targets(y)
         seed = int(check_random_state(self.random_state).randint(2**31))

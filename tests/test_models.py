@@ -675,10 +675,14 @@ class _CtrlC(lightning.Callback):
 def test_ctrl_c_is_a_keyboard_interrupt_and_keeps_weights_and_rows(tmp_path, patience):
     cfg = Config(**(TOY | {"n_epochs": 50, "lr": 0.03, "patience": patience, "batch_size": 8}))
     model, three, press = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg), _CtrlC()
-    handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        model.fit(toy(), toy(), callbacks=[press], baseline=False, **QUIET)
-    assert press.after == 0 and signal.getsignal(signal.SIGINT) is handler and not model.training
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.fit(toy(), toy(), callbacks=[press], baseline=False, **QUIET)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert press.after == 0 and not model.training
     # The same fit up to there: stopped before the fourth epoch.
     history = three.fit(toy(), toy(), callbacks=[stop_after(2)], baseline=False, **QUIET)
     pd.testing.assert_frame_equal(model.history, history)
