@@ -198,10 +198,10 @@ def test_rules_about_what_no_page_has_are_left_out():
 
 
 def test_memory_of_every_page_is_told_and_bounded():
-    """Binder gives 2 GB. Pages that solve models need more so far, and the status page says so."""
+    """Binder gives 2 GB. Pages stay below on one thread; another processor may need a little more."""
     (table,) = soup(SITE / "status.html").select("#memory table")
     held = [float(row.find_all("td")[-1].text.removesuffix(" GB")) for row in table.select("tbody tr")]
-    assert len(held) == 6 and 0.3 < min(held) and max(held) < 4
+    assert len(held) == 6 and 0.3 < min(held) and max(held) < 2.5
 
 
 def test_words_of_the_glossary_explain_themselves():
