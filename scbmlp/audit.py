@@ -453,10 +453,8 @@ def _rival(
 def _linked(kernels: exact.Kernels, y: np.ndarray, trial: nested.Trial) -> list[np.ndarray]:
     """Return indices of the other cells (each cell x out), fitted together with their links to targets (cell x out)."""
     found = [np.empty((len(part), y.shape[1])) for part in kernels.d[1:]]
-    chosen = [*zip(trial.mixtures, trial.ratios, strict=True)]
-    for pair in dict.fromkeys(chosen):
-        here = [k for k, own in enumerate(chosen) if own == pair]
-        for index, one in zip(found, nested.linked(kernels, y[:, here], *pair), strict=True):
+    for mixture, ratio, here in exact.alike(trial.mixtures, trial.ratios, y.shape[1]):
+        for index, one in zip(found, nested.linked(kernels, y[:, here], mixture, ratio), strict=True):
             index[:, here] = one
     return found
 

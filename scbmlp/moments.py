@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed, parallel_config
+from joblib import Parallel, delayed
 from torch import Tensor
 
 from scbmlp.datasets import ExpressionDataset, Matrix, blocks, dense_tensor, match_genes, some, take
@@ -99,13 +98,12 @@ class Moments:
     def _summed(self, task: Callable, x: Matrix, y: np.ndarray, *arguments: Any) -> list[Tensor]:
         """Return means over cells of what a task sums up, in tasks that joblib or dask hands out."""
         spans = [slice(start, start + SPAN) for start in range(0, len(y), SPAN)]
-        each = (delayed(task)(take(x, one), y[one], self.counts[one], self.to, *arguments) for one in spans)
-        with _engine():
-            parts = Parallel(return_as="generator", max_nbytes=None)(each)  # in the order of the cells
-            found = next(parts)
-            for part in parts:
-                for total, own in zip(found, part, strict=True):
-                    total += own
+        each = ((task, take(x, one), y[one], self.counts[one], self.to, *arguments) for one in spans)
+        parts = _handed_out(each)  # in the order of the cells
+        found = next(parts)
+        for part in parts:
+            for total, own in zip(found, part, strict=True):
+                total += own
         return [torch.as_tensor(total).div_(self.n) for total in found]
 
     def prior(self, mixture: Mixture) -> tuple[Tensor, float, int]:
@@ -172,13 +170,14 @@ class Moments:
         return constant, direct.T.numpy(), *squares_of(matrices, self.axes[:, :rank].T)
 
 
-def _engine() -> AbstractContextManager:
-    """Return where joblib hands out tasks: to a dask client if one is active, else as the user said."""
+def _handed_out(each: Iterable[tuple[Any, ...]]) -> Iterator[list[np.ndarray]]:
+    """Yield what functions return for their arguments, in order: by a dask client if one is active, else by joblib."""
     try:
-        sys.modules["distributed"].get_client()
+        client = sys.modules["distributed"].get_client()
     except (KeyError, ValueError):  # not in use
-        return nullcontext()
-    return parallel_config("dask")
+        return Parallel(return_as="generator", max_nbytes=None)(delayed(one[0])(*one[1:]) for one in each)
+    futures = [client.submit(*one, pure=False) for one in each]
+    return (future.result() for future in futures)
 
 
 def _blocks(x: Matrix, y: np.ndarray, counts: np.ndarray, to: dict, center: np.ndarray) -> Iterator[tuple[Tensor, ...]]:
