@@ -14,15 +14,12 @@ override SCBMLP_DATA_DIR := $(shell $(PYTHON) -c 'import os, sys; print(os.path.
 export SCBMLP_DATA_DIR
 endif
 
-.PHONY: book pdf test lint site-test lighthouse test-min dist outputs figure logo bench lock clean
+.PHONY: book test lint site-test lighthouse dist outputs bench lock clean
 
 book: $(INSTALLED) ## build the site; every chapter is executed, and any error or warning stops the build
 	rm -rf _build
 	$(BIN)/jupyter-book build . -n -W --keep-going
 	@echo "The book is at $(CURDIR)/_build/html/index.html"
-
-pdf: $(INSTALLED) ## print the site that make book left anew, to _build/html/scbmlp.pdf
-	$(BIN)/python .ci/book_browser.py
 
 test: lint ## lint, unit tests, and every chapter on simulated cells against its stored results
 	SCBMLP_DATA_SOURCE=simulated OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest chapters tests \
@@ -41,13 +38,6 @@ site-test: $(INSTALLED) ## the site that make book left, opened from disk in Deb
 lighthouse: $(INSTALLED) ## what Lighthouse, by npx, says of every page that make book left
 	$(BIN)/python .ci/lighthouse.py
 
-test-min: ## unit tests with the lowest versions that pyproject.toml allows, where no book extra is needed
-	$(PYTHON) .ci/maintain.py lowest > .venv-min.txt
-	$(PYTHON) -m venv .venv-min
-	.venv-min/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-min.txt -e . hypothesis pytest
-	OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest tests --ignore tests/test_chapters.py --ignore tests/test_project.py \
-	  --ignore tests/test_readme.py --ignore tests/test_site.py --deselect tests/test_targets.py::test_nothing_global_changes -W default
-
 # Outside the repository, so that nothing but what is installed can be imported.
 TRY = cd "$$(mktemp -d)" && OMP_NUM_THREADS=1 "$(CURDIR)/.venv-dist/bin/python" -I
 
@@ -64,15 +54,9 @@ dist: $(INSTALLED) ## build sdist and wheel, and try each in an environment that
 outputs: $(INSTALLED) ## store anew what the checked cells of the chapters printed in the book built last, of simulated cells
 	$(BIN)/python .ci/maintain.py outputs
 
-figure: $(INSTALLED) ## take the figure of the README out of the book built last
-	$(BIN)/python .ci/maintain.py figure
-
 bench: $(INSTALLED) ## measure time and memory anew, half an hour of a quiet machine, for the page on scale
 	$(BIN)/python benchmarks/scale.py
 	$(BIN)/python -W ignore benchmarks/stored.py
-
-logo: $(INSTALLED) ## draw the logo
-	$(BIN)/python .ci/maintain.py logo
 
 lock: ## resolve every version anew, and write constraints.txt and environment.yml
 	rm -rf .venv
@@ -81,7 +65,7 @@ lock: ## resolve every version anew, and write constraints.txt and environment.y
 	$(BIN)/python .ci/maintain.py lock
 
 clean: ## remove the virtual environment and the site
-	rm -rf .venv .venv-min .venv-min.txt .venv-dist dist _build
+	rm -rf .venv .venv-min .venv-dist dist _build
 
 $(INSTALLED): constraints.txt pyproject.toml
 	@echo "Making .venv with $(PYTHON), $$($(PYTHON) --version); 3.11 is proven, on 3.13 the unit tests were run, 3.12 is allowed. Another: make PYTHON=..."

@@ -16,6 +16,7 @@ from urllib.parse import unquote, urldefrag, urlsplit
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "scbmlp.pdf"
 CHROMIUM = shutil.which("chromium")  # no other browser is downloaded
+MATHJAX = re.compile(r"<script[^>]*>window\.MathJax[^<]*</script>|<script[^>]*/mathjax/[^>]*></script>")
 # Equations as MathJax leaves them, and the style they need. Its menu goes, which would need the script; a wide equation
 # scrolls, so that a keyboard must still reach it.
 SET = """async () => {
@@ -41,14 +42,10 @@ FIT = """async () => {
   }
   return [...document.querySelectorAll("h1, h2, h3, h4, h5, h6, [role=heading]")].map(each => each.innerText);
 }"""
-PAPER = {
+PAPER = dict.fromkeys(["outline", "tagged", "print_background", "display_header_footer"], True) | {
     "format": "A4",
     "margin": dict.fromkeys(["top", "right", "bottom", "left"], "18mm"),
     "scale": 0.8,
-    "outline": True,
-    "tagged": True,
-    "print_background": True,
-    "display_header_footer": True,
     "header_template": "<span></span>",
     "footer_template": '<div class="pageNumber" style="font-size: 8px; text-align: center; width: 100%"></div>',
 }
@@ -57,10 +54,9 @@ NOTE = "This is the whole book on paper. Code that its pages fold is left out he
 
 def typeset(site, browser):
     """Set the equations of all pages, and take MathJax out."""
-    mathjax = re.compile(r"<script[^>]*>window\.MathJax[^<]*</script>|<script[^>]*/mathjax/[^>]*></script>")
     for path in site.rglob("*.html"):
         text = path.read_text()
-        if len(mathjax.findall(text)) != 2:
+        if len(MATHJAX.findall(text)) != 2:
             continue
         page = browser.new_page()
         page.goto(path.as_uri())
@@ -68,17 +64,10 @@ def typeset(site, browser):
         page.close()
         # Where fonts are, as seen from this page.
         style = found["style"].replace(site.as_uri(), "/".join([".."] * (len(path.relative_to(site).parts) - 1)) or ".")
-        text = mathjax.sub("", text).replace("</head>", f'<style class="equations">{style}</style>\n</head>', 1)
+        text = MATHJAX.sub("", text).replace("</head>", f'<style class="equations">{style}</style>\n</head>', 1)
         parts = re.split(r'(<(span|div) class="math\b[^>]*>)(.*?)(?=</\2>)', text, flags=re.S)
         parts[2::4], parts[3::4] = [""] * len(found["set"]), found["set"]
         path.write_text("".join(parts))
-
-
-def documents(toc):
-    """Return the pages of a table of contents, in its order."""
-    own = [value for key, value in toc.items() if key in {"root", "file"}]
-    below = [each for key in ("parts", "chapters", "sections") for each in toc.get(key, [])]
-    return own + [page for each in below for page in documents(each)]
 
 
 def anchor(page, name=""):
@@ -112,34 +101,25 @@ def whole(site, pages):
     """Return one page of HTML with the articles of all."""
     import bs4
 
-    parts = [bs4.BeautifulSoup((site / f"{page}.html").read_text(), "html.parser") for page in pages]
-    articles = [part.article.extract() for part in parts]
+    book, *others = (bs4.BeautifulSoup((site / f"{page}.html").read_text(), "html.parser") for page in pages)
+    articles = [part.article.extract() for part in (book, *others)]
     for article, page in zip(articles, pages, strict=True):
         move(article, page, pages)
-    book = parts[0]
+    articles[0].h1.insert_after(bs4.BeautifulSoup(f"<p>{NOTE}</p>", "html.parser"))
     book.html["data-theme"] = book.html["data-mode"] = "light"
     for script in book.find_all("script"):
         script.decompose()
-    for part in parts[1:]:
-        for style in part.select("head style.equations"):
-            style.string = style.text.replace('"../_static', '"./_static')
-            book.head.append(style)
+    for style in (style for part in others for style in part.select("head style.equations")):
+        style.string = style.text.replace('"../_static', '"./_static')
+        book.head.append(style)
     book.body.clear()
     book.body.extend(articles)
-    note = book.new_tag("p")
-    note.string = NOTE
-    book.h1.insert_after(note)
     return str(book)
 
 
-def entries(item):
+def flat(outline):
     """Return the entries of an outline, in their order."""
-    child, found = item.get("/First"), []
-    while child:
-        child = child.get_object()
-        found += [child, *entries(child)]
-        child = child.get("/Next")
-    return found
+    return [each for item in outline for each in (flat(item) if isinstance(item, list) else [item])]
 
 
 def write(site, browser):
@@ -148,9 +128,8 @@ def write(site, browser):
     from pypdf import PdfWriter
     from pypdf.generic import NameObject, TextStringObject
 
-    config, toc = (yaml.safe_load((ROOT / name).read_text()) for name in ("_config.yml", "_toc.yml"))
     source = site / "_whole.html"
-    source.write_text(whole(site, documents(toc)))
+    source.write_text(whole(site, re.findall(r"\b(?:root|file): (\S+)", (ROOT / "_toc.yml").read_text())))
     try:
         page = browser.new_page(viewport={"width": 822, "height": 1160}, color_scheme="light")
         page.emulate_media(media="print")
@@ -162,24 +141,21 @@ def write(site, browser):
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it counts objects otherwise than chromium
     pdf = PdfWriter(clone_from=io.BytesIO(printed))
     # Chromium spells a heading twice, or without its blanks, where it goes on in the next line.
-    for entry, heading in zip(entries(pdf.get_outline_root()), headings, strict=True):
-        entry[NameObject("/Title")] = TextStringObject(heading)
+    for entry, heading in zip(flat(pdf.outline), headings, strict=True):
+        entry.node[NameObject("/Title")] = TextStringObject(heading)
     # No dates, so that the same site is the same file.
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
     pdf.metadata = {"/Title": config["title"], "/Author": config["author"]}
     pdf.write(site / NAME)
     print(f"{site / NAME}: {len(pdf.pages)} pages")
 
 
-def main(site):
-    """Set the equations and print."""
+if __name__ == "__main__":
     from playwright.sync_api import sync_playwright
 
+    site = Path(*sys.argv[1:] or [ROOT / "_build" / "html"]).resolve()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM)
         typeset(site, browser)
         write(site, browser)
         browser.close()
-
-
-if __name__ == "__main__":
-    main(Path(*sys.argv[1:] or [ROOT / "_build" / "html"]).resolve())

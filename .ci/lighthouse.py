@@ -1,7 +1,6 @@
-"""Ask Lighthouse about every page of the built site, served as GitHub Pages serves it, and print its scores.
+"""Ask Lighthouse about every page of the built site, as on a desk and served as by GitHub Pages, and print its scores.
 
 It ends with 1 and what cost a score that is below the floor, and with 3 where there is no chromium, npx or registry.
-On a desk; with --phone on a slow phone far from the server, which is Lighthouse's own default.
 """
 
 import gzip
@@ -17,6 +16,7 @@ from pathlib import Path
 
 SITE = Path(__file__).resolve().parent.parent / "_build" / "html"
 LIGHTHOUSE = ["npx", "--yes", "--prefer-offline", "lighthouse@12.8.2"]  # the last for Node 20
+FLAGS = ["--output=json", "--quiet", "--disable-full-page-screenshot", "--preset=desktop"]
 CATEGORIES = ["performance", "accessibility", "best-practices", "seo"]
 FLOOR = 0.95
 TRIES = 3  # of which the best counts: other work on the machine makes a page slow, and none makes it fast
@@ -45,11 +45,17 @@ class Compressed(SimpleHTTPRequestHandler):
         self.wfile.write(body)
 
 
+def missing():
+    """Say whether there is something that Lighthouse takes and that is not here."""
+    if not (shutil.which("npx") and shutil.which("chromium")):
+        return True
+    quick = {"npm_config_fetch_retries": "0", "npm_config_fetch_timeout": "20000"}
+    return bool(subprocess.run([*LIGHTHOUSE, "--version"], env=os.environ | quick).returncode)
+
+
 def ask(url):
     """Return Lighthouse's report on a page."""
-    flags = ["--output=json", "--quiet", "--disable-full-page-screenshot"]
-    flags += [] if "--phone" in sys.argv else ["--preset=desktop"]
-    command = [*LIGHTHOUSE, url, *flags, "--chrome-flags=--headless=new --no-sandbox"]
+    command = [*LIGHTHOUSE, url, *FLAGS, "--chrome-flags=--headless=new --no-sandbox"]
     environment = os.environ | {"CHROME_PATH": shutil.which("chromium")}
     return json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
 
@@ -60,23 +66,16 @@ def scores(report):
 
 def lost(report):
     """Return what cost a report its points, a line each."""
-    for name in CATEGORIES:
-        for part in report["categories"][name]["auditRefs"]:
-            audit = report["audits"][part["id"]]
-            if part["weight"] and (audit["score"] or 0) < 0.9 and audit["scoreDisplayMode"] != "notApplicable":
-                places = [
-                    item["node"]["snippet"] for item in audit.get("details", {}).get("items", []) if "node" in item
-                ]
-                yield f"  {name}: {audit['title']} {audit.get('displayValue', '')} {' '.join(places[:3])}"
+    parts = [part for name in CATEGORIES for part in report["categories"][name]["auditRefs"] if part["weight"]]
+    for audit in (report["audits"][part["id"]] for part in parts):
+        if (audit["score"] or 0) < 0.9 and audit["scoreDisplayMode"] != "notApplicable":
+            nodes = [item["node"]["snippet"] for item in audit.get("details", {}).get("items", []) if "node" in item]
+            yield f"  {audit['title']} {audit.get('displayValue', '')} {' '.join(nodes[:3])}"
 
 
 def main():
     """Ask about all pages."""
-    quick = {"npm_config_fetch_retries": "0", "npm_config_fetch_timeout": "20000"}
-    if (
-        not (shutil.which("npx") and shutil.which("chromium"))
-        or subprocess.run([*LIGHTHOUSE, "--version"], env=os.environ | quick).returncode
-    ):
+    if missing():
         print("Lighthouse cannot be had here: it takes chromium, npx of Node 20, and npm's registry the first time.")
         return 3
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Compressed, directory=SITE))

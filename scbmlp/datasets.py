@@ -516,6 +516,8 @@ def _checked(
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
     check_normalisation(normalize_total, log1p)
+    if isinstance(normalize_total, np.bool_):
+        normalize_total = bool(normalize_total)
     as_it_is = normalize_total is False and not log1p
     if x is not None:
         # The median of totals walks all cells, so that they are checked there.

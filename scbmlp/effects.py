@@ -47,7 +47,7 @@ def response_directions(
            DHRS2  AURKA
     AR-42    2.6   -0.7
     """
-    for key in {embedding, doses} - set(adata.obsm):
+    for key in (key for key in (embedding, doses) if key not in adata.obsm):
         raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
     table, y = adata.obsm[doses], np.asarray(adata.obsm[embedding])
     rows = positions(cells, adata)

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import re
-import runpy
 import subprocess
 import sys
 import tomllib
@@ -173,11 +172,6 @@ def test_landing_page_runs_and_shows_numbers_that_chapters_glue(monkeypatch):
         cells = nbformat.read(ROOT / "chapters" / f"{chapter}.ipynb", as_version=4).cells
         glued = re.findall(r'glue\(\s*"([\w ]+)"', "\n".join(cell.source for cell in cells))
         assert key in " ".join(glued).split(), (chapter, key)
-
-
-def test_logo_is_what_the_code_draws():
-    drawn = (ROOT / "_static" / "logo.svg").read_text()
-    assert runpy.run_path(str(ROOT / ".ci" / "maintain.py"))["logo_svg"]() == drawn
 
 
 def test_one_version_and_no_date_before_its_release():
