@@ -33,6 +33,7 @@ CASES = {
     "apart, independent genes, permuted": ("apart", "independent", "permuted", {}),
     "hubs": ("hubs", "lognormal", "gaussian", {}),
     "real": ("apart", "real", "gaussian", {}),
+    "real, more noise": ("apart", "real", "gaussian", {}),
     "none": ("none", "lognormal", "gaussian", {}),
     "programs": ("programs", "", "gaussian", {}),
 }
@@ -43,12 +44,12 @@ def unit(v: np.ndarray) -> np.ndarray:
     return (v - v.mean(axis=0)) / v.std(axis=0)
 
 
-def planted(seed: int, design: str, law: str) -> tuple[ExpressionDataset, ExpressionDataset, set]:
+def planted(seed: int, design: str, law: str, noise: float = 0.2) -> tuple[ExpressionDataset, ExpressionDataset, set]:
     """Return train and validation cells, and the pairs whose products are in the target.
 
     Genes come in programs of ten, correlated in the logarithm of their rates (r = 0.5). Seen is log1p of the rate, less
     what drops out, or of Poisson counts. Of the target's variance half is products, 0.15 each are linear and curved
-    effects of single genes, most of them in pairs too; the rest is noise. "apart": each gene is in one pair; "hubs":
+    effects of single genes, most of them in pairs too; noise comes on top. "apart": each gene is in one pair; "hubs":
     all pairs are among twelve genes. Law "real": cells of the pancreas, and genes seen in a tenth of them at least.
     """
     rng = np.random.default_rng(seed)
@@ -74,7 +75,7 @@ def planted(seed: int, design: str, law: str) -> tuple[ExpressionDataset, Expres
     y = np.sqrt(0.15) * (unit(u[:, single] @ sign[-len(single) :]) + unit(curved))
     if len(pairs):
         y = y + np.sqrt(0.5) * unit(unit(u[:, pairs[:, 0]] * u[:, pairs[:, 1]]) @ sign[N_GENES : N_GENES + N_PAIRS])
-    y = y + np.sqrt(0.2) * rng.standard_normal(len(x))
+    y = y + np.sqrt(noise) * rng.standard_normal(len(x))
     names, cut = pd.Index([f"G{i:03d}" for i in range(N_GENES)]), int(0.8 * len(x))
     parts = [
         ExpressionDataset(x[cells], y[cells, None], names, pd.Index(["y"])) for cells in (slice(cut), slice(cut, None))
@@ -103,7 +104,8 @@ def programs(seed: int) -> tuple[ExpressionDataset, ExpressionDataset, set]:
 def discovered(case: str, seed: int) -> list[dict]:
     """Return what is found in one data set at two levels of the false discovery rate, and how much of it is false."""
     design, law, kind, options = CASES[case]
-    train, val, truth = programs(seed) if design == "programs" else planted(seed, design, law)
+    noise = 0.8 if "more noise" in case else 0.2
+    train, val, truth = programs(seed) if design == "programs" else planted(seed, design, law, noise)
     ModelClass = ScBMLPClassifier if design == "programs" else ScBMLPRegressor
     table = pair_discoveries(
         ModelClass, train, val, train.output_names[-1], kind=kind, n=1000, random_state=seed, **options

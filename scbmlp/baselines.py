@@ -34,16 +34,12 @@ class LinearModel:
 
     Parameters
     ----------
-    weight
-        Weight of every feature (out x gene).
-    constant
-        Outputs of a cell whose features are all 0 (out).
+    weight, constant
+        Weight of every feature (out x gene), and outputs of a cell whose features are all 0 (out).
     penalty
         Penalty of the sum over cells of squared error (out), or one penalty of the log-loss of all classes.
-    gene_names
-        Names of the genes, by which cells are matched; None if features have no names.
-    layer
-        Layer of AnnData that it was fitted on, and reads again; None for ``X``.
+    gene_names, layer
+        Genes by which cells are matched, None if features have no names; and layer of AnnData to read, None for ``X``.
     class_weight
         How classes were weighted, and are in the score.
     """
@@ -150,7 +146,8 @@ def linear_baseline(
         model = ridge(Axes(x), y, x_val, y_val, exact=exact)
     else:
         counts = class_counts(class_weight, train.y.numpy(), len(train.output_names))
-        model = _logistic(x, y, x_val, y_val, np.ones(len(train.output_names)) if counts is None else counts, exact)
+        counts = np.ones(len(train.output_names)) if counts is None else counts
+        model = _logistic(x, y, x_val, y_val, counts, exact)
     return replace(model, gene_names=train.gene_names, layer=train.layer, class_weight=class_weight)
 
 
@@ -195,20 +192,17 @@ class Axes:
 
 def _products(a: Any, b: Any, mean: np.ndarray, dual: bool) -> np.ndarray:
     """Return products of the cells of `a` and `b`, or of the features of one, less `mean`, summed over blocks."""
-    same = a is b
+    pair = [a] if a is b else [a, b]
     if dual:
-        a, b = (x.tocsc() if sparse.issparse(x) else x for x in (a, b))
-
-    def block(x: Any, part: slice) -> np.ndarray:
-        x = x[:, part] if dual else x[part]
-        # In float64: penalties go down to next to nothing, where rounding would look like a direction.
-        return np.asarray(x.toarray() if sparse.issparse(x) else x, np.float64) - (mean[part] if dual else mean)
-
+        pair = [x.tocsc() if sparse.issparse(x) else x for x in pair]
     found = 0.0
     for start in range(0, a.shape[dual], 1000):
-        d = block(a, slice(start, start + 1000))
-        other = d if same else block(b, slice(start, start + 1000))
-        found += d @ other.T if dual else d.T @ other
+        part = slice(start, start + 1000)
+        each = [x[:, part] if dual else x[part] for x in pair]
+        # In float64: penalties go down to next to nothing, where rounding would look like a direction.
+        each = [np.asarray(x.toarray() if sparse.issparse(x) else x, np.float64) for x in each]
+        each = [x - (mean[part] if dual else mean) for x in each]
+        found += each[0] @ each[-1].T if dual else each[0].T @ each[-1]
     return found
 
 

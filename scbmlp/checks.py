@@ -43,8 +43,7 @@ def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix |
         raise ValueError(f"{where} holds values of type {x.dtype}; real numbers are needed: convert it to float32.")
     if x.ndim != 2:
         raise ValueError(f"{where} has shape {tuple(x.shape)}; two axes are needed, cells in rows.")
-    if dtype is None:
-        dtype = np.float64 if x.dtype == np.float64 else np.float32
+    dtype = dtype or (np.float64 if x.dtype == np.float64 else np.float32)
     if not sparse.issparse(x):
         return np.asarray(x, dtype=dtype)
     if hasattr(x, "check_format"):
@@ -100,21 +99,22 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def check_log_normalised(x: sparse.csr_matrix | np.ndarray, where: str, adata: AnnData) -> None:
-    """Raise an error for values that are negative, NaN or infinite, and warn of counts."""
+def check_log_normalised(
+    x: sparse.csr_matrix | np.ndarray, where: str, adata: AnnData, *, counts: bool = False
+) -> None:
+    """Raise an error for values that are negative, NaN or infinite, and warn of counts unless they are meant."""
     check_finite(x, where)
-    remedy = "adata.raw may have them: adata.raw.to_adata()" if adata.raw is not None else REMEDY
-    check_not_negative(x, where, remedy)
-    if looks_like_counts(x):
+    check_not_negative(x, where, REMEDY if adata.raw is None else "adata.raw may have them: adata.raw.to_adata()")
+    if not counts and looks_like_counts(x):
         warn_of_counts(where)
 
 
 def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = REMEDY) -> None:
     """Raise an error if expression is negative."""
-    values = entries(x)
-    if values.size and values.min() < 0:
+    least = entries(x).min(initial=0)
+    if least < 0:
         raise ValueError(
-            f"{where} holds negative values (minimum {values.min():.3g}), as scaled expression does; log-normalised "
+            f"{where} holds negative values (minimum {least:.3g}), as scaled expression does; log-normalised "
             f"expression must not be scaled or centred: {remedy}."
         )
 
@@ -122,7 +122,7 @@ def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: st
 def looks_like_counts(x: sparse.csr_matrix | np.ndarray) -> bool:
     """Say whether expression (cell x gene) holds whole numbers alone, above 1 too."""
     values = entries(x)
-    return bool(values.size and values.max() > 1 and np.array_equal(values, np.round(values)))
+    return bool(values.max(initial=0) > 1 and np.array_equal(values, np.round(values)))
 
 
 def warn_of_counts(where: str) -> None:
@@ -198,12 +198,10 @@ def nearest(name: Any, names: Iterable[Any]) -> str:
 def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
     """Return a column of ``adata.obs``, by position, since cell names may come twice."""
     if not isinstance(key, str) or key not in adata.obs:
-        known = map(str, adata.obs)
-        raise KeyError(
-            f"{argument}={key!r} is not a column of adata.obs; there are: {', '.join(known)}{nearest(key, adata.obs)}."
-        )
+        there = f"{', '.join(map(str, adata.obs))}{nearest(key, adata.obs)}"
+        raise KeyError(f"{argument}={key!r} is not a column of adata.obs; there are: {there}.")
     column = adata.obs[key]
-    if isinstance(column, pd.DataFrame):
+    if column.ndim == 2:
         raise ValueError(
             f"{argument}={key!r}: adata.obs has {column.shape[1]} columns of that name; rename all but one."
         )
@@ -227,12 +225,10 @@ def control_labels(adata: AnnData, key: str, control: Any) -> tuple[pd.Series, s
     same = (labels.astype(object) == control).to_numpy(bool)
     labels = labels.astype(str)
     found = labels[same].iloc[0] if same.any() else str(control)
-    if found not in set(labels):
-        there = sorted(set(labels))
-        raise KeyError(
-            f"control={control!r} is no label of obs[{key!r}]; there are: {', '.join(there[:20])}"
-            f"{nearest(control, there)}."
-        )
+    known = sorted(set(labels))
+    if found not in known:
+        there = f"{', '.join(known[:20])}{nearest(control, known)}"
+        raise KeyError(f"control={control!r} is no label of obs[{key!r}]; there are: {there}.")
     return labels, found
 
 
@@ -253,9 +249,8 @@ def check_key(key: Any) -> None:
 
 def as_mask(values: Any, what: str) -> np.ndarray:
     """Return booleans from booleans, 0 and 1, or the words True and False, as files have them."""
-    values = pd.Series(np.asarray(values, dtype=object)).map(
-        {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
-    )
+    known = {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
+    values = pd.Series(np.asarray(values, dtype=object)).map(known)
     if values.isna().any():
         raise ValueError(
             f"{what} is neither true nor false in {values.isna().sum()} of {len(values)}; make it boolean."
@@ -267,27 +262,26 @@ def positions(cells: Any, adata: AnnData) -> np.ndarray:
     """Return the positions of cells, rising, each once, from a mask, positions or a slice; all if None."""
     n = adata.n_obs
     if cells is None or isinstance(cells, slice):
-        return np.arange(n)[slice(None) if cells is None else cells]
+        return np.arange(n)[cells or slice(None)]
     values = np.asarray(cells)
-    kinds = {type(value) for value in values.ravel()[:1000].tolist()}
-    if values.ndim != 1 or not (kinds <= {bool} or values.dtype.kind in "iu"):
+    kind = pd.api.types.infer_dtype(values.ravel(), skipna=False) if values.size else "integer"
+    if values.ndim != 1 or kind not in ("boolean", "integer"):
         raise ValueError(
-            f"cells has values of type {', '.join(sorted(kind.__name__ for kind in kinds)) or 'none'} and shape "
-            f"{values.shape}; pass a boolean mask over the {n} cells, or their positions."
+            f"cells has values of type {kind} and shape {values.shape}; pass a boolean mask over the {n} cells, or "
+            f"their positions."
         )
-    if kinds <= {bool} and len(values):
+    if kind == "boolean":
         if len(values) != n:
             raise ValueError(f"cells is a mask of {len(values)} values for {n} cells; pass one for each.")
-        if isinstance(cells, pd.Series) and not isinstance(cells.index, pd.RangeIndex):
-            values = np.asarray(of_cells(cells, adata, "cells"))
-        found = np.flatnonzero(as_mask(values, "cells"))
+        named = isinstance(cells, pd.Series) and not isinstance(cells.index, pd.RangeIndex)
+        found = np.flatnonzero(of_cells(cells, adata, "cells") if named else values)
     elif len(values) == n > 2 and set(values.tolist()) == {0, 1}:
         raise ValueError("cells holds 0 and 1 for every cell, like a mask, but as numbers; pass cells.astype(bool).")
     else:
         outside = values[(values < 0) | (values >= n)]
         if len(outside):
             raise ValueError(f"cells has {len(outside)} positions outside 0 to {n - 1}, such as {outside[0]}.")
-        found = np.unique(values)
+        found = np.unique(values).astype(np.int64)
     if not len(found):
         raise ValueError(f"cells names none of the {n} cells; name at least one.")
     return found

@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 from scbmlp.checks import (
     check_finite,
     check_log_normalised,
-    check_not_negative,
     expression,
     looks_like_counts,
     numeric_matrix,
@@ -36,7 +35,6 @@ from scbmlp.stores import (
     StoredMatrix,
     annotations,
     check_normalisation,
-    is_stored,
     median_total,
     normalised,
     open_cells,
@@ -92,7 +90,23 @@ class ExpressionDataset(Dataset):
             check_finite(self.x, "x")
         self.gene_names = plain_names(gene_names, "genes")
         self.output_names = plain_names(output_names, "outputs")
-        self.y = torch.as_tensor(_targets(y, len(self.output_names)))
+        n_outputs, y = len(self.output_names), np.asarray(y)
+        if y.ndim == 1 and y.dtype.kind in "biu":
+            if len(y) and not 0 <= y.min() <= y.max() < n_outputs:
+                raise ValueError(
+                    f"y has class codes from {y.min()} to {y.max()}; there are {n_outputs} outputs, so 0 to "
+                    f"{n_outputs - 1} are allowed: encode the classes anew, or pass float numbers for a regression."
+                )
+            y = y.astype(np.int64)
+        else:
+            y = numeric_matrix(y[:, None] if y.ndim == 1 else y, "y", np.float32)
+            check_finite(y, "y", "drop those cells")
+            if y.shape[1] != n_outputs:
+                raise ValueError(
+                    f"y has {y.shape[1]} columns, output_names has {n_outputs}; name every one, or give classes whole "
+                    f"numbers."
+                )
+        self.y = torch.as_tensor(y)
         self.indices = np.arange(len(self)) if indices is None else np.asarray(indices)
         self.layer, self.num_workers = layer, whole_number(num_workers, "num_workers", 0)
         if self.x.shape[1] != len(self.gene_names):
@@ -135,9 +149,13 @@ class ExpressionDataset(Dataset):
         part.x, part.y, part.indices = self.x[cells], self.y[cells], self.indices[cells]
         return part
 
+    @property
+    def _format(self) -> str:
+        return "on disk" if self.stored else "sparse" if sparse.issparse(self.x) else "dense"
+
     def __repr__(self) -> str:
-        size = f"{len(self)} cells x {len(self.gene_names)} genes"
-        return f"ExpressionDataset: {size}, {len(self.output_names)} outputs, {self._format}"
+        n_cells, n_genes = self.x.shape
+        return f"ExpressionDataset: {n_cells} cells x {n_genes} genes, {len(self.output_names)} outputs, {self._format}"
 
     def _repr_html_(self) -> str:
         kind = "classes" if self.y.ndim == 1 else "targets"
@@ -147,29 +165,6 @@ class ExpressionDataset(Dataset):
             "Expression": f"{self._format}, from {'X' if self.layer is None else f'layer {self.layer!r}'}",
         }
         return as_html(rows, "ExpressionDataset")
-
-    @property
-    def _format(self) -> str:
-        return "on disk" if self.stored else "sparse" if sparse.issparse(self.x) else "dense"
-
-
-def _targets(y: Any, n_outputs: int) -> np.ndarray:
-    """Return class codes as int64 (cell), or continuous targets as float32 (cell x out)."""
-    y = np.asarray(y)
-    if y.ndim == 1 and y.dtype.kind in "biu":
-        if len(y) and not 0 <= y.min() <= y.max() < n_outputs:
-            raise ValueError(
-                f"y has class codes from {y.min()} to {y.max()}; there are {n_outputs} outputs, so 0 to "
-                f"{n_outputs - 1} are allowed: encode the classes anew, or pass float numbers for a regression."
-            )
-        return y.astype(np.int64)
-    y = numeric_matrix(y[:, None] if y.ndim == 1 else y, "y", np.float32)
-    check_finite(y, "y", "drop those cells")
-    if y.shape[1] != n_outputs:
-        raise ValueError(
-            f"y has {y.shape[1]} columns, output_names has {n_outputs}; name every one, or give classes whole numbers."
-        )
-    return y
 
 
 def check_dataset(dataset: Any, argument: str = "dataset") -> None:
@@ -259,19 +254,15 @@ def match_genes(
     x: AnnData | ExpressionDataset | str | Path | Any, gene_names: pd.Index, layer: str | None = None
 ) -> Matrix:
     """Return expression with exactly these genes, in this order: matched by name where `x` has names."""
-    names, where, adata = None, "x", None
-    if isinstance(x, ExpressionDataset):
-        names, x = x.gene_names, x.x
-    elif isinstance(x, StoredMatrix):
-        names = x.gene_names
-    elif is_stored(x, layer):
-        cells, x = open_cells(x, layer)
-        names = cells.var_names
-        if looks_like_counts(x[:1000]):
-            warn_of_counts(f"the first block of {x.where}")
-    elif isinstance(x, AnnData):
-        names, adata = x.var_names, x
-        x, where = expression(adata, layer)
+    names, where, adata = getattr(x, "gene_names", None), "x", None
+    if isinstance(x, AnnData | str | Path):
+        adata, stored = open_cells(x, layer)
+        names = adata.var_names
+        x, where = expression(adata, layer) if stored is None else (stored, stored.where)
+        if stored is not None and looks_like_counts(x[:1000]):
+            warn_of_counts(f"the first block of {where}")
+    elif isinstance(x, ExpressionDataset):
+        x = x.x
     elif isinstance(x, pd.DataFrame):
         names = x.columns
     elif isinstance(x, pd.Series):
@@ -281,16 +272,15 @@ def match_genes(
         if not names.equals(gene_names):
             at = _find(names, gene_names)
             x = x.iloc[:, at] if isinstance(x, pd.DataFrame) else x[:, at]
-    if isinstance(x, StoredMatrix):
-        where = x.where
-    else:
-        x = numeric_matrix(x, where)
+    stored = isinstance(x, StoredMatrix)  # of which each block is checked as it is read
+    x = x if stored else numeric_matrix(x, where)
     if x.shape[1] != len(gene_names):
+        where = x.where if stored else where
         raise ValueError(f"{where} has shape {tuple(x.shape)}; (cell, gene) with {len(gene_names)} genes is needed.")
-    if adata is not None:
-        check_log_normalised(x, where, adata)
-    elif not isinstance(x, StoredMatrix):  # of which each block is checked as it is read
+    if adata is None and not stored:
         check_finite(x, where)
+    elif not stored:
+        check_log_normalised(x, where, adata)
     return x
 
 
@@ -311,7 +301,7 @@ def _find(names: pd.Index, wanted: pd.Index) -> np.ndarray:
             f"x has {len(twice)} of the genes needed more than once, such as {', '.join(map(str, twice[:5]))}; keep "
             f"one column of each, or give them names of their own: adata.var_names_make_unique()."
         )
-    return pd.Series(np.arange(len(names)), names)[wanted].to_numpy()
+    return names.get_indexer_for(wanted)
 
 
 def gene_vector(values: Any, gene_names: pd.Index, what: str) -> np.ndarray:
@@ -347,7 +337,7 @@ def get_classification_datasets(
     adata
         Cells with log-normalised expression. That of a path (``.h5ad`` or zarr) or a backed AnnData stays on disk.
     class_key
-        Column of ``obs`` with the class of every cell.
+        Column of ``obs`` with the class of every cell; ``y`` holds codes, in the order of the categories.
     train_split, val_split
         Fractions of the cells for training and validation; the rest is the test set.
     random_state
@@ -362,10 +352,6 @@ def get_classification_datasets(
         Take log(1 + x) after that, as scanpy does; `adata` stays as it is.
     num_workers
         Processes that read stored cells ahead, up to 256 MB each; two or more change the order of the cells.
-
-    Returns
-    -------
-    Train, validation and test set. Their ``y`` holds codes into ``output_names``, in the order of the categories.
 
     Raises
     ------
@@ -421,13 +407,9 @@ def get_regression_datasets(
     Parameters
     ----------
     target_key
-        Key of ``obsm`` with the targets (cell x out), an array or a DataFrame whose columns name the outputs.
+        Key of ``obsm`` with targets (cell x out): a table, or an array, whose outputs are ``<target_key>_0`` and so on.
     adata, train_split, val_split, random_state, layer, split_key, normalize_total, log1p, num_workers
         As in :func:`get_classification_datasets`.
-
-    Returns
-    -------
-    Train, validation and test set. Outputs of an array are named ``<target_key>_0``, ``<target_key>_1``, ...
 
     Raises
     ------
@@ -443,8 +425,7 @@ def get_regression_datasets(
     adata, stored = open_cells(adata, layer)
     if not isinstance(target_key, str) or target_key not in adata.obsm:
         raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}.")
-    target, where = adata.obsm[target_key], f"adata.obsm[{target_key!r}]"
-    names = None
+    target, where, names = adata.obsm[target_key], f"adata.obsm[{target_key!r}]", None
     if isinstance(target, pd.DataFrame):
         names = plain_names(target.columns, where)
         # Numbers that a pipeline made categorical are numbers all the same.
@@ -486,9 +467,8 @@ def _rows(
             f"train_split={train_split!r} and val_split={val_split!r} must be positive and add up to less than 1, so "
             f"that a test set is left; the default is 0.7 and 0.15."
         )
-    codes = None
     if labels is not None:
-        codes, sizes = labels.cat.codes.to_numpy(), labels.value_counts()
+        sizes = labels.value_counts()
         needed = int(np.ceil(1 / min(train_split, val_split, 1 - train_split - val_split) - 1e-9))
         if sizes.min() < needed:
             raise ValueError(
@@ -502,11 +482,12 @@ def _rows(
             f"train_split={train_split}, val_split={val_split} leave a set of {adata.n_obs} cells empty; take more "
             f"cells, or other fractions."
         )
-    seed = whole_number(random_state, "random_state", 0, 2**32 - 1)
-    train, rest = train_test_split(np.arange(adata.n_obs), train_size=n_train, stratify=codes, random_state=seed)
-    codes = None if codes is None else codes[rest]
-    val, test = train_test_split(rest, train_size=n_val, stratify=codes, random_state=seed)
-    return [np.sort(part) for part in (train, val, test)]
+    seed, parts, rest = whole_number(random_state, "random_state", 0, 2**32 - 1), [], np.arange(adata.n_obs)
+    for size in (n_train, n_val):
+        codes = None if labels is None else labels.cat.codes.iloc[rest]
+        part, rest = train_test_split(rest, train_size=size, stratify=codes, random_state=seed)
+        parts.append(part)
+    return [np.sort(part) for part in (*parts, rest)]
 
 
 def _checked(
@@ -518,17 +499,13 @@ def _checked(
     check_normalisation(normalize_total, log1p)
     if isinstance(normalize_total, np.bool_):
         normalize_total = bool(normalize_total)
-    as_it_is = normalize_total is False and not log1p
+    counts = bool(normalize_total or log1p)
     if x is not None:
         # The median of totals walks all cells, so that they are checked there.
-        if normalize_total is not True and x.totals()[1] and as_it_is:
+        if normalize_total is not True and x.totals()[1] and not counts:
             warn_of_counts(x.where)
         return x.scaled(normalize_total, log1p)
     x, where = expression(adata, layer, np.float32)
-    if as_it_is:
-        check_log_normalised(x, where, adata)
-        return x
-    check_finite(x, where)
-    check_not_negative(x, where)
+    check_log_normalised(x, where, adata, counts=counts)
     target = median_total(row_totals(x), where) if normalize_total is True else normalize_total or None
     return normalised(x, target, log1p)

@@ -22,16 +22,12 @@ def response_directions(
 ) -> pd.DataFrame:
     """Return where each compound takes a cell: the least-squares slopes of an embedding on the doses.
 
-    A compound may act differently on each cell line, so that the line is a better stratum than the plate.
-
     Parameters
     ----------
-    adata
-        Cells with both tables, as from :func:`perturbation_response` and :func:`dose_coordinates`.
-    embedding, doses
-        Keys of ``obsm``: of an embedding (cell x comp), and of a DataFrame of doses (cell x compound).
+    adata, embedding, doses
+        Cells, and keys of ``obsm``: an embedding (cell x comp), and a DataFrame of doses (cell x compound).
     strata
-        Column of ``obs``; each stratum gets slopes and an intercept of its own. None fits all cells together.
+        Column of ``obs``, such as the cell line: each stratum gets slopes and an intercept of its own.
     cells
         Positions or mask of the cells to fit on; all if None.
 
@@ -47,15 +43,16 @@ def response_directions(
            DHRS2  AURKA
     AR-42    2.6   -0.7
     """
-    for key in (key for key in (embedding, doses) if key not in adata.obsm):
-        raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
-    table, y = adata.obsm[doses], np.asarray(adata.obsm[embedding])
+    for key in (embedding, doses):
+        if key not in adata.obsm:
+            raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
+    table, y = adata.obsm[doses], adata.obsm[embedding]
     rows = positions(cells, adata)
     labels = np.full(adata.n_obs, "all") if strata is None else obs_labels(adata, strata, "strata").astype(str)
     found = {}
     for name, group in pd.Series(rows).groupby(np.asarray(labels)[rows]):
-        fitted = LinearRegression().fit(table.to_numpy()[group], y[group])
-        found[name] = pd.DataFrame(fitted.coef_.T, table.columns, getattr(adata.obsm[embedding], "columns", None))
+        fitted = LinearRegression().fit(table.to_numpy()[group], np.asarray(y)[group])
+        found[name] = pd.DataFrame(fitted.coef_.T, table.columns, getattr(y, "columns", None))
     return found["all"] if strata is None else pd.concat(found, names=[strata, None])
 
 
@@ -66,10 +63,8 @@ def against_control(
 
     Parameters
     ----------
-    scores
-        Scores (cell x score), matched to `adata` by the names of the cells where they have them.
-    adata
-        Cells.
+    scores, adata
+        Scores (cell x score) and their cells, matched by name where scores have names.
     perturbation_key, control
         Column of ``obs`` with the perturbation of every cell, and its label for control cells.
     strata
@@ -84,14 +79,16 @@ def against_control(
     >>> float(z[screen.obs["perturbation"] == "AR-42"]["DHRS2"].mean().round(1))
     0.5
     """
-    control_cells, stratum = _controls(adata, perturbation_key, control, strata)
+    return _against(scores, adata, *_controls(adata, perturbation_key, control, strata))
+
+
+def _against(scores: Scores, adata: AnnData, controls: np.ndarray, stratum: np.ndarray) -> pd.DataFrame:
+    """Return scores of cells less the mean of their stratum's controls, in the controls' standard deviation."""
     scores = by_cell(scores, adata, "scores")
-    at_control = scores.to_numpy()[control_cells]
-    means = pd.DataFrame(at_control).groupby(stratum[control_cells]).mean()
+    means = pd.DataFrame(scores.to_numpy()[controls]).groupby(stratum[controls]).mean()
     centred = scores - means.loc[stratum].to_numpy()
-    # As many means were fitted as there are strata.
-    freedom = max(len(at_control) - len(means), 1)
-    return centred / np.sqrt((centred.to_numpy()[control_cells] ** 2).sum(axis=0) / freedom)
+    freedom = max(int(controls.sum()) - len(means), 1)  # as many means were fitted as there are strata
+    return centred / np.sqrt((centred.to_numpy()[controls] ** 2).sum(axis=0) / freedom)
 
 
 def mean_effects(
@@ -106,8 +103,7 @@ def mean_effects(
 ) -> pd.DataFrame:
     """Return the mean score of every condition against control cells of the same strata, with its standard error.
 
-    The error includes the noise of the control means. It takes cells of a stratum as independent, so that it lacks
-    what differs from well to well.
+    The error has the noise of the control means, and not what differs from well to well.
 
     Parameters
     ----------
@@ -120,8 +116,8 @@ def mean_effects(
 
     Returns
     -------
-    A row a condition and score: ``effect`` in standard deviations of the controls, ``error``, ``z`` (their ratio,
-    about standard normal without an effect) and ``n_cells``. Conditions of a single cell have no error.
+    A row a condition and score: ``effect`` in standard deviations of the controls, ``error``, ``z`` (their ratio) and
+    ``n_cells``. Conditions of a single cell have no error.
 
     Examples
     --------
@@ -132,9 +128,9 @@ def mean_effects(
     score
     DHRS2     0.5    0.2  3.2       65
     """
-    effects = against_control(scores, adata, perturbation_key, control, strata=strata)
-    control_cells, stratum = _controls(adata, perturbation_key, control, strata)
-    per_stratum = pd.Series(stratum[control_cells]).value_counts()
+    controls, stratum = _controls(adata, perturbation_key, control, strata)
+    effects = _against(scores, adata, controls, stratum)
+    per_stratum = pd.Series(stratum[controls]).value_counts()
     by = [by] if isinstance(by, str) else list(by or [perturbation_key])
     keys = [obs_column(adata, key, "by").to_numpy() for key in by]
     rows = positions(cells, adata)
@@ -161,17 +157,14 @@ def additivity(
 ) -> pd.DataFrame:
     """Say how well the effects of two perturbations add up to that of both, and how well they could at most.
 
-    An effect is the mean of a perturbation's cells less that of the control cells. All cells are split into random
-    halves: what the halves say of the same effect limits any prediction across halves :cite:p:`spearman1904`.
+    An effect is a mean less that of the controls. Random halves of the cells limit it :cite:p:`spearman1904`.
 
     Parameters
     ----------
     values
         Expression or an embedding of the cells of `adata` (cell x feature).
-    adata, perturbation_key, control
-        As in :func:`against_control`.
-    separator
-        What joins two perturbations in the label of both.
+    adata, perturbation_key, control, separator
+        As in :func:`against_control`, and what joins two perturbations in the label of both.
     n_splits, random_state
         Number of random halvings to average over, and their seed.
 
@@ -183,8 +176,7 @@ def additivity(
     - ``r``: correlation of the double's effect and the singles' sum. Shared controls raise it, noise lowers it.
     - ``r_halves``: the same between halves, so that no cell is in both.
     - ``ceiling``: what ``r_halves`` reaches if effects add up; near 0, nothing can be said.
-    - ``slope``: length of the double's effect along the sum, in lengths of the sum; 1 if effects add up. It is NaN
-      where halves of the sum correlate by less than 0.2.
+    - ``slope``: the double's effect along the sum, in its lengths; NaN where its halves correlate by less than 0.2.
 
     Examples
     --------

@@ -85,10 +85,8 @@ def enrich(
 
     Parameters
     ----------
-    modules
-        Modules of one output, or of several by name.
-    gene_sets
-        As in :func:`read_gene_sets`.
+    modules, gene_sets
+        Modules of one output, or of several by name, and sets as in :func:`read_gene_sets`.
     background
         Genes that could have been found; if None, those of each output's own model.
     n_top
@@ -125,8 +123,9 @@ def enrich(
             top = symbol.keys() & {str(gene).upper() for gene in module_set.top_genes(module, n_top, pole=pole).index}
             for term, members in tested.items():
                 hits = [symbol[gene] for gene in sorted(members & top)]
-                row = (output, module, pole, term, ", ".join(hits), len(hits), len(members), len(top), len(symbol))
-                rows.append(row)
+                rows.append(
+                    (output, module, pole, term, ", ".join(hits), len(hits), len(members), len(top), len(symbol))
+                )
     columns = ["output", "module", "pole", "term", "genes", "overlap", "size", "top", "all"]
     table = pd.DataFrame(rows, columns=columns)
     x, m, k, n = table[columns[-4:]].to_numpy(np.int64).T
@@ -156,10 +155,8 @@ def gsea(
     ----------
     modules, gene_sets, min_size, max_size
         As in :func:`enrich`.
-    n_permutations
-        Number of permutations of the genes.
-    random_state
-        Seed of the permutations.
+    n_permutations, random_state
+        Number of permutations of the genes, and their seed.
 
     Returns
     -------
@@ -175,21 +172,19 @@ def gsea(
     1  module_1  program_02 -1.7
     """
     n_permutations = whole_number(n_permutations, "n_permutations")
-    random_state = whole_number(random_state, "random_state", 0)
+    options = {"min_size": 1, "permutation_num": n_permutations, "seed": whole_number(random_state, "random_state", 0)}
+    options |= {"threads": 1, "outdir": None, "no_plot": True, "verbose": False}
     named, sets = _given(modules, gene_sets)
     tables = []
     for output, module_set in named.items():
         varied = module_set.loadings[(module_set.loadings != 0).any(axis=1)]  # the others have no place in an order
         symbol, tested = _tested(sets, varied.index, output, min_size, max_size)
         lists = {term: sorted(members) for term, members in tested.items()}
+        varied = varied.set_axis(varied.index.map(str)).loc[list(symbol.values())].set_axis(list(symbol))
         for module, loading in varied.items():
-            ranked = loading.set_axis(loading.index.map(str)).loc[list(symbol.values())]
-            ranked = ranked.set_axis(list(symbol)).sort_values(ascending=False, kind="stable")
-            found = gseapy.prerank(
-                ranked, lists, min_size=1, max_size=len(symbol), permutation_num=n_permutations, seed=random_state,
-                threads=1, outdir=None, no_plot=True, verbose=False
-            ).res2d  # fmt: skip
-            tables.append(pd.DataFrame({
+            ranked = loading.sort_values(ascending=False, kind="stable")
+            found = gseapy.prerank(ranked, lists, max_size=len(symbol), **options).res2d
+            columns = {
                 "output": output,
                 "module": module,
                 "term": found["Term"],
@@ -198,7 +193,8 @@ def gsea(
                 # A p of 0 means that no permutation of that many was as good.
                 "p": found["NOM p-val"].astype(float).clip(lower=1 / (1 + n_permutations)),
                 "genes": [", ".join(symbol[gene] for gene in edge.split(";") if gene) for edge in found["Lead_genes"]],
-            }))  # fmt: skip
+            }
+            tables.append(pd.DataFrame(columns))
     return _corrected(pd.concat(tables), ["output", "module", "term", "size", "nes", "p", "q", "genes"])
 
 
@@ -213,8 +209,8 @@ def _given(modules: Any, gene_sets: GeneSets) -> tuple[Mapping[str, GeneModules]
 def _corrected(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Return some columns, with q over all rows, the most significant first."""
     table = table.assign(q=false_discovery_control(table["p"]) if len(table) else 0.0)
-    order = ["p", "output", "module", "pole", "term"]
-    return table.sort_values([name for name in order if name in table], ignore_index=True)[columns]
+    order = [name for name in ("p", "output", "module", "pole", "term") if name in table]
+    return table.sort_values(order, ignore_index=True)[columns]
 
 
 def _tested(

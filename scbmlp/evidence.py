@@ -17,7 +17,7 @@ from scbmlp.checks import whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, dense_tensor, match_genes, some
 from scbmlp.interactions import Model, direction, similarity
 from scbmlp.modules import GeneModules
-from scbmlp.stability import follows_target, stability
+from scbmlp.stability import follows_target, p_values, stability
 
 STABLE, RARE = 0.8, 0.05  # a module is trusted from this stability on, and up to this p
 
@@ -27,18 +27,15 @@ def ablation(model: Model, modules: GeneModules, dataset: ExpressionDataset) -> 
 
     Parameters
     ----------
-    model
-        A fitted classifier or regressor.
-    modules
-        Modules of one of its outputs.
+    model, modules
+        A fitted classifier or regressor, and modules of one of its outputs.
     dataset
         Cells to score on, with their targets.
 
     Returns
     -------
-    A row a module: ``score``, what the score over all outputs loses, and what the recall or R2 of every output loses.
-    ``changed`` is the share of cells whose predicted class changes. For targets it is the root mean square change of
-    the prediction, in standard deviations of the target.
+    A row a module: what the ``score`` over all outputs loses, and the recall or R2 of every output. ``changed`` is the
+    share of cells whose predicted class changes, or the root mean square change in standard deviations of the target.
 
     Examples
     --------
@@ -51,25 +48,18 @@ def ablation(model: Model, modules: GeneModules, dataset: ExpressionDataset) -> 
         names = ", ".join(map(str, model.output_names))
         raise KeyError(f"modules.output={modules.output!r} is not one output of the model; they are {names}.")
     at = model.output_names.get_loc(modules.output)
-    target = dataset.y.numpy()
+    target, added = dataset.y.numpy(), modules.contributions(dataset)
     # A class is read as its logit less the mean of all, to which a softmax is blind.
     full = model.outputs(dataset) @ np.stack([direction(model, name) for name in model.output_names]).T
-    added = modules.contributions(dataset)
-
-    def measured(outputs: np.ndarray) -> np.ndarray:
-        return np.array([model._measure(outputs, target), *model._measure_each(outputs, target)])
-
-    rows, whole = {}, measured(full)
-    for name in added:
-        outputs = full.copy()
-        outputs[:, at] -= added[name]
-        if target.ndim == 1:
-            changed = (outputs.argmax(axis=1) != full.argmax(axis=1)).mean()
-        else:
-            changed = np.sqrt((added[name] ** 2).mean()) / target[:, at].std()
-        score, *each = whole - measured(outputs)
-        rows[name] = [score, changed, *each]
-    return pd.DataFrame.from_dict(rows, "index", columns=["score", "changed", *model.output_names])
+    cut = [full - np.outer(one, np.eye(full.shape[1])[at]) for one in added.to_numpy().T]
+    scores = np.array([[model._measure(y, target), *model._measure_each(y, target)] for y in (full, *cut)])
+    if target.ndim == 1:
+        changed = [(y.argmax(axis=1) != full.argmax(axis=1)).mean() for y in cut]
+    else:
+        changed = [np.sqrt((added[name] ** 2).mean()) / target[:, at].std() for name in added]
+    lost = scores[0] - scores[1:]
+    columns = ["score", "changed", *model.output_names]
+    return pd.DataFrame(np.column_stack([lost[:, 0], changed, lost[:, 1:]]), added.columns, columns)
 
 
 def without_pairs(dataset: ExpressionDataset, *, n_groups: int = 10, random_state: int = 0) -> ExpressionDataset:
@@ -96,34 +86,29 @@ def without_pairs(dataset: ExpressionDataset, *, n_groups: int = 10, random_stat
     n_groups, y = whole_number(n_groups, "n_groups", 1, len(dataset)), dataset.y.numpy()
     if y.ndim == 2:
         spread = y.std(axis=0)
-        alike = y / np.where(spread > 0, spread, 1)
-        y = KMeans(n_groups, n_init=1, random_state=random_state).fit_predict(alike)
+        y = KMeans(n_groups, n_init=1, random_state=random_state).fit_predict(y / np.where(spread > 0, spread, 1))
     cells = list(pd.Series(range(len(y))).groupby(y).indices.values())
-    rng, x = np.random.default_rng(random_state), dataset.x
-    columns = sparse.csc_matrix(x) if sparse.issparse(x) else x
-    blocks = []
-    for start in range(0, x.shape[1], 256):  # genes made dense at a time
+    rng, thin, blocks = np.random.default_rng(random_state), sparse.issparse(dataset.x), []
+    columns = sparse.csc_matrix(dataset.x) if thin else dataset.x
+    for start in range(0, columns.shape[1], 256):  # genes made dense at a time
         block = dense_tensor(columns[:, start : start + 256]).numpy().copy()
         for rows in cells:
             block[rows] = rng.permuted(block[rows], axis=0)
-        blocks.append(sparse.csr_matrix(block) if sparse.issparse(x) else block)
+        blocks.append(sparse.csr_matrix(block) if thin else block)
     found = copy(dataset)
-    found.x = sparse.hstack(blocks, format="csr") if sparse.issparse(x) else np.hstack(blocks)
+    found.x = sparse.hstack(blocks, format="csr") if thin else np.hstack(blocks)
     return found
 
 
 def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, random_state: int = 0) -> GeneModules:
     """Return as many directions as there are modules, drawn with the correlations of the cells and blind to any target.
 
-    Gene sets are rich in genes that rise and fall together, so that any direction of the data has some terms. Modules
-    need more.
+    Gene sets are rich in genes that rise together. Any direction of the data has some terms; modules need more.
 
     Parameters
     ----------
-    modules
-        Modules to draw a counterpart of, in their units.
-    dataset
-        Cells, of which at most 3,000 are used.
+    modules, dataset
+        Modules to draw a counterpart of, in their units, and cells, of which at most 3,000 are used.
     random_state
         Seed of the directions.
 
@@ -134,9 +119,8 @@ def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, rando
     9
     """
     x = match_genes(dataset, modules.loadings.index)
-    x = x[some(x.shape[0], LARGE)]
+    x, unit = x[some(x.shape[0], LARGE)], modules.unit.to_numpy()[:, None]
     mix = np.random.default_rng(random_state).standard_normal((x.shape[0], modules.loadings.shape[1]))
-    unit = modules.unit.to_numpy()[:, None]
     # The covariance of the genes with noise over cells has the covariance of the genes.
     drawn = np.asarray(x.T @ (mix - mix.mean(axis=0)))
     drawn = np.divide(drawn, unit, out=np.zeros_like(drawn), where=unit > 0)
@@ -165,10 +149,8 @@ def trust(
         Replicas of the model, as from :func:`scbmlp.models.solve_replicas`.
     val
         Cells that no weight was fitted to, those of `null`.
-    null
-        What :func:`scbmlp.modules.permutation_null` returned for the outputs.
-    audit
-        What :func:`scbmlp.interactions.audit` returned.
+    null, audit
+        What :func:`scbmlp.modules.permutation_null` and :func:`scbmlp.interactions.audit` returned.
     enriched, enriched_random
         What :func:`scbmlp.enrichment.enrich` returned for the modules, and for :func:`random_directions` of them.
 
@@ -177,14 +159,12 @@ def trust(
     The modules, whose ``trust`` has a row a module.
 
     - ``eigenvalue``, ``stability``, ``low``: as from :func:`scbmlp.modules.stability`.
-    - ``r``, ``p``: as from ``permutation_null``. Only permutations count with their best module, so ``p`` is on the
-      safe side.
+    - ``r``, ``p``: as from ``permutation_null``. Only permutations count with their best module, so ``p`` is safe.
     - ``similarity``: of the output as a function, mean over pairs of at most six replicas.
     - ``interaction``, ``gain_curved``: of the output, as from ``audit``.
     - ``terms``, ``terms_random``: gene sets with q below 0.05 of the module, and of a random direction on average.
     - ``trusted``: stability of at least 0.8, p of at most 0.05, and no fewer terms than a random direction, where
-      counted. It says that a module would come back and is about its target. That it has a name takes ``terms``, and
-      that genes in it *interact* takes ``gain_curved``.
+      counted. The module would come back and is about its target. That its genes *interact* takes ``gain_curved``.
 
     Examples
     --------
@@ -202,7 +182,6 @@ def trust(
     if not len(modules.eigenvalues):  # no products, so there is nothing to trust
         return replace(modules, trust=pd.DataFrame({"trusted": np.zeros(0, bool)}))
     table = stability(models, output, modules=modules, dataset=val)[["eigenvalue", "stability", "low"]]
-    alike = [similarity(a, b, output, dataset=val) for a, b in combinations(models[:6], 2)]
     trusted = table["stability"] >= STABLE
     if null is not None:
         best = null.attrs["null"]
@@ -214,10 +193,9 @@ def trust(
                 f"permutation_null(..., metric={modules.metric!r})."
             )
         table["r"] = follows_target(modules, models[0], val)
-        beaten = (np.array(best[str(output)]) >= table["r"].to_numpy()[:, None]).sum(axis=1)
-        table["p"] = (1 + beaten) / (1 + len(best[str(output)]))
+        table["p"] = p_values(table["r"], best[str(output)])
         trusted &= table["p"] <= RARE
-    table["similarity"] = np.mean(alike)
+    table["similarity"] = np.mean([similarity(a, b, output, dataset=val) for a, b in combinations(models[:6], 2)])
     if audit is not None and not isinstance(output, Mapping):  # a mix of outputs has no row
         if output not in audit.index:
             raise KeyError(f"audit has no row {output!r}; it has {', '.join(map(str, audit.index))}.")
@@ -225,8 +203,8 @@ def trust(
             table[name] = audit.loc[output, name]
     for name, found in {"terms": enriched, "terms_random": enriched_random}.items():
         if found is not None:
-            found = found[found["q"] < 0.05]
-            table[name] = found.groupby("module")["term"].nunique().reindex(table.index, fill_value=0)
+            terms = found[found["q"] < 0.05].groupby("module")["term"].nunique()
+            table[name] = terms.reindex(table.index, fill_value=0)
     if enriched is not None and enriched_random is not None:
         table["terms_random"] = table["terms_random"].mean()
         trusted &= table["terms"] >= table["terms_random"]

@@ -47,23 +47,19 @@ class Mixture(NamedTuple):
         return self._replace(weights=weights, **changes)
 
     def weight(self, block: str) -> float:
-        """Return the weight of a block, 0 if it is not in the mixture."""
+        """Return the weight of a block, 0 without it."""
         return dict(self.weights).get(block, 0.0)
 
 
 class Kernels:
     """Products of cells in the features of every block, less the training mean, in units of their mean squared norm.
 
-    The number of features of a block costs nothing: products of genes are squares of products of cells.
-
     Parameters
     ----------
     x, others
         Training cells, and cells to predict (each cell x gene).
-    counts
-        How often each training cell counts (cell); once if None.
-    device, dtype
-        Where products are taken, and how precisely.
+    counts, device, dtype
+        How often each training cell counts (cell), once if None; where products are taken, and how precisely.
 
     Examples
     --------
@@ -112,27 +108,34 @@ class Kernels:
         """Return the scores of the training cells, and of the others, on the leading axes (each cell x comp)."""
         return [part @ self.axes(rank) for part in self.d]
 
-    def _features(self, block: str, rank: int, space: str) -> tuple[list[Tensor], bool]:
-        """Return features whose products, squared if so said, are those of the block."""
-        if block == "genes":
-            return self.d, False
-        if block == "presence":
-            return [(part > 0).double() for part in self._cells], False
-        if block == "squares":
-            return [part**2 for part in self._cells], False
-        if block == "components" or (block == "products" and space == "components"):
-            return self.scores(rank), block == "products"
-        if block == "products":
-            return ([part / self.sd for part in self.d] if space == "sd" else self.d), True
+    def factors(self, block: str, rank: int, space: str) -> list[Tensor]:
+        """Return the features of a block, of products what is multiplied (each cell x feature)."""
+        kind = space if block == "products" else block
+        if kind == "genes":
+            return self.d
+        if kind == "sd":
+            return [part / self.sd for part in self.d]
+        if kind == "components":
+            return self.scores(rank)
+        if kind == "presence":
+            return [(part > 0).double() for part in self._cells]
+        if kind == "squares":
+            return [part**2 for part in self._cells]
+        # Depth and number of genes, their squares, and either times the components.
         depth = [torch.stack([part.sum(dim=1), (part > 0).sum(dim=1)], dim=1) for part in self._cells]
         mean = self.share @ depth[0]
         sd = (self.share @ (depth[0] - mean) ** 2).sqrt()
         depth = [(part - mean) / torch.where(sd > 0, sd, 1) for part in depth]
         scores = self.scores(rank)
         unit = (self.share @ scores[0] ** 2).sum().sqrt()
-        # Depth and number of genes, their squares, and either times the components.
         each = zip(depth, scores, strict=True)
-        return [torch.cat([a, a**2, *(b * c[:, None] / unit for c in a.T)], dim=1) for a, b in each], False
+        return [torch.cat([a, a**2, *(b * c[:, None] / unit for c in a.T)], dim=1) for a, b in each]
+
+    def back(self, rank: int, space: str) -> Tensor:
+        """Return what turns factors of products to genes (factor x gene)."""
+        if space == "components":
+            return self.axes(rank).T
+        return torch.diag(1 / self.sd if space == "sd" else torch.ones_like(self.sd))
 
     @cached_property
     def sd(self) -> Tensor:
@@ -145,11 +148,10 @@ class Kernels:
         key = name if name in ("genes", "presence", "squares") else f"{name} {rank if space == 'components' else space}"
         known = self._known.pop(key, None)
         if known is None:
-            features, squared = self._features(name, rank, space)
-            features = [part.to(**self.to) for part in features]
+            features = [part.to(**self.to) for part in self.factors(name, rank, space)]
             share = self.share.to(**self.to)
             found = [part @ features[0].T for part in features]
-            found = [part**2 for part in found] if squared else found
+            found = [part**2 for part in found] if name == "products" else found
             mean = found[0] @ share
             found = [part - (part @ share)[:, None] - mean + share @ mean for part in found]
             scale = float(share @ found[0].diagonal()) or 1.0
@@ -263,13 +265,9 @@ def softmax(
     products, y, ratio, counts
         As for :func:`ridge`; `y` are classes as 0 and 1 (cell x out).
     features, gram
-        Features in place of `products` (cell x feature), and their products summed over cells, if known.
+        Features in place of `products` (cell x feature), and their products if known; the fit has weights of these.
     start, tol
         Fit to start from, and the least gain of a step in nats a cell.
-
-    Returns
-    -------
-    The fit; with `features` it has weights of features in place of cells.
 
     Examples
     --------
@@ -365,10 +363,8 @@ class Solution(NamedTuple):
 
     Parameters
     ----------
-    mean, constant
-        Mean training cell (gene), and the outputs there (out).
-    direct
-        Linear weights (out x gene).
+    mean, constant, direct
+        Mean training cell (gene), the outputs there (out), and linear weights (out x gene).
     hidden, power
         What is squared (hid x gene), and what each square adds to the outputs (out x hid).
     """
@@ -392,12 +388,10 @@ def solution(
 
     Parameters
     ----------
-    train
-        Cells to fit, with their targets.
+    train, counts, device
+        Cells to fit, with their targets; how often each counts (cell), once if None; and where to solve.
     mixtures, ratios
         Mixture and penalty of each output; one alone for classes.
-    counts, device
-        How often each cell counts (cell), once if None; and where to solve.
 
     Examples
     --------
@@ -410,7 +404,7 @@ def solution(
     y = targets_of(train, len(train.output_names))
     n_outputs, n_genes = y.shape[1], len(train.gene_names)
     constant, direct = np.zeros(n_outputs), np.zeros((n_outputs, n_genes))
-    parts: list[tuple[list[int], np.ndarray, np.ndarray]] = []
+    parts = []
     for mixture, ratio, here in alike(mixtures, ratios, n_outputs):
         products = kernels.mixed(mixture)[0]
         fit = (softmax if train.y.ndim == 1 else ridge)(products, y[:, here].to(products), ratio, kernels.counts)
@@ -428,9 +422,9 @@ def solution(
                 scores = kernels.scores(mixture.rank)[0]
                 direct[here] += (kernels.axes(mixture.rank) @ (scores.T @ cells_of)).T.numpy()
             else:
-                units, factors, means = _squares(kernels, mixture, cells_of)
+                units, power, means = _squares(kernels, mixture, cells_of)
                 constant[here] -= means
-                parts.append((here, units, factors))
+                parts.append((here, units, power))
     return Solution(kernels.mean.numpy(), constant, direct, *together(n_outputs, n_genes, parts))
 
 
@@ -456,11 +450,7 @@ def together(n_outputs: int, n_genes: int, parts: Sequence[tuple[Any, np.ndarray
 
 def _squares(kernels: Kernels, mixture: Mixture, cells: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return hidden units (hid x gene), what they add to outputs (out x hid), and what that is in the mean (out)."""
-    features = kernels._features("products", mixture.rank, mixture.space)[0][0]
-    if mixture.space == "components":
-        back = kernels.axes(mixture.rank).T
-    else:
-        back = torch.diag(1 / kernels.sd) if mixture.space == "sd" else torch.eye(features.shape[1]).double()
+    features, back = kernels.factors("products", *mixture[1:])[0], kernels.back(*mixture[1:])
     second = features.T @ (features * kernels.share[:, None])
     means = (((features @ second) * features).sum(dim=1) @ cells).numpy()
     if features.shape[1] * cells.shape[1] > len(features):  # fewer cells than eigenvectors: Q is a sum over the cells
@@ -470,7 +460,5 @@ def _squares(kernels: Kernels, mixture: Mixture, cells: Tensor) -> tuple[np.ndar
 
 def squares_of(matrices: Iterable[Tensor], back: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvectors of each output's matrix, turned back to genes (hid x gene), and their power (out x hid)."""
-    found = [torch.linalg.eigh(matrix) for matrix in matrices]
-    return np.vstack([(vectors.T @ back).numpy() for _, vectors in found]), block_diag(
-        *(one[0].numpy() for one in found)
-    )
+    values, vectors = zip(*map(torch.linalg.eigh, matrices), strict=True)
+    return np.vstack([(each.T @ back).numpy() for each in vectors]), block_diag(*(each.numpy() for each in values))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from functools import cache, cached_property
+from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
+from math import comb
 from numbers import Real
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,46 +20,37 @@ from scbmlp import datasets
 from scbmlp.baselines import LARGE
 from scbmlp.checks import nearest, of_cells, whole_number
 from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
-from scbmlp.display import as_html
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
 __all__ = [
     "InteractionMatrix", "Model", "Output", "Parts", "attributions", "audit", "decompose", "direction", "gain",
     "group_means", "interaction_matrices", "interaction_matrix", "linear_axis", "pair_effects", "similarity",
-    "squares",
 ]  # fmt: skip
 
 Model = ScBMLPClassifier | ScBMLPRegressor
 Output = int | str | Mapping[int | str, float]
 Part = Literal["all", "linear", "quadratic", "interaction"]
-Thin = Callable[[], tuple[np.ndarray, np.ndarray]]
+BLOCK = 256  # genes whose interactions with all others are in memory at a time
+FALLING = {"by": "strength", "ascending": False, "kind": "stable", "ignore_index": True}
 
 
 def direction(model: Model, output: Output) -> np.ndarray:
-    """Return the weight of every output in a direction (out).
-
-    A softmax does not see what is added to every class alike. One class of a classifier therefore means that class
-    minus the mean of all classes.
+    """Return the weight of every output in a direction (out); for one class less the mean, as a softmax sees it.
 
     Parameters
     ----------
-    model
-        A classifier or regressor.
-    output
-        An index or a name, or ``{name: weight, ...}`` for any mix, which is taken as it is.
+    model, output
+        A classifier or regressor; an index or a name, or ``{name: weight, ...}`` for any mix, taken as it is.
 
     Examples
     --------
     >>> interactions.direction(model, "on")
     array([-0.5,  0.5])
-    >>> interactions.direction(model, {"on": 1, "off": -1})
-    array([-1.,  1.])
     """
     mix = output if isinstance(output, Mapping) else {output: 1.0}
+    if not mix:
+        raise KeyError(f"output={output!r} names nothing; the outputs are {', '.join(map(str, model.output_names))}.")
     weights = np.zeros(len(model.output_names))
-    if not mix or not len(weights):
-        there = ", ".join(map(str, model.output_names))
-        raise KeyError(f"output={output!r} names nothing; the outputs are {there}.")
     for name, weight in mix.items():
         if not (isinstance(weight, Real) and np.isfinite(weight)):
             raise ValueError(f"output={output!r}: the weight of {name!r} is {weight!r}; a finite number is needed.")
@@ -95,28 +87,17 @@ class InteractionMatrix(LinearOperator):
         B = [L' R'] (gene x 2 hid), of a solved model L' of the hidden units that the output uses; symmetric C.
     gene_names, output
         Names of the rows and columns (gene), and what the matrix is of, for the eye alone.
-    thin
-        Gives the thin QR decomposition of `basis`; matrices of one model share it.
     """
 
-    def __init__(
-        self, basis: np.ndarray, core: np.ndarray, gene_names: pd.Index, thin: Thin | None = None, output: Any = None
-    ) -> None:
+    def __init__(self, basis: np.ndarray, core: np.ndarray, gene_names: pd.Index, output: Any = None) -> None:
         super().__init__(np.dtype(np.float64), (len(basis), len(basis)))
         self.basis, self.core, self.gene_names, self.output = basis, core, gene_names, output
-        self._thin = thin or cache(lambda: np.linalg.qr(basis))
-
-    def _known(self) -> dict[str, str]:
-        """Return what a reader sees first."""
-        rows = {} if self.output is None else {"Output": str(self.output)}
-        size, rank = self.shape[0], min(self.basis.shape)
-        return rows | {"Genes": f"{size:,} x {size:,}, held as factors", "Rank": f"at most {rank:,}"}
+        self._thin = cache(lambda: np.linalg.qr(basis))  # made when it is first asked for
+        self._columns: np.ndarray | slice = slice(None)  # those of [L' R'] that the basis has
 
     def __repr__(self) -> str:
-        return "InteractionMatrix: " + "; ".join(f"{name.lower()} {value}" for name, value in self._known().items())
-
-    def _repr_html_(self) -> str:
-        return as_html(self._known(), "InteractionMatrix")
+        of, (n, rank) = "" if self.output is None else f"output {self.output}; ", self.basis.shape
+        return f"InteractionMatrix: {of}genes {n:,} x {n:,}, held as factors; rank at most {min(n, rank):,}"
 
     def _matmat(self, x: np.ndarray) -> np.ndarray:
         return self.basis @ (self.core @ (self.basis.T @ x))
@@ -152,45 +133,22 @@ class InteractionMatrix(LinearOperator):
         return np.einsum("ci,ij,cj->c", projected, self.core, projected, optimize=True)
 
     def diagonal(self) -> np.ndarray:
-        """Return what each gene does with itself (gene).
+        """Return what each gene does with itself (gene); the sum is the trace.
 
         Examples
         --------
-        >>> bool(np.isclose(q.diagonal().sum(), q.trace()))
+        >>> bool(np.isclose(q.diagonal().sum(), q.eigh()[0].sum()))
         True
         """
         return np.einsum("gi,gi->g", self.basis @ self.core, self.basis)
-
-    def trace(self) -> float:
-        """Return the sum of the eigenvalues.
-
-        Examples
-        --------
-        >>> bool(np.isclose(q.trace(), q.eigh()[0].sum()))
-        True
-        """
-        return float(np.sum(self.core * (self.basis.T @ self.basis)))
-
-    def norm(self) -> float:
-        """Return the Frobenius norm, the root of the sum of all squared interactions.
-
-        Examples
-        --------
-        >>> bool(np.isclose(q.norm(), np.linalg.norm(q.to_dense())))
-        True
-        """
-        turned = self.core @ (self.basis.T @ self.basis)
-        return float(np.sqrt(max(0.0, np.sum(turned * turned.T))))
 
     def between(self, genes_a: list[str], genes_b: list[str]) -> pd.DataFrame:
         """Return the interactions of two lists of names of genes (genes_a x genes_b).
 
         Examples
         --------
-        >>> q.between(programs["program_03"][:2], programs["program_04"][:2]).round(1)
-                 Sim0006  Sim0008
-        Sim0007     -0.3     -0.3
-        Sim0009     -0.4     -0.3
+        >>> q.between(["Sim0017"], ["Sim0030", "Sim0032"]).to_numpy().round(1)
+        array([[-0.6, -0.7]])
         """
         rows, columns = (self.basis[self._positions(genes)] for genes in (genes_a, genes_b))
         return pd.DataFrame(rows @ self.core @ columns.T, genes_a, genes_b)
@@ -206,79 +164,6 @@ class InteractionMatrix(LinearOperator):
             )
         return self.gene_names.get_indexer(genes)
 
-    def top_pairs(self, n: int = 20, *, dataset: ExpressionDataset | None = None, block: int = 256) -> pd.DataFrame:
-        """Return the `n` strongest interactions of two different genes, strongest first.
-
-        With `dataset`, strength is in units of the output: 2 abs(Q_ij) times the deviation of d_i d_j, d = x - mean,
-        beyond functions of either gene alone. These, 1, x, x^2 and 1[x > 0], are taken off by least squares. Barely
-        expressed genes and curves of single genes then do not lead. Without `dataset`, pairs are ordered by abs(Q_ij).
-
-        Parameters
-        ----------
-        n
-            Number of pairs.
-        dataset
-            Cells to measure strength on, at most 3,000 of them; for a matrix in log-expression, not a scaled one.
-        block
-            Genes whose interactions with all others are in memory at a time.
-
-        Examples
-        --------
-        >>> q.top_pairs(n=2, dataset=train).round(1)
-            gene_a   gene_b  interaction  strength
-        0  Sim0017  Sim0030         -0.6       0.2
-        1  Sim0017  Sim0032         -0.7       0.2
-        """
-        n = min(whole_number(n, "n"), self.shape[0] * (self.shape[0] - 1) // 2)
-        block = whole_number(block, "block")
-        if dataset is None:
-            i, j, values, strength = self._strongest(n, block)
-        else:
-            i, j, values, strength = self._strongest_together(n, block, _drawn(dataset, self.gene_names))
-        names = self.gene_names.to_numpy()
-        table = pd.DataFrame({"gene_a": names[i], "gene_b": names[j], "interaction": values})
-        return table if dataset is None else table.assign(strength=strength)
-
-    def _strongest(self, n: int, block: int, d: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-        """Return genes, entry and key of `n` pairs: abs(Q_ij), with centred cells 2 abs(Q_ij) times sd(d_i d_j)."""
-        best = np.empty((4, 0))
-        for start in range(0, self.shape[0], block):
-            rows = self.basis[start : start + block] @ self.core @ self.basis[start:].T
-            keys = np.abs(rows)
-            if d is not None:
-                one, other = d[:, start : start + block], d[:, start:]
-                square = (one**2).T @ other**2 / len(d) - ((one.T @ other) / len(d)) ** 2
-                keys = 2 * keys * np.sqrt(np.maximum(square, 0))
-            i, j = np.triu_indices(rows.shape[0], 1, rows.shape[1])
-            values, keys = rows[i, j], keys[i, j]
-            strongest = np.argpartition(-keys, n)[:n] if len(keys) > n else slice(None)
-            found = [i[strongest] + start, j[strongest] + start, values[strongest], keys[strongest]]
-            best = np.hstack([best, found])
-            best = best[:, np.argsort(-best[3], kind="stable")[:n]]
-        return (*best[:2].astype(int), *best[2:])
-
-    def _strongest_together(self, n: int, block: int, x: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Return genes, entry and strength of the `n` pairs that do most beyond what either gene does alone."""
-        d, most, size = x - x.mean(axis=0), self.shape[0] * (self.shape[0] - 1) // 2, 50 * n
-
-        def settled(strength: np.ndarray, bound: np.ndarray) -> bool:
-            """Say whether no pair that comes later can be among the `n`."""
-            known = len(strength)
-            least = np.partition(strength, -n)[-n] if 0 < n <= known else -np.inf
-            return known == most or least >= bound[min(known, len(bound) - 1)]
-
-        while True:
-            # Taking more off a product than its mean only lowers its deviation: pairs come by this upper bound.
-            i, j, values, bound = self._strongest(min(size, most), block, d)
-            strength = np.empty(0)
-            while len(strength) < len(i) and not settled(strength, bound):
-                part = slice(len(strength), len(strength) + 128)
-                strength = np.append(strength, 2 * np.abs(values[part]) * _beyond_single(x, d, i[part], j[part]))
-            if settled(strength, bound):
-                order = np.argsort(-strength, kind="stable")[:n]
-                return i[order], j[order], values[order], strength[order]
-            size *= 8
-
     def scaled(self, scale: np.ndarray) -> InteractionMatrix:
         """Return S Q S with S = diag(scale), for genes in units of `scale` (gene), a Series matched by name.
 
@@ -288,18 +173,12 @@ class InteractionMatrix(LinearOperator):
         (40, 40)
         """
         scale = gene_vector(scale, self.gene_names, "scale")
-        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names, output=self.output)
+        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names, self.output)
 
     def eigh(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return the `k` strongest eigenvalues (comp) and their eigenvectors (gene x comp), by falling absolute value.
 
-        They are exact to rounding and need no gene x gene array. With the thin QR B = U T, the eigenvalues of T C T'
-        are the non-zero ones of Q, and U turns its eigenvectors into those of Q.
-
-        Parameters
-        ----------
-        k
-            Number of eigenpairs; all that can be non-zero, min(gene, 2 hid), if None.
+        They are exact: with the thin QR B = U T, T C T' has all that are not 0. None returns all min(gene, 2 hid).
 
         Examples
         --------
@@ -308,18 +187,74 @@ class InteractionMatrix(LinearOperator):
         (array([4.5, 4.5]), (40, 2))
         """
         u, t = self._thin()
-        if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= t.shape[0]):
-            raise ValueError(f"k={k!r} eigenpairs were asked for; 1 to {t.shape[0]} can be non-zero.")
+        if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= len(t)):
+            raise ValueError(f"k={k!r} eigenpairs were asked for; 1 to {len(t)} can be non-zero.")
         values, vectors = self._thin_eigh()
         return values[:k], u @ vectors[:, :k]
 
     def _thin_eigh(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return all eigenvalues and the eigenvectors in the coordinates of U, ordered."""
+        """Return all eigenvalues and the eigenvectors in the coordinates of U, by falling absolute value."""
         _, t = self._thin()
         small = t @ self.core @ t.T
         values, vectors = np.linalg.eigh((small + small.T) / 2)
         order = np.argsort(-np.abs(values), kind="stable")
         return values[order], vectors[:, order]
+
+    def top_pairs(self, n: int = 20, *, dataset: ExpressionDataset | None = None) -> pd.DataFrame:
+        """Return the `n` strongest interactions of two different genes, strongest first.
+
+        With `dataset`, strength is in units of the output: 2 abs(Q_ij) times the deviation of d_i d_j, d = x - mean,
+        beyond functions 1, x, x^2 and 1[x > 0] of either gene, which least squares take off. Barely expressed genes
+        and curves of single genes then do not lead. Without `dataset`, pairs are ordered by abs(Q_ij).
+
+        Parameters
+        ----------
+        n, dataset
+            Number of pairs, and cells to measure strength on, at most 3,000; for a matrix that is not scaled.
+
+        Examples
+        --------
+        >>> q.top_pairs(n=2, dataset=train).round(1)
+            gene_a   gene_b  interaction  strength
+        0  Sim0017  Sim0030         -0.6       0.2
+        1  Sim0017  Sim0032         -0.7       0.2
+        """
+        n = min(whole_number(n, "n"), comb(self.shape[0], 2))
+        table = self._largest(n) if dataset is None else self._strongest(n, _drawn(dataset, self.gene_names))
+        genes = {name: self.gene_names.to_numpy()[table[name]] for name in ("gene_a", "gene_b")}
+        return table.assign(**genes).drop(columns="strength" if dataset is None else [])
+
+    def _largest(self, n: int, d: np.ndarray | None = None) -> pd.DataFrame:
+        """Return the `n` pairs of largest abs(Q_ij), or with centred cells of largest 2 abs(Q_ij) sd(d_i d_j)."""
+        found = []
+        for start in range(0, self.shape[0], BLOCK):
+            rows = self.basis[start : start + BLOCK] @ self.core @ self.basis[start:].T
+            keys = np.abs(rows)
+            if d is not None:
+                one, other = d[:, start : start + BLOCK], d[:, start:]
+                variance = (one**2).T @ other**2 / len(d) - ((one.T @ other) / len(d)) ** 2
+                keys = 2 * keys * np.sqrt(np.maximum(variance, 0))
+            i, j = np.triu_indices(rows.shape[0], 1, rows.shape[1])
+            values, keys = rows[i, j], keys[i, j]
+            top = np.argpartition(-keys, n)[:n] if len(keys) > n else slice(None)
+            columns = {"gene_a": i[top] + start, "gene_b": j[top] + start}
+            found.append(pd.DataFrame(columns | {"interaction": values[top], "strength": keys[top]}))
+        return pd.concat(found).sort_values(**FALLING)[:n]
+
+    def _strongest(self, n: int, x: np.ndarray) -> pd.DataFrame:
+        """Return the `n` pairs that do most beyond what either gene does alone, genes by position."""
+        d, most = x - x.mean(axis=0), comb(self.shape[0], 2)
+        size = min(10 * n, most)
+        while True:
+            # Taking more off a product than its mean only lowers its deviation: this one is an upper bound.
+            table = self._largest(size, d)
+            parts = (table[start : start + 128] for start in range(0, size, 128))
+            left = [_beyond_single(x, d, part["gene_a"], part["gene_b"]) for part in parts]
+            strength = 2 * table["interaction"].abs() * np.concatenate([np.empty(0), *left])
+            found, bound = table.assign(strength=strength).sort_values(**FALLING)[:n], table["strength"].min()
+            if size == most or found["strength"].min() >= bound:
+                return found
+            size = min(8 * size, most)
 
 
 def _drawn(dataset: ExpressionDataset, gene_names: pd.Index) -> np.ndarray:
@@ -342,8 +277,7 @@ def _beyond_single(x: np.ndarray, d: np.ndarray, i: np.ndarray, j: np.ndarray) -
 def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = False) -> InteractionMatrix:
     """Read the interaction matrix of an output off the weights, after :cite:t:`pearce2025bilinear`.
 
-    Q_p = sym(L' diag(p) R), where p is the output's row of P. Without biases and linear part, y = x' Q_p x. With
-    them, Q_p is the quadratic part of y.
+    Q = sym(L' diag(p) R), p its row of P, is the quadratic part of y: all of y without biases and linear part.
 
     Parameters
     ----------
@@ -357,11 +291,18 @@ def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = Fals
     >>> interactions.interaction_matrix(model, "on")
     InteractionMatrix: output on; genes 40 x 40, held as factors; rank at most 16
     """
-    return interaction_matrices(model, [output], homogeneous=homogeneous)[0]
+    matrix = interaction_matrices(model, [output])[0]
+    if not homogeneous:
+        return matrix
+    # At the cell 0, y = constant + slope x + x' Q x: one column more for the slope, and one for the 1.
+    constant, slopes = (direction(model, output) @ part for part in _expand(model, np.zeros(len(matrix.basis))))
+    basis = block_diag(np.column_stack([matrix.basis, slopes]), 1.0)
+    core = block_diag(matrix.core, [[0.0, 0.5], [0.5, constant]])
+    return InteractionMatrix(basis, core, matrix.gene_names.append(pd.Index(["(constant)"])), output)
 
 
 def interaction_matrices(
-    model: Model, outputs: Iterable[Output] | None = None, *, homogeneous: bool = False, scale: np.ndarray | None = None
+    model: Model, outputs: Iterable[Output] | None = None, *, scale: np.ndarray | None = None
 ) -> list[InteractionMatrix]:
     """Read the interaction matrices of several outputs, with one QR decomposition for all.
 
@@ -369,10 +310,8 @@ def interaction_matrices(
     ----------
     model, outputs
         As in :func:`direction`; every output if None.
-    homogeneous
-        As in :func:`interaction_matrix`.
     scale
-        Unit to measure every gene in (gene), a Series matched by name, as in :meth:`InteractionMatrix.scaled`.
+        Unit to measure every gene in (gene), as in :meth:`InteractionMatrix.scaled`.
 
     Examples
     --------
@@ -380,32 +319,18 @@ def interaction_matrices(
     [(40, 40), (40, 40)]
     """
     left, right, p = map(_float64, (model.w_l, model.w_r, model.w_p))
-    genes, unit = model.gene_names, 1.0 if scale is None else gene_vector(scale, model.gene_names, "scale")
-    basis = (np.vstack([left, right]) * unit).T
-    if homogeneous:  # columns more for the slopes of the outputs at the cell 0, and for the constant coordinate
-        constant, slopes = _expand(model, np.zeros(len(genes)))
-        basis = block_diag(np.hstack([basis, (slopes * unit).T]), 1.0)
-        genes = genes.append(pd.Index(["(constant)"]))
-    matrices, thins = [], dict[bytes, Thin]()
+    unit = 1.0 if scale is None else gene_vector(scale, model.gene_names, "scale")
+    whole, shared, matrices = (np.vstack([left, right]) * unit).T, dict[bytes, InteractionMatrix](), []
+    alike = torch.equal(model.w_l, model.w_r)  # as in a solved model
     for output in model.output_names if outputs is None else outputs:
-        mix, used = direction(model, output), None if homogeneous else squares(model, output)
-        half, own = np.diag(mix @ p) / 2, basis
-        core = np.kron([[0, 1], [1, 0]], half)
-        if used is not None:
-            core, own = 2 * half[np.ix_(used, used)], basis[:, used]
-        if homogeneous:
-            beside = np.block([[np.zeros((len(mix), len(mix))), mix[:, None] / 2], [mix / 2, mix @ constant]])
-            core = block_diag(core, beside)
-        thin = thins.setdefault(b"" if used is None else used.tobytes(), cache(lambda own=own: np.linalg.qr(own)))
-        matrices.append(InteractionMatrix(own, core, genes, thin, output))
+        weight = direction(model, output) @ p
+        columns = np.flatnonzero(weight) if alike else slice(None)
+        core = np.diag(weight[columns]) if alike else np.kron([[0, 1], [1, 0]], np.diag(weight) / 2)
+        matrix = InteractionMatrix(whole[:, columns], core, model.gene_names, output)
+        first = shared.setdefault(columns.tobytes() if alike else b"", matrix)
+        matrix.basis, matrix._thin, matrix._columns = first.basis, first._thin, columns
+        matrices.append(matrix)
     return matrices
-
-
-def squares(model: Model, output: Output) -> np.ndarray | None:
-    """Return which hidden units an output uses, where both branches are alike, as in a solved model; else None."""
-    if not torch.equal(model.w_l, model.w_r):
-        return None
-    return np.flatnonzero(direction(model, output) @ _float64(model.w_p))
 
 
 def _float64(weights: torch.Tensor) -> np.ndarray:
@@ -413,7 +338,7 @@ def _float64(weights: torch.Tensor) -> np.ndarray:
     return weights.detach().cpu().numpy().astype(np.float64)
 
 
-def _at(model: Model, x: np.ndarray) -> list[np.ndarray]:
+def _branches(model: Model, x: np.ndarray) -> list[np.ndarray]:
     """Return both hidden branches (hid, hid) at a cell; biases, where there are any, only shift them."""
     branches = _float64(model.branches.weight) @ (x - model.origin)
     if model.branches.bias is not None:
@@ -424,7 +349,7 @@ def _at(model: Model, x: np.ndarray) -> list[np.ndarray]:
 def _expand(model: Model, reference: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the outputs (out) and their slopes (out x gene) at a reference cell."""
     left, right, p = map(_float64, (model.w_l, model.w_r, model.w_p))
-    at_left, at_right = _at(model, reference)
+    at_left, at_right = _branches(model, reference)
     outputs, slopes = p @ (at_left * at_right), (p * at_right) @ left + (p * at_left) @ right
     if model.project.bias is not None:
         outputs += _float64(model.project.bias)
@@ -443,21 +368,17 @@ class Parts(NamedTuple):
     quadratic: np.ndarray
 
 
-def decompose(model: Model, x: Any, reference: np.ndarray, *, batch_size: int = 1024) -> Parts:
+def decompose(model: Model, x: Any, reference: np.ndarray) -> Parts:
     """Split the outputs into constant + linear + quadratic around a reference cell; an identity, not a fit.
 
     With d = x - reference, y = y(reference) + axis d + d' Q d. The axis depends on the reference, and Q does not.
 
     Parameters
     ----------
-    model
-        A classifier or regressor.
-    x
-        Cells (cell x gene), as in ``model.outputs``.
+    model, x
+        A classifier or regressor, and cells (cell x gene) as in ``model.outputs``.
     reference
         Expression of the reference cell (gene), a Series matched by name; 0 is a cell without expression.
-    batch_size
-        Cells made dense at a time.
 
     Examples
     --------
@@ -470,7 +391,7 @@ def decompose(model: Model, x: Any, reference: np.ndarray, *, batch_size: int = 
     constant, axis = _expand(model, reference)
     left, right, p = map(_float64, (model.w_l, model.w_r, model.w_p))
     linear, quadratic = [], []
-    for _, block in datasets.blocks(x, batch_size):
+    for _, block in datasets.blocks(x):
         d = dense_tensor(block).numpy() - reference
         linear.append(d @ axis.T)
         quadratic.append(((d @ left.T) * (d @ right.T)) @ p.T)
@@ -488,11 +409,10 @@ def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Serie
 
     Examples
     --------
-    >>> slopes = interactions.linear_axis(model, "on", reference=model.origin)
-    >>> slopes.nlargest(2).round(2)
-    Sim0016    0.13
-    Sim0007    0.08
-    dtype: float64
+    >>> interactions.linear_axis(model, "on", model.origin).nlargest(2).round(
+    ...     2
+    ... ).to_dict()
+    {'Sim0016': 0.13, 'Sim0007': 0.08}
     """
     reference = gene_vector(reference, model.gene_names, "reference")
     return pd.Series(direction(model, output) @ _expand(model, reference)[1], model.gene_names)
@@ -501,9 +421,9 @@ def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Serie
 def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) -> pd.DataFrame:
     """Return what each gene adds to an output of cells beside a reference cell (cell x gene); an identity, not a fit.
 
-    With d = x - reference, gene i adds d_i (axis_i + (Q d)_i): its slope, what it does with itself, and half of what it
-    does with each other gene. All genes add up to the output less that of the reference cell. This is the Shapley value
-    :cite:p:`shapley1953`, and the integrated gradient from the reference :cite:p:`sundararajan2017`.
+    With d = x - reference, gene i adds d_i (axis_i + (Q d)_i), half of what it does with each other gene. All add up to
+    the output less that of the reference. This is the Shapley value :cite:p:`shapley1953`, and the integrated gradient
+    from the reference :cite:p:`sundararajan2017`.
 
     Parameters
     ----------
@@ -524,9 +444,7 @@ def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) ->
 def pair_effects(
     model: Model, output: Output, x: Any, pairs: pd.DataFrame | Iterable[tuple[str, str]], reference: np.ndarray
 ) -> pd.DataFrame:
-    """Return what pairs of genes add to an output of cells beside a reference cell, 2 Q_ij d_i d_j (cell x pair).
-
-    Both genes do this together; neither does it alone. It is the Shapley interaction index :cite:p:`grabisch1999`.
+    """Return what two genes add together to an output, 2 Q_ij d_i d_j (cell x pair) :cite:p:`grabisch1999`.
 
     Parameters
     ----------
@@ -537,10 +455,9 @@ def pair_effects(
 
     Examples
     --------
-    >>> pairs = [("Sim0017", "Sim0032")]
-    >>> table = interactions.pair_effects(model, "on", adata, pairs, model.origin)
-    >>> table.groupby(labels, observed=True).mean().round(3).to_numpy().ravel()
-    array([-0.008,  0.009])
+    >>> pairs = q.top_pairs(3, dataset=train)
+    >>> interactions.pair_effects(model, "on", adata, pairs, model.origin).shape
+    (1000, 3)
     """
     names = ["gene_a", "gene_b"]
     pairs = pairs[names].to_numpy() if isinstance(pairs, pd.DataFrame) else pairs
@@ -564,8 +481,8 @@ def _around(model: Model, x: Any, reference: np.ndarray) -> tuple[np.ndarray, pd
 def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np.ndarray) -> pd.DataFrame:
     """Split the mean output of each donor, or other group of cells, into pseudobulk and co-expression; an identity.
 
-    With m a group's mean expression less the reference and S its covariance of genes, the mean output is
-    constant + axis m + m' Q m + tr(Q S). A comparison of mean expression sees the pseudobulk m' Q m and not tr(Q S).
+    With m a group's mean less the reference and S its covariance of genes, the mean output is constant + axis m +
+    m' Q m + tr(Q S). A comparison of mean expression sees the pseudobulk m' Q m and not tr(Q S).
 
     Parameters
     ----------
@@ -581,10 +498,8 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
     Examples
     --------
     >>> table = interactions.group_means(model, "on", adata, labels, model.origin)
-    >>> table[["n_cells", "coexpression", "mean"]].round(1)
-         n_cells  coexpression  mean
-    off      500          -0.4  -0.5
-    on       500           0.7   0.7
+    >>> table["coexpression"].round(1).to_dict()
+    {'off': -0.4, 'on': 0.7}
     """
     adata, x = x, match_genes(x, model.gene_names, model.layer)
     if np.ndim(groups) != 1 or len(groups) != x.shape[0]:
@@ -592,9 +507,8 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
     if isinstance(groups, pd.Series) and isinstance(adata, AnnData) and not isinstance(groups.index, pd.RangeIndex):
         groups = of_cells(groups, adata, "groups")
     reference = gene_vector(reference, model.gene_names, "reference")
-    matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference).to_numpy()
-    constant = direction(model, output) @ _expand(model, reference)[0]
-    rows = {}
+    constant, axis = (direction(model, output) @ part for part in _expand(model, reference))
+    matrix, rows = interaction_matrix(model, output), {}
     for name, cells in pd.Series(np.arange(x.shape[0])).groupby(np.asarray(groups), observed=True).indices.items():
         own = datasets.take(x, cells)
         m = datasets.mean(own) - reference
@@ -613,16 +527,13 @@ def similarity(
     """Return the correlation of an output of two models, as functions of cells, read off the weights.
 
     An output is constant + a'd + d'Qd around the mean cell. Over normal cells of covariance S, outputs f and g have the
-    covariance a_f' S a_g + 2 tr(Q_f S Q_g S). Order and sign of hidden units have no part in it. It follows
-    :cite:t:`gonzalez2026`, who take inputs as white. It is NaN if a model has no such part. Models with a linear part,
-    models of different training cells, and pairs of genes need `dataset`.
+    covariance a_f' S a_g + 2 tr(Q_f S Q_g S), as in :cite:t:`gonzalez2026`, who take inputs as white. It is NaN if a
+    model has no such part. Models with a linear part or other training cells, and pairs of genes, need `dataset`.
 
     Parameters
     ----------
-    a, b
-        Models of the same genes, which may differ in size and form.
-    output
-        As in :func:`direction`, of both.
+    a, b, output
+        Models of the same genes, which may differ in size and form, and as in :func:`direction`.
     part
         The whole output, its linear part, its quadratic part, or of that what pairs of different genes do.
     dataset
@@ -644,52 +555,42 @@ def similarity(
     if dataset is not None:
         x = _drawn(dataset, a.gene_names).astype(np.float64)
         center = x.mean(axis=0)
-        d = (x - center) / np.sqrt(len(x))
+        d = (x - center) / np.sqrt(len(x))  # S = d'd
     elif part == "interaction" or a.direct is not None or b.direct is not None or None in known:
         raise ValueError(
             f"part={part!r} of these models needs cells: pairs of genes, linear parts and models without statistics "
             f"are compared on those that dataset= gives."
         )
-    elif not all(np.allclose(*pair) for pair in zip(*known, strict=True) if pair[0].ndim == 1):
+    elif not all(np.allclose(*pair) for pair in zip(known[0][:2], known[1][:2], strict=True)):
         raise ValueError("a and b were trained on different cells; say by dataset= on which to compare them.")
     else:
         center = known[0].mean
-    f, g = (_Form(model, output, center, d) for model in (a, b))
-    scale = f.covariance(f, part) * g.covariance(g, part)
-    return float(f.covariance(g, part) / np.sqrt(scale)) if scale > 0 else np.nan
+    forms = [_form(model, output, center, d) for model in (a, b)]
+    if part == "interaction":  # of two cells: what the pairs of different genes make of them
+        pairs = [basis @ q.core @ basis.T - d * q.diagonal() @ d.T for q, _, _, basis, _ in forms]
 
-
-class _Form:
-    """An output around a mean cell, a'd + d' B C B' d, and what the covariance S of the cells makes of a and B.
-
-    Cells `d`, centred and divided by the root of their number, have S = d'd: each side of S is then d a or d B.
-    Without cells, the model's statistics have S B.
-    """
-
-    def __init__(self, model: Model, output: Output, center: np.ndarray, d: np.ndarray | None) -> None:
-        self.d, self.matrix = d, interaction_matrix(model, output)
-        self.axis, self.basis = linear_axis(model, output, center).to_numpy(), self.matrix.basis
-        if d is not None:
-            self.axis, self.basis = self.s_axis, self.s_basis = d @ self.axis, d @ self.basis
-            return
-        used, covariance = squares(model, output), model.statistics.covariance
-        self.s_basis = covariance if used is None else covariance[:, used]
-        p, (at_left, at_right) = direction(model, output) @ _float64(model.w_p), _at(model, center)
-        self.s_axis = covariance @ np.concatenate([p * at_right, p * at_left])
-
-    @cached_property
-    def pairs(self) -> np.ndarray:
-        """What pairs of different genes do between two cells (cell x cell)."""
-        return self.basis @ self.matrix.core @ self.basis.T - self.d * self.matrix.diagonal() @ self.d.T
-
-    def covariance(self, other: _Form, part: Part) -> float:
-        """Return the covariance of a part of two outputs over normal cells."""
+    def covariance(i: int, j: int) -> float:
         if part == "interaction":
-            return 2 * np.sum(self.pairs * other.pairs)
-        between = self.basis.T @ other.s_basis
-        linear = self.axis @ other.s_axis
-        quadratic = 2 * np.sum((self.matrix.core @ between) * (between @ other.matrix.core))
+            return 2 * np.sum(pairs[i] * pairs[j])
+        (q, axis, _, basis, _), (other, _, s_axis, _, s_basis) = forms[i], forms[j]
+        between = basis.T @ s_basis
+        linear, quadratic = axis @ s_axis, 2 * np.sum((q.core @ between) * (between @ other.core))
         return {"all": linear + quadratic, "linear": linear, "quadratic": quadratic}[part]
+
+    scale = covariance(0, 0) * covariance(1, 1)
+    return float(covariance(0, 1) / np.sqrt(scale)) if scale > 0 else np.nan
+
+
+def _form(model: Model, output: Output, center: np.ndarray, d: np.ndarray | None) -> tuple[Any, ...]:
+    """Return Q = B C B' and the axis a of an output at the mean cell: Q, a, S a, B, S B; or of S = d'd a half each."""
+    q, axis = interaction_matrix(model, output), linear_axis(model, output, center).to_numpy()
+    if d is not None:
+        axis, basis = d @ axis, d @ q.basis
+        return q, axis, axis, basis, basis
+    covariance = model.statistics.covariance  # S [L' R'], of which a is a mix, for there is no linear part
+    p, (at_left, at_right) = direction(model, output) @ _float64(model.w_p), _branches(model, center)
+    s_axis = covariance @ np.concatenate([p * at_right, p * at_left])
+    return q, axis, s_axis, q.basis, covariance[:, q._columns]
 
 
 def __getattr__(name: str) -> Any:

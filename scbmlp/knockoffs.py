@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import reduce
 from numbers import Real
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +23,7 @@ WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)  # of products beside genes, that are tried
 SWEEPS = 5  # over all genes, in which the scores of tied cells and the correlations are found from one another
 # At most so many float64 arrays of gene x gene, and of cell x gene, are held at a time (measured).
 ARRAYS = {"gaussian": (10, 5), "permuted": (0, 3)}
+Law = tuple[np.ndarray, np.ndarray]  # correlations of scores (gene x gene), what of a variance is a gene's own (gene)
 
 
 def knockoffs(
@@ -34,21 +35,17 @@ def knockoffs(
 ) -> list[ExpressionDataset]:
     """Put beside every gene a knock-off: values of its own in other cells, drawn without a look at the targets.
 
-    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores. Tied cells, such as zeros, get scores that
-    the other genes make likely. The correlations are those of a factor model of what stands out of noise, as in
-    :cite:t:`laloux1999`. A knock-off has a gene's correlations with all other genes, and no marginal changes.
-
-    Permuted knock-offs take a gene's values in random order. They are right where genes are independent, and only
-    there: a gene that goes along with one that matters tells more than its permutation.
+    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores. They have a gene's correlations with all
+    others, by a factor model of what stands out of noise, as in :cite:t:`laloux1999`. Tied cells, such as zeros, get
+    scores that the other genes make likely. Permuted ones are a gene's values in random order: right only where genes
+    are independent.
 
     Parameters
     ----------
     train, others
         Cells in memory. The correlations are those of `train`; each data set keeps marginals of its own.
-    kind
-        ``"gaussian"`` or ``"permuted"``.
-    random_state
-        Seed of the draw.
+    kind, random_state
+        ``"gaussian"`` or ``"permuted"``, and the seed of the draw.
     max_gb
         Most memory to use, in GB. Gaussian knock-offs need dense arrays of gene x gene and of cell x gene.
 
@@ -85,19 +82,19 @@ def knockoffs(
             f"train has {n_genes} genes, whose {kind} knock-offs take {size:.1f} GB, more than max_gb={max_gb}; of "
             f"{n_cells} cells {fit} genes would fit: keep the most variable {fit} of them, or allow more."
         )
-    rng = np.random.default_rng(random_state)
-    found, law = [], None
+    rng, found, law = np.random.default_rng(random_state), [], None
     for dataset in (train, *others):
-        x = dataset.x.toarray() if sparse.issparse(dataset.x) else dataset.x
+        thin = sparse.issparse(dataset.x)
+        x = dataset.x.toarray() if thin else dataset.x
         if kind == "gaussian":
             scores, law = _scores(x, rng, law)
-            drawn = _draw(scores, law, rng)
+            drawn = _draw(scores, *law, rng)
         else:
             drawn = rng.random(x.shape)
         new = np.empty_like(x)
         for gene in range(n_genes):
             new[np.argsort(drawn[:, gene]), gene] = np.sort(x[:, gene])
-        both = sparse.hstack([dataset.x, new], format="csr") if sparse.issparse(dataset.x) else np.hstack([x, new])
+        both = sparse.hstack([dataset.x, new], format="csr") if thin else np.hstack([x, new])
         outputs, y = dataset.output_names, dataset.y.numpy()
         found.append(ExpressionDataset(both, y, names, outputs, dataset.indices, dataset.layer))
     return found
@@ -109,43 +106,34 @@ def _gigabytes(kind: str, n_genes: int | np.ndarray, n_cells: int) -> Any:
     return 8e-9 * n_genes * (square * n_genes + long * n_cells)
 
 
-class _Law(NamedTuple):
-    """Correlations of normal scores (gene x gene), and what of each variance is the gene's own (gene)."""
-
-    correlation: np.ndarray
-    own: np.ndarray
-
-
-def _scores(x: np.ndarray, rng: np.random.Generator, law: _Law | None) -> tuple[np.ndarray, _Law]:
+def _scores(x: np.ndarray, rng: np.random.Generator, law: Law | None) -> tuple[np.ndarray, Law]:
     """Return normal scores (cell x gene) within each cell's rank or tie, and their law, estimated unless given."""
-    n = len(x)
     low, high = np.empty(x.shape), np.empty(x.shape)
     for gene in range(x.shape[1]):
         ordered = np.sort(x[:, gene])
-        low[:, gene] = np.searchsorted(ordered, x[:, gene]) / n
-        high[:, gene] = np.searchsorted(ordered, x[:, gene], "right") / n
+        low[:, gene] = np.searchsorted(ordered, x[:, gene]) / len(x)
+        high[:, gene] = np.searchsorted(ordered, x[:, gene], "right") / len(x)
     scores = ndtri(low + (high - low) * rng.uniform(0.001, 0.999, x.shape))
     low, high = ndtri(low), ndtri(high)
     estimate, law = law is None, law or _estimate(scores, np.ones(x.shape[1]))
     for _ in range(SWEEPS):
         # Each gene's scores given all others', which its ranks confine to an interval: a step of Gibbs sampling.
-        precision = np.linalg.inv(law.correlation)
+        precision = np.linalg.inv(law[0])
         for gene in range(x.shape[1]):
             sd = precision[gene, gene] ** -0.5
             mean = scores[:, gene] - scores @ precision[:, gene] * sd**2
             below, above = ndtr((low[:, gene] - mean) / sd), ndtr((high[:, gene] - mean) / sd)
-            quantile = (below + (above - below) * rng.random(n)).clip(1e-12, 1 - 1e-12)
+            quantile = (below + (above - below) * rng.random(len(x))).clip(1e-12, 1 - 1e-12)
             scores[:, gene] = (mean + sd * ndtri(quantile)).clip(low[:, gene], high[:, gene])
-        law = _estimate(scores, law.own) if estimate else law
+        law = _estimate(scores, law[1]) if estimate else law
     return scores, law
 
 
-def _estimate(scores: np.ndarray, own: np.ndarray) -> _Law:
+def _estimate(scores: np.ndarray, own: np.ndarray) -> Law:
     """Return the factor model of scores (cell x gene) by principal factors, from a first guess of `own`."""
     raw = np.corrcoef(scores, rowvar=False).reshape(len(own), len(own))
     values = np.linalg.eigvalsh(raw)
-    # Eigenvalues of noise alone end at this many times their mean.
-    edge = (1 + np.sqrt(len(own) / len(scores))) ** 2
+    edge = (1 + np.sqrt(len(own) / len(scores))) ** 2  # times their mean, where eigenvalues of noise alone end
     n_noise, before = len(values), None
     while n_noise != before:
         before, n_noise = n_noise, np.count_nonzero(values <= edge * values[:n_noise].mean())
@@ -157,14 +145,14 @@ def _estimate(scores: np.ndarray, own: np.ndarray) -> _Law:
         own = 1 - np.minimum(shared, 0.95)
     correlation = loadings @ loadings.T
     np.fill_diagonal(correlation, 1)
-    return _Law(correlation, own)
+    return correlation, own
 
 
-def _draw(scores: np.ndarray, law: _Law, rng: np.random.Generator) -> np.ndarray:
+def _draw(scores: np.ndarray, correlation: np.ndarray, own: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Return knock-offs of scores (cell x gene): their law, and correlation - diag(s) with the scores themselves."""
     # Correlation = shared + diag(own), so that 2 correlation - diag(s) is positive for any s up to 2 own.
-    s = np.minimum(1, 2 * law.own) * (1 - 1e-6)
-    turn = np.linalg.solve(law.correlation, np.diag(s))
+    s = np.minimum(1, 2 * own) * (1 - 1e-6)
+    turn = np.linalg.solve(correlation, np.diag(s))
     root = cholesky(2 * np.diag(s) - s[:, None] * turn)
     return scores - scores @ turn + rng.standard_normal(scores.shape) @ root
 
@@ -197,16 +185,14 @@ def pair_discoveries(
         ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
     train, val
         Cells to fit, and cells that choose the weight of the products and the penalty.
-    output
-        As in :func:`scbmlp.interactions.direction`.
+    output, class_weight
+        As in :func:`scbmlp.interactions.direction` and :class:`scbmlp.models.Config`.
     kind, random_state, max_gb
         As in :func:`knockoffs`.
     n
         Number of strongest pairs to look at, those with knock-offs included.
     clump
         Correlation over the training cells from which on genes go along with each other; 1 for none but themselves.
-    class_weight
-        As in :class:`scbmlp.models.Config`.
 
     Returns
     -------
@@ -216,12 +202,10 @@ def pair_discoveries(
 
     Notes
     -----
-    The estimate is no theorem: one gene takes part in many pairs, whose signs are not independent. For a gene that
-    matters and one that does not, it is right in expectation or too large, if knock-offs are right. For two genes that
-    do not matter, it is three times too large. Two genes that both matter, but not as a pair, have no like among
-    knock-offs, and may count as a discovery. Most of these go along with a right pair, and clumping takes them off.
-    Knock-offs lack what is beyond correlations of ranks, such as extremes that come together. What is found depends on
-    the draw, so look at several. ``benchmarks/pairs.py`` measures rate and power on planted pairs.
+    The estimate is no theorem. For a gene that matters and one that does not, it is right in expectation or too large.
+    For two genes that do not matter, it is three times too large. Two genes that both matter, but not as a pair, have
+    no like among knock-offs; clumping takes most of these off. Knock-offs lack what is beyond correlations of ranks.
+    Look at several draws. ``benchmarks/pairs.py`` measures rate and power.
 
     Examples
     --------
@@ -268,20 +252,14 @@ def _solved(
 
 def _strongest(matrix: InteractionMatrix, dataset: ExpressionDataset, n: int) -> pd.DataFrame:
     """Return the `n` pairs of largest contrast, genes by position."""
-    unit = np.sqrt(_noise(matrix, standard_deviation(dataset.x)))
+    basis = matrix.basis * standard_deviation(dataset.x)[:, None]
+    # The median strength of each gene's pairs, not purified, is noise: few of them are more.
+    strengths = (2 * np.abs(basis[start : start + 256] @ matrix.core @ basis.T) for start in range(0, len(basis), 256))
+    unit = np.sqrt(np.concatenate([np.median(rows, axis=1) for rows in strengths]))
     scaled = matrix.scaled(np.divide(1, unit, out=np.zeros(len(unit)), where=unit > 0))
     top = scaled.top_pairs(n, dataset=dataset)
     back = unit[top["gene_a"]] * unit[top["gene_b"]]
     return top.assign(interaction=top["interaction"] * back, strength=top["strength"] * back, contrast=top["strength"])
-
-
-def _noise(matrix: InteractionMatrix, sd: np.ndarray, block: int = 256) -> np.ndarray:
-    """Return the median strength, not purified, of each gene's pairs (gene): few of them are more than noise."""
-    basis, noise = matrix.basis * sd[:, None], np.empty(len(sd))
-    for start in range(0, len(sd), block):
-        rows = 2 * np.abs(basis[start : start + block] @ matrix.core @ basis.T)
-        noise[start : start + block] = np.median(rows, axis=1)
-    return noise
 
 
 def _leading(i: np.ndarray, j: np.ndarray, x: Any, clump: float) -> np.ndarray:

@@ -16,7 +16,7 @@ from anndata import AnnData
 from scbmlp.checks import plain_names, whole_number
 from scbmlp.datasets import ExpressionDataset, cell_names, match_genes, product
 from scbmlp.display import as_html, listed
-from scbmlp.interactions import Model, Output, decompose, direction, interaction_matrices, squares
+from scbmlp.interactions import Model, Output, decompose, direction, interaction_matrices
 from scbmlp.models import Statistics, statistics
 from scbmlp.storage import read_file, write_file
 
@@ -40,20 +40,14 @@ class GeneModules:
         Strength of every module (comp); positive ones push the output up, negative ones down.
     loadings
         Eigenvectors (gene x comp); in metric ``covariance`` the correlations of the genes with the scores.
-    weights
-        What turns log-expression, less `origin`, into scores (gene x comp).
-    origin
-        Training mean for a model with a linear part, whose modules hold interactions alone, else 0 (gene).
+    weights, origin
+        Log-expression less `origin` (gene) times `weights` (gene x comp) are scores; `origin` is that of the model.
     unit
         Standard deviation of every gene, or 1 in metric ``identity`` (gene), log-expression.
-    output
-        What the modules are modules of.
-    layer
-        Layer of the training cells, from which scores are read; None for ``X``.
+    output, layer, metric
+        What the modules are of, where the cells were read (None for ``X``), and the metric of :func:`gene_modules`.
     trust
         What speaks for each module, as from :func:`scbmlp.evidence.trust`; None before.
-    metric
-        Units that the eigenvectors were taken in, as in :func:`gene_modules`.
     """
 
     eigenvalues: pd.Series
@@ -97,10 +91,8 @@ class GeneModules:
 
         Parameters
         ----------
-        x
-            Cells (cell x gene) as in ``model.outputs``; genes are matched by name where they have names.
-        layer
-            Layer of AnnData to read; that of the training cells if None.
+        x, layer
+            Cells (cell x gene) as in ``model.outputs``, and the layer to read; that of the training cells if None.
 
         Examples
         --------
@@ -116,8 +108,7 @@ class GeneModules:
     def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return what each module adds to the output of cells as in :meth:`scores` (cell x comp).
 
-        It is eigenvalue times squared score. All modules add up to the output, or to its quadratic part if the model
-        has biases or a linear part.
+        It is eigenvalue times squared score. All modules add up to the output, less biases and linear part.
 
         Examples
         --------
@@ -132,10 +123,8 @@ class GeneModules:
 
         Parameters
         ----------
-        n
-            Most genes to return; a pole of a small panel may have fewer.
-        pole
-            Genes of positive loading, of negative loading, or the strongest whatever their sign.
+        n, pole
+            Most genes to return, of positive or negative loading, or the strongest of both; a pole may have fewer.
 
         Examples
         --------
@@ -153,8 +142,7 @@ class GeneModules:
     def factors(self, first: int | str = 0, second: int | str | None = None) -> pd.DataFrame:
         """Return what turns two modules of opposite sign into the two factors whose product they are (comp x 2).
 
-        The product of ``scores(x) @ factors()`` is what the two modules contribute. ``loadings @ factors()`` has the
-        genes of the factors.
+        The product of ``scores(x) @ factors()`` is what both contribute; ``loadings @ factors()`` has the genes.
 
         Parameters
         ----------
@@ -182,48 +170,6 @@ class GeneModules:
         mix.loc[pair.index] = np.sqrt(pair.abs().to_numpy())[:, None] * [[1, 1], [1, -1]]
         return mix
 
-    def factor_along(
-        self, x: AnnData | ExpressionDataset | Any, values: Any, first: int | str = 0, second: int | str = 1
-    ) -> pd.Series:
-        """Return what turns the scores of two modules into one score that follows and rises with given values (comp).
-
-        It is one of the :meth:`factors` of two modules of opposite sign, or one of two modules of the same sign.
-
-        Parameters
-        ----------
-        x, first, second
-            Cells, as in :meth:`scores`, and the two modules, by rank or name.
-        values
-            What to follow (cell), such as the target along the direction of the modules.
-
-        Returns
-        -------
-        Weight of every module. ``attrs["correlation"]`` says how well the score follows `values`.
-
-        Examples
-        --------
-        >>> factor = on.factor_along(adata, adata.obsm["programs"]["program_03"])
-        >>> round(factor.attrs["correlation"], 2)
-        0.95
-        """
-        names, values = [self._name(first), self._name(second)], np.asarray(values, dtype=np.float64).ravel()
-        if self.eigenvalues[names].prod() < 0:
-            mix = self.factors(first, second)
-        else:
-            mix = pd.DataFrame(np.eye(len(self.eigenvalues)), self.eigenvalues.index, self.eigenvalues.index)[names]
-        scores = self.scores(x) @ mix
-        if len(values) != len(scores) or not np.isfinite(values).all() or np.ptp(values) == 0:
-            span = f" from {values.min():.3g} to {values.max():.3g}" if len(values) else ""
-            raise ValueError(
-                f"values has {len(values)} numbers{span} for {len(scores)} cells; one finite number a cell is needed, "
-                f"and not the same in all."
-            )
-        r = scores.corrwith(pd.Series(values, scores.index))
-        best = r.abs().idxmax()
-        factor = (mix[best] * np.sign(r[best])).rename("factor")
-        factor.attrs["correlation"] = float(abs(r[best]))
-        return factor
-
     def to_adata(self, adata: AnnData, *, key: str | None = None, layer: str | None = None) -> None:
         """Write the modules into AnnData, where scanpy finds them.
 
@@ -232,10 +178,8 @@ class GeneModules:
 
         Parameters
         ----------
-        adata, layer
-            Cells with all genes of the modules, as in :meth:`scores`.
-        key
-            Where to write; ``modules_<output>`` if None.
+        adata, key, layer
+            Cells as in :meth:`scores`, and where to write; ``modules_<output>`` if `key` is None.
 
         Examples
         --------
@@ -258,9 +202,7 @@ class GeneModules:
             adata.uns[key]["trust"] = self.trust.copy()
 
     def save(self, path: str | Path) -> None:
-        """Write the modules to one file, so that they score other cells where there is no model.
-
-        The file holds numbers and text alone, with a checksum. It is whole or not there at all.
+        """Write the modules to one file of numbers and text, so that they score other cells without the model.
 
         Examples
         --------
@@ -275,7 +217,7 @@ class GeneModules:
             "output": [list(pair) for pair in self.output.items()] if mix else self.output,
             "layer": self.layer,
             "metric": self.metric,
-            "trust": None if trust is None else {name: column.tolist() for name, column in trust.items()},
+            "trust": None if trust is None else trust.to_dict("list"),
         }
         parts = ("eigenvalues", "loadings", "weights", "origin", "unit")
         write_file(Path(path), known, {name: torch.tensor(getattr(self, name).to_numpy(np.float64)) for name in parts})
@@ -293,19 +235,17 @@ class GeneModules:
         """
         known, tensors = read_file(Path(path), cls.__name__, "modules")
         try:
+            names, genes, output, trust = (known[key] for key in ("modules", "genes", "output", "trust"))
+            genes = pd.RangeIndex(len(tensors["unit"])) if genes is None else plain_names(genes, "genes")
             part = {name: tensor.numpy() for name, tensor in tensors.items()}
-            names, genes, output = pd.Index(known["modules"]), known["genes"], known["output"]
-            genes = pd.RangeIndex(len(part["unit"])) if genes is None else plain_names(genes, "genes")
             return cls(
                 pd.Series(part["eigenvalues"], names),
-                pd.DataFrame(part["loadings"], genes, names),
-                pd.DataFrame(part["weights"], genes, names),
-                pd.Series(part["origin"], genes),
-                pd.Series(part["unit"], genes),
-                dict(map(tuple, output)) if isinstance(output, list) else output,
-                known["layer"],
-                None if known["trust"] is None else pd.DataFrame(known["trust"], names),
-                known["metric"],
+                *(pd.DataFrame(part[name], genes, names) for name in ("loadings", "weights")),
+                *(pd.Series(part[name], genes) for name in ("origin", "unit")),
+                output=dict(map(tuple, output)) if isinstance(output, list) else output,
+                layer=known["layer"],
+                trust=None if trust is None else pd.DataFrame(trust, names),
+                metric=known["metric"],
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             name = Path(path).name
@@ -328,9 +268,7 @@ def gene_modules(
 
     Parameters
     ----------
-    model
-        A fitted classifier or regressor.
-    output
+    model, output
         As in :func:`scbmlp.interactions.direction`.
     n_modules
         Number of modules; all that can be non-zero if None.
@@ -397,8 +335,7 @@ def _modules(
     for output, matrix in zip(outputs, matrices, strict=True):
         n = n_modules if matrix.basis.shape[1] else None  # no products, no modules
         if metric == "covariance":
-            used = squares(model, output)
-            covariance = known.covariance if used is None else known.covariance[:, used]
+            covariance = known.covariance[:, matrix._columns]
             values, in_basis = _uncorrelated(matrix.core, *_whitened(matrix.basis.T @ covariance), n)
             parts = values, matrix.basis @ in_basis, covariance @ in_basis
         else:
@@ -422,16 +359,13 @@ def _signed(
     names, genes = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)]), model.gene_names
     # A number stands for the output at that place, which has a name.
     named = isinstance(output, int) and output not in model.output_names
-    return GeneModules(
-        pd.Series(values, names),
-        pd.DataFrame(_over(with_genes, unit) * sign, genes, names),
-        pd.DataFrame(weights * sign, genes, names),
+    loadings, weights = (pd.DataFrame(one * sign, genes, names) for one in (_over(with_genes, unit), weights))
+    origin, unit, output = (
         pd.Series(model.origin, genes),
         pd.Series(unit, genes),
         model.output_names[output] if named else output,
-        model.layer,
-        metric=metric,
     )
+    return GeneModules(pd.Series(values, names), loadings, weights, origin, unit, output, model.layer, metric=metric)
 
 
 def _whitened(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -455,18 +389,14 @@ def _uncorrelated(
 def truncation_curve(
     model: Model, modules: Mapping[str, GeneModules], dataset: ExpressionDataset, ks: Iterable[int] | None = None
 ) -> pd.DataFrame:
-    """Return the score that the model keeps with the `k` strongest modules of every output.
-
-    The model always keeps its biases and its linear part.
+    """Return the score that the model keeps with the `k` strongest modules of every output, beside its linear part.
 
     Parameters
     ----------
-    model
-        A fitted classifier or regressor.
+    model, dataset
+        A fitted classifier or regressor, and cells to score on, with their targets.
     modules
         Modules of every output, by name: ``all_gene_modules(model, n_modules=None, dataset=train)``.
-    dataset
-        Cells to score on, with their targets.
     ks
         Numbers of modules to keep; 0, 1, 2, 4, 8 and so on if None.
 

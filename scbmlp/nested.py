@@ -30,10 +30,8 @@ class Trial:
 
     Parameters
     ----------
-    form
-        What the model may use.
-    mixtures, ratios
-        Mixture and penalty of every output, one for all classes.
+    form, mixtures, ratios
+        What the model may use; mixture and penalty of every output, one for all classes.
     losses
         Loss on every cell that chose (cell x out): in nats, or squared error in units of the target's variance.
     """
@@ -67,8 +65,8 @@ class Search:
     ----------
     folds
         For each fold the data set to fit, and the one to compare on.
-    class_weight, device
-        As in :class:`scbmlp.models.Config`.
+    class_weight, device, graded
+        As in :class:`scbmlp.models.Config`; `graded` takes squared error of the classes' indicators, which is quick.
 
     Examples
     --------
@@ -78,9 +76,14 @@ class Search:
     """
 
     def __init__(
-        self, folds: Sequence[Fold], class_weight: str | None = None, device: str | torch.device = "cpu"
+        self,
+        folds: Sequence[Fold],
+        class_weight: str | None = None,
+        device: str | torch.device = "cpu",
+        *,
+        graded: bool = False,
     ) -> None:
-        self.classes, self.n_outputs = folds[0][0].y.ndim == 1, len(folds[0][0].output_names)
+        self.classes, self.n_outputs = folds[0][0].y.ndim == 1 and not graded, len(folds[0][0].output_names)
         self.folds = []
         for train, val in folds:
             own, of_val = (counts_of(one, train, class_weight) for one in (train, val))
@@ -105,8 +108,8 @@ class Search:
                 else:
                     fit = ridge(products, known, ratio, kernels.counts)
             except torch.linalg.LinAlgError:  # next to no penalty, and cells that are copies of each other
-                shape = sum(len(fold[2]) for fold in self.folds), 1 if self.classes else self.n_outputs
-                return np.full(shape, np.inf)
+                n_cells = sum(len(fold[2]) for fold in self.folds)
+                return np.full((n_cells, 1 if self.classes else self.n_outputs), np.inf)
             outputs = fit.outputs(seen).double().cpu()
             if self.classes:
                 loss = -(y_val * torch.log_softmax(outputs, dim=1)).sum(dim=1, keepdim=True)
@@ -214,10 +217,8 @@ def choose(trials: Sequence[Trial], groups: np.ndarray | None = None) -> tuple[n
 
     Parameters
     ----------
-    trials
-        Trials of the same cells, from the simplest on.
-    groups
-        Group of every cell (cell); the error of the paired difference is then over groups.
+    trials, groups
+        Trials of the same cells, from the simplest on; and group of each cell, over which the error is then taken.
 
     Returns
     -------
@@ -265,14 +266,10 @@ def search(
     ----------
     train, val
         Cells to fit, and cells that choose; folds of all cells choose, if `val` are fewer than 300 without `groups`.
-    must
-        Form whose block is there even if it does not help.
-    groups
-        Donor or batch of every validation cell.
-    class_weight, device
-        As in :class:`scbmlp.models.Config`.
-    progress
-        Show how many forms are done, in a terminal or a notebook.
+    must, groups
+        Form whose block is there even if it does not help; donor or batch of every validation cell.
+    class_weight, device, progress
+        As in :func:`scbmlp.models.solve`.
 
     Examples
     --------
@@ -325,11 +322,8 @@ def fold_of(dataset: ExpressionDataset, n_folds: int, groups: np.ndarray | None 
 def without_products(train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None) -> Trial:
     """Return the best model of genes, components, presence and squares, for an audit that has to be quick."""
     # Depth is no block: it is a sum of genes, so that its products hold some of theirs.
-    search = Search([(train, val)], class_weight)
-    best = search.path("without products", Mixture())
-    for block in ("components", "presence", "squares"):
-        best = search.add(best.form, best, block, climb=False)
-    return best
+    blocks = [("without products", block, {"climb": False}) for block in ("components", "presence", "squares")]
+    return Search([(train, val)], class_weight).nested(blocks)[-1]
 
 
 def compared(train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None = None) -> tuple[Trial, Trial]:
@@ -338,10 +332,10 @@ def compared(train: ExpressionDataset, val: ExpressionDataset, class_weight: str
     For classes, squared error of their indicators chooses weights, which is quick; log-loss decides which blocks stay.
     """
     search = Search([(train, val)], class_weight)
-    quick = Search([(_graded(train), _graded(val))]) if search.classes else search
-    found = [quick.path("without products", Mixture())]
-    for block in ("components", "presence", "squares", "depth"):
-        found.append(quick.add(found[0].form, found[-1], block, climb=block == "components" or not search.classes))
+    quick = Search([(train, val)], graded=True) if search.classes else search
+    blocks = {name: {"climb": not search.classes} for name in ("components", "presence", "squares", "depth")}
+    blocks["components"] = {}
+    found = quick.nested([("without products", name, how) for name, how in blocks.items()])
     rival, best = found[-1], quick.add("with products", found[-1], "products")
     (mixture, ratio), more = leading(rival), leading(best)[0]
     if search.classes:
@@ -353,13 +347,6 @@ def compared(train: ExpressionDataset, val: ExpressionDataset, class_weight: str
     if more.rank != mixture.rank:  # more components are no products
         rival = rival.or_better(search.path(rival.form, mixture._replace(rank=more.rank), ratio))
     return rival, replace(rival.or_better(best), form=best.form)
-
-
-def _graded(dataset: ExpressionDataset) -> ExpressionDataset:
-    """Return a data set of classes with their indicators as targets."""
-    part = dataset.load()
-    part.y = torch.nn.functional.one_hot(dataset.y, len(dataset.output_names)).float()
-    return part
 
 
 def kernels_of(

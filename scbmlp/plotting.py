@@ -5,7 +5,6 @@ Figures are drawn on the axes given as `ax`, which the functions return.
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import pandas as pd
 import seaborn as sns
 from anndata import AnnData
 from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like, to_hex
 from pandas.io.formats.style import Styler
 
 from scbmlp.checks import obs_labels
@@ -41,9 +41,7 @@ def palette(categories: Iterable[str]) -> dict[str, str]:
 
 
 def category_colors(adata: AnnData, key: str) -> dict[str, str]:
-    """Return the colours of the labels of a column of ``obs``: those that scanpy keeps, or those of :func:`palette`.
-
-    Labels that no cell has are left out.
+    """Return the colours of the labels that cells have: those that scanpy keeps, or those of :func:`palette`.
 
     Examples
     --------
@@ -53,34 +51,9 @@ def category_colors(adata: AnnData, key: str) -> dict[str, str]:
     labels = obs_labels(adata, key, "key").astype("category")
     names, there = list(map(str, labels.cat.categories)), set(labels.astype(str))
     own = adata.uns.get(f"{key}_colors", ())
-    colors = dict(zip(names, map(str, own), strict=True)) if len(own) == len(names) else palette(names)
+    usable = len(own) == len(names) and all(map(is_color_like, own))
+    colors = dict(zip(names, map(to_hex, own), strict=True)) if usable else palette(names)
     return {name: color for name, color in colors.items() if name in there}
-
-
-def learning_curve(history: pd.DataFrame, metric: str, *, ax: Axes) -> Axes:
-    """Draw a quantity of a fit over the epochs, for training and validation cells; dotted, the linear baseline's.
-
-    Parameters
-    ----------
-    history
-        What ``fit`` returned, a row an epoch.
-    metric
-        ``"loss"``, or the model's metric.
-
-    Examples
-    --------
-    >>> plotting.learning_curve(model.history, "accuracy", ax=ax)
-    <Axes: xlabel='epoch', ylabel='accuracy'>
-    """
-    for stage, color, label in (("train", NEUTRAL, "training"), ("val", POSITIVE, "validation")):
-        if f"{stage}_{metric}" in history:
-            epochs = history.loc[history.index > 0, f"{stage}_{metric}"]
-            ax.plot(epochs.index, epochs, color=color, label=label)
-            if 0 in history.index:  # the linear baseline
-                ax.axhline(history.loc[0, f"{stage}_{metric}"], color=color, linewidth=0.8, linestyle=":")
-    ax.set(xlabel="epoch", ylabel=metric.replace("_", " "))
-    ax.legend(frameon=False)
-    return ax
 
 
 def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
@@ -107,7 +80,7 @@ def spectrum(eigenvalues: pd.Series, *, ax: Axes) -> Axes:
     >>> plotting.spectrum(on.eigenvalues, ax=ax)
     <Axes: xlabel='module', ylabel='eigenvalue'>
     """
-    ax.bar(np.arange(1, len(eigenvalues) + 1), eigenvalues, color=_signed(eigenvalues))
+    ax.bar(np.arange(1, len(eigenvalues) + 1), eigenvalues, color=np.where(eigenvalues > 0, POSITIVE, NEGATIVE))
     ax.axhline(0, color="black", linewidth=0.8)
     ax.set(xlabel="module", ylabel="eigenvalue")
     return ax
@@ -123,10 +96,9 @@ def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
     """
     ordered = values.sort_values()
     shown = pd.concat([ordered[:n], ordered[n:][-n:]])
-    ax.barh(shown.index, shown, color=_signed(shown))
+    ax.barh(shown.index, shown, color=np.where(shown > 0, POSITIVE, NEGATIVE))
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.set(xlabel="loading", ylabel="")
-    ax.margins(y=0.01)
+    ax.set(xlabel="loading", ylabel="", ymargin=0.01)
     ax.locator_params(axis="x", nbins=4)
     return ax
 
@@ -157,43 +129,6 @@ def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, s
     return ax
 
 
-def enrichment(table: pd.DataFrame, n: int = 8, *, ax: Axes) -> Axes:
-    """Draw the `n` most significant gene sets of :func:`scbmlp.enrichment.enrich`: corrected p-value, genes found.
-
-    Examples
-    --------
-    >>> plotting.enrichment(enrichment.enrich(on, programs, n_top=10), ax=ax)
-    <Axes: xlabel='-log10 q'>
-    """
-    shown = table.nsmallest(n, "p").iloc[::-1]
-    # The accession at the end of a GO term is for the table.
-    names = [textwrap.fill(term.split(" (GO:")[0], 44) for term in shown["term"]]
-    color = np.where(shown["pole"] == "+", POSITIVE, NEGATIVE)
-    bars = ax.barh(np.arange(len(shown)), -np.log10(shown["q"]), color=color)
-    ax.axvline(-np.log10(0.05), color="black", linestyle=":", linewidth=1)
-    ax.bar_label(bars, shown["overlap"].map(" {} of ".format) + shown["size"].map(str), fontsize="small")
-    ax.margins(x=0.2)
-    ax.set(xlabel="-log10 q", yticks=np.arange(len(shown)), yticklabels=names)
-    return ax
-
-
-def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw the audit's shares of the variance of every output: linear, quadratic and, at most, interaction.
-
-    Examples
-    --------
-    >>> table = interactions.audit(model, test, train=train, validation=validation)
-    >>> plotting.shares(table, ax=ax)
-    <Axes: xlabel='share of the variance over cells'>
-    """
-    ends = table[["linear", "quadratic", "interaction"]].astype(float).dropna(axis=1, how="all")
-    ends = ends.rename(columns={"interaction": "interaction, at most"})
-    _points(ends, zip((NEUTRAL, NEGATIVE, POSITIVE), "osD", (None, None, None), strict=True), ax)
-    ax.set(xscale="log", xlabel="share of the variance over cells")
-    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, handletextpad=0.2)
-    return ax
-
-
 def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], *, ax: Axes) -> Axes:
     """Draw cells in two dimensions (cell x 2), coloured by label (cell), each label with an entry for a legend.
 
@@ -210,37 +145,6 @@ def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], 
     return ax
 
 
-def by_output(tables: Mapping[str, pd.DataFrame], *, ax: Axes) -> Axes:
-    """Draw the mean and standard deviation over fits of every output, a line for each named table (fit x out).
-
-    Examples
-    --------
-    >>> fits = pd.DataFrame([regressor.evaluate(part)["r2"] for part in graded])
-    >>> plotting.by_output({"bilinear": fits}, ax=ax)
-    <Axes: xlabel='output'>
-    """
-    styles = zip((POSITIVE, NEGATIVE, "black", NEUTRAL, *MUTED[1:4]), "os^Dvx+", strict=True)
-    for (name, table), (color, marker) in zip(tables.items(), styles, strict=False):
-        at = np.arange(table.shape[1])
-        ax.errorbar(at, table.mean(), table.std(), color=color, marker=marker, markersize=5, capsize=2, label=name)
-    ax.set(xlabel=table.columns.name or "output", xticks=at, xticklabels=table.columns)
-    ax.legend(frameon=False)
-    return ax
-
-
-def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw ``InteractionMatrix.between`` as a heatmap, red where two genes together push the output up.
-
-    Examples
-    --------
-    >>> table = q.between(programs["program_03"], programs["program_04"])
-    >>> ax = plotting.interactions(table, ax=ax)
-    >>> [label.get_text() for label in ax.get_xticklabels()[:2]]
-    ['Sim0006', 'Sim0008']
-    """
-    return _shaded(table, None, ax, cmap=DIVERGING, square=True, cbar_kws={"label": "interaction", "shrink": 0.7})
-
-
 def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw a table as points: a line a row, the first on top, a colour and marker a column; NaN is left out.
 
@@ -250,9 +154,25 @@ def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
     >>> ax.get_legend_handles_labels()[1]
     ['r2', 'mae']
     """
-    colors = (POSITIVE, MUTED[2], "black", NEGATIVE, NEUTRAL)
-    _points(table, zip(colors, "oD|s^", (26, 26, 90, 26, 26), strict=True), ax)
+    _points(table, (POSITIVE, MUTED[2], "black", NEGATIVE, NEUTRAL), "oD|s^", (26, 26, 90, 26, 26), ax)
     ax.margins(y=0.05)
+    return ax
+
+
+def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
+    """Draw the audit's shares of the variance of every output: linear, quadratic and, at most, interaction.
+
+    Examples
+    --------
+    >>> table = interactions.audit(model, test, train=train, validation=validation)
+    >>> plotting.shares(table, ax=ax)
+    <Axes: xlabel='share of the variance over cells'>
+    """
+    ends = table[["linear", "quadratic", "interaction"]].astype(float).dropna(axis=1, how="all")
+    ends = ends.rename(columns={"interaction": "interaction, at most"})
+    _points(ends, (NEUTRAL, NEGATIVE, POSITIVE), "osD", (None, None, None), ax)
+    ax.set(xscale="log", xlabel="share of the variance over cells")
+    ax.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, columnspacing=1, handletextpad=0.2)
     return ax
 
 
@@ -295,20 +215,25 @@ def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *
     ['1.0', '0.0', '0.0', '0.0']
     """
     text = {"annot": True, "fmt": f"z{fmt}", "annot_kws": {"fontsize": "small"}}  # z: no "-0.0"
-    _shaded(table, limit, ax, cmap="PuOr_r", cbar=False, **text)
-    ax.set(xlabel="", ylabel="")
+    _around_zero(table, limit, ax, cmap="PuOr_r", cbar=False, **text).set(xlabel="", ylabel="")
     return ax
 
 
-def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Axes:
-    """Draw the values of groups as points, a line a group, over a band around 0 that chance would leave them in.
+def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
+    """Draw ``InteractionMatrix.between`` as a heatmap, red where two genes together push the output up.
 
-    Parameters
-    ----------
-    groups
-        Values of each group, from top to bottom.
-    band
-        Half the width of the band.
+    Examples
+    --------
+    >>> table = q.between(programs["program_03"], programs["program_04"])
+    >>> ax = plotting.interactions(table, ax=ax)
+    >>> [label.get_text() for label in ax.get_xticklabels()[:2]]
+    ['Sim0006', 'Sim0008']
+    """
+    return _around_zero(table, None, ax, cmap=DIVERGING, square=True, cbar_kws={"label": "interaction", "shrink": 0.7})
+
+
+def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Axes:
+    """Draw the values of groups as points, the first group on top, over a band of `band` to either side of 0.
 
     Examples
     --------
@@ -348,21 +273,17 @@ def trust(table: pd.DataFrame) -> Styler:
     return style.apply(lambda _: grey, axis=0)
 
 
-def _signed(values: pd.Series) -> np.ndarray:
-    return np.where(values > 0, POSITIVE, NEGATIVE)
-
-
-def _points(table: pd.DataFrame, styles: Iterable[tuple[str, str, float | None]], ax: Axes) -> None:
+def _points(table: pd.DataFrame, colors: Iterable[str], markers: str, sizes: Iterable[float | None], ax: Axes) -> None:
     """Draw a line a row, over its range, and a point a column, each in a colour, a marker and a size."""
     y = np.arange(len(table))
     ax.hlines(y, table.min(axis=1), table.max(axis=1), color=PALE, zorder=0)
-    for (name, column), (color, marker, size) in zip(table.items(), styles, strict=False):
+    for (name, column), color, marker, size in zip(table.items(), colors, markers, sizes, strict=False):
         ax.scatter(column, y, color=color, marker=marker, s=size, label=name)
     ax.set(yticks=y, yticklabels=table.index)
     ax.invert_yaxis()
 
 
-def _shaded(table: pd.DataFrame, limit: float | None, ax: Axes, **options: Any) -> Axes:
+def _around_zero(table: pd.DataFrame, limit: float | None, ax: Axes, **options: Any) -> Axes:
     """Draw a heatmap whose shades are symmetric around 0, every row and column named."""
     limit = np.nanmax(np.abs(table.to_numpy())) if limit is None else limit
     return sns.heatmap(table, vmin=-limit, vmax=limit, xticklabels=True, yticklabels=True, ax=ax, **options)

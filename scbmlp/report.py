@@ -8,9 +8,9 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm import tqdm
 
-from scbmlp.checks import REMEDY, check_finite, control_labels, expression, whole_number
+from scbmlp.checks import REMEDY, check_finite, control_labels, entries, expression, whole_number
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
@@ -31,6 +31,7 @@ from scbmlp.targets import perturbation_response
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
 LARGEST_LOG = 30  # e^30 counts of a gene in a cell there are not
+TEMPLATES = Path(__file__).with_name("templates")
 FILES = ("report.html", "report.ipynb", "cells.h5ad")
 HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
 
@@ -78,9 +79,7 @@ def prepare(
     n_genes: int | None = None,
     seed: int = 0,
 ) -> Cells:
-    """Check the cells of a report and split them, before anything is trained.
-
-    Where ``X`` is scaled, log-normalised values of ``raw`` are taken, of the genes of ``X``.
+    """Check the cells of a report and split them; where ``X`` is scaled, ``raw`` is read, of the genes of ``X``.
 
     Parameters
     ----------
@@ -122,10 +121,9 @@ def prepare(
     adata, x = _log_normalised(adata, layer, notes)
     names = adata.var_names
     kept = _most_variable(x, names, n_genes, notes)
-    sets = _gene_sets(gene_sets, names[kept])
+    sets = _gene_sets(gene_sets, names[kept], notes)
     where = {"X": x[:, kept]} if layer is None else {"layers": {layer: x[:, kept]}}
-    obsm = {target_key: adata.obsm[target_key]} if target_key in adata.obsm else {}
-    seen = AnnData(**where, obs=adata.obs, var=pd.DataFrame(index=names[kept]), obsm=obsm)
+    seen = AnnData(**where, obs=adata.obs, var=pd.DataFrame(index=names[kept]), obsm=dict(adata.obsm))
     if class_key is not None:
         split = get_classification_datasets(seen, class_key, random_state=seed, layer=layer)
         target = f"the {len(split[0].output_names)} classes of `{class_key}`"
@@ -146,9 +144,9 @@ def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
     if cells is None:
         known["file"] = "pbmc68k_reduced, which comes with scanpy"
         cells = sc.datasets.pbmc68k_reduced()
-    elif not isinstance(cells, AnnData):
+    elif isinstance(cells, str | Path):
         path = Path(cells).expanduser()
-        if not path.is_file():
+        if not path.exists():
             raise FileNotFoundError(f"cells={str(cells)!r}: there is no such file; give the path of an h5ad file.")
         try:
             cells = anndata.read_h5ad(path)
@@ -156,6 +154,8 @@ def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
             raise ValueError(f"cells={path.name!r} is no h5ad file that can be read ({error}).") from error
         with path.open("rb") as file:
             known |= {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    elif not isinstance(cells, AnnData):
+        raise TypeError(f"cells is of type {type(cells).__name__}; pass AnnData, or the path of an h5ad file.")
     before = cells.uns.get("scbmlp_source", {})
     # Simulated cells stay simulated, whatever file they went through.
     return cells, {"scbmlp_source": dict(before) if before.get("kind") == "simulated" else known}
@@ -163,7 +163,7 @@ def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
 
 def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
     """Return why values are not those of log-normalised expression, or nothing."""
-    values = x.data if sparse.issparse(x) else x
+    values = entries(x)
     if not values.any():
         return "is 0 everywhere"
     if values.min() < 0:
@@ -212,20 +212,25 @@ def _paths(paths: Any) -> list[Path]:
     return [Path(path) for path in ([] if paths is None else [paths] if isinstance(paths, str | Path) else paths)]
 
 
-def _gene_sets(paths: Any, names: pd.Index) -> dict[str, list[str]]:
-    """Return the gene sets of all files; some must be of the genes of the cells."""
-    sets, genes = {}, {str(name).upper() for name in names}
-    paths = _paths(paths)
-    for path in paths:
+def _gene_sets(paths: Any, names: pd.Index, notes: list[str]) -> dict[str, list[str]]:
+    """Return the gene sets of all files; some must be of the genes of the model."""
+    sets: dict[str, list[str]] = {}
+    for path in _paths(paths):
         found = read_gene_sets(path)
         if twice := sets.keys() & found.keys():
             raise ValueError(f"gene_sets has {min(twice)!r} in two files; leave one of them out.")
         sets |= found
-    if paths and not any(5 <= len(genes & {gene.upper() for gene in members}) <= 500 for members in sets.values()):
+    if not _paths(paths):
+        return sets
+    genes = {str(name).upper() for name in names}
+    members = [{gene.upper() for gene in one} for one in sets.values()]
+    if not any(5 <= len(genes & one) <= 500 for one in members):
         raise ValueError(
             f"none of {len(sets)} gene sets has 5 to 500 of the {len(genes)} genes, such as {', '.join(names[:3])}; "
             f"give gene sets of the same organism and kind of name."
         )
+    known = set().union(*members)
+    notes.append(f"Of {len(known):,} genes in the gene sets, {len(known & genes):,} match one of the model's.")
     return sets
 
 
@@ -245,11 +250,13 @@ def _responses(seen: AnnData, key: str, control: Any, layer: str | None, seed: i
     try:
         perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer, random_state=seed)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"perturbation_key={key!r} takes {error.name}, which is not installed: pip install 'scbmlp[book]'.",
-            name=error.name,
-        ) from error
+        raise _not_installed(f"perturbation_key={key!r}", error.name, "book") from error
     return get_regression_datasets(seen, "response", layer=layer, split_key="part")
+
+
+def _not_installed(what: str, name: str | None, extra: str) -> ModuleNotFoundError:
+    words = f"{what} takes {name}, which is not installed: pip install 'scbmlp[{extra}]'."
+    return ModuleNotFoundError(words, name=name)
 
 
 def report(
@@ -267,9 +274,7 @@ def report(
     force: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Make the book's chapter on your own cells with cells of your own, and return the path of its page.
-
-    The data are checked before anything is trained, and nothing is written until all is done.
+    """Make the book's chapter on your own cells of cells of yours, checked before, and return the path of its page.
 
     Parameters
     ----------
@@ -299,14 +304,10 @@ def report(
     there = [name for name in FILES if (out / name).exists()]
     if there and not force:
         raise ValueError(f"out={str(out)!r} has {', '.join(there)} already; name another folder, or force=True.")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"out={str(out)!r} is a file; name a folder.")
     try:
         import nbconvert  # noqa: F401
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"a report takes {error.name}, which is not installed: pip install 'scbmlp[report]'.", name=error.name
-        ) from error
+        raise _not_installed("a report", error.name, "report") from error
     options = {
         "class_key": class_key,
         "target_key": target_key,
@@ -317,22 +318,38 @@ def report(
         "n_genes": n_genes,
         "seed": seed,
     }
-    prepare(cells, **options)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # Beside the folder to be, so that a rename is all that is left to do.
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as folder:
-        partial = Path(folder).resolve()
-        if isinstance(cells, AnnData):
-            path, name = partial / "in_memory.h5ad", "AnnData in memory"
-            cells.write_h5ad(path)
-        else:
-            path, name = Path(cells).expanduser().resolve(), Path(cells).name
-        parameters = {"path": str(path), **options, "folder": str(partial), "command": _command(name, options)}
-        _run(partial, parameters, f"{name}: {class_key or target_key or perturbation_key}", progress)
-        out.mkdir(exist_ok=True)
+    adata = prepare(cells, **options).adata
+    in_memory = isinstance(cells, AnnData)
+    name = "AnnData in memory" if in_memory else Path(cells).name
+    with _workshop(out) as folder:
+        path = folder / "in_memory.h5ad" if in_memory else Path(cells).expanduser().resolve()
+        try:  # now, and not after all fits
+            (cells if in_memory else adata).write_h5ad(path if in_memory else folder / "cells.h5ad")
+        except Exception as error:  # h5py and anndata raise many kinds
+            raise ValueError(f"cells={name!r} cannot be written as h5ad; mend what is named: {error}") from error
+        del adata  # the notebook reads it again
+        parameters = {"path": str(path), **options, "folder": str(folder), "command": _command(name, options)}
+        _run(folder, parameters, f"{name}: {class_key or target_key or perturbation_key}", progress)
         for file in FILES:
-            (partial / file).replace(out / file)
+            (folder / file).replace(out / file)
     return out / FILES[0]
+
+
+@contextmanager
+def _workshop(out: Path) -> Iterator[Path]:
+    """Give a folder in that to be written, so that renames are all that is left to do; leave none behind."""
+    new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(prefix=".report-", dir=out, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ValueError(f"out={str(out)!r} cannot be written to ({error}); name another folder.") from error
+    try:
+        with folder:
+            yield Path(folder.name).resolve()
+    finally:
+        if new and not os.listdir(out):
+            out.rmdir()
 
 
 def _command(name: str, options: dict[str, Any]) -> str:
@@ -347,21 +364,7 @@ def _command(name: str, options: dict[str, Any]) -> str:
 
 def template() -> str:
     """Return the notebook that a report is made of, the book's chapter on your own cells, as JSON."""
-    return resources.files("scbmlp").joinpath("templates", "your_cells.ipynb").read_text("utf-8")
-
-
-def _filled(parameters: dict[str, Any], title: str) -> Any:
-    """Return the template as a notebook without outputs, with other parameters."""
-    import nbformat
-
-    notebook = nbformat.reads(template(), as_version=4)
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-        if "parameters" in cell.metadata.get("tags", []):
-            cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
-    notebook.metadata["title"] = title
-    return notebook
+    return (TEMPLATES / "your_cells.ipynb").read_text("utf-8")
 
 
 def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -> None:
@@ -372,7 +375,11 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    notebook = _filled(parameters, title)
+    notebook = nbformat.reads(template(), as_version=4)
+    notebook.metadata["title"] = title
+    for cell in notebook.cells:
+        if "parameters" in cell.metadata.get("tags", []):
+            cell.source = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     # What a step takes of the time, measured on 3,000 cells x 2,000 genes, so that the time left is about right.
     known = [cell.metadata.get("scbmlp", {}) for cell in notebook.cells]
     shares = [step.get("share", 0.1) for step in known]
@@ -390,7 +397,7 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             # Without the user's kernels there is one, the Python that runs this.
             AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[])),
             extra_arguments=["--log-level=ERROR"],
-            timeout=None,
+            record_timing=False,  # times of day are of no interest
             resources={"metadata": {"path": str(folder)}},
             on_cell_start=begun,
             on_cell_executed=lambda cell, cell_index, execute_reply: bar.update(shares[cell_index]),
@@ -401,32 +408,28 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             # paths of this interpreter, which may have been told by hand where the package is.
             paths = os.pathsep.join(filter(None, sys.path))
             client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths})
-        except CellExecutionError as error:
-            raise RuntimeError(f"the report stopped at {step!r}: {error.ename}: {error.evalue}") from None
-        except DeadKernelError:
-            reason = "its process ended, perhaps for want of memory"
+        except (CellExecutionError, DeadKernelError) as error:
+            died = "its process ended, perhaps for want of memory"
+            reason = died if isinstance(error, DeadKernelError) else f"{error.ename}: {error.evalue}"
             raise RuntimeError(f"the report stopped at {step!r}: {reason}") from None
         except AssertionError:
             # nbclient takes Ctrl-C for itself: it ends the kernel, and then asserts that there is one to end.
             raise KeyboardInterrupt from None
-    for cell in notebook.cells:  # times of day are of no interest
-        cell.metadata.pop("execution", None)
     nbformat.write(notebook, folder / "report.ipynb")
     (folder / "report.html").write_text(_page(notebook), "utf-8")
 
 
 def _page(notebook: Any) -> str:
     """Return a notebook as a page that needs nothing else, its code folded."""
-    from jinja2 import DictLoader
     from nbconvert import HTMLExporter
     from traitlets.config import Config
 
-    layout = resources.files("scbmlp").joinpath("templates", "page.html.j2").read_text("utf-8")
-    config = Config({"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": HIDDEN}})
-    loader = DictLoader({"page.html.j2": layout})
-    options = {"template_name": "classic", "template_file": "page.html.j2", "exclude_anchor_links": True}
-    exporter = HTMLExporter(config=config, extra_loaders=[loader], **options)
-    return exporter.from_notebook_node(notebook)[0]
+    for cell in notebook.cells:  # where the book has it, and where nbconvert looks for it
+        cell.metadata["alt"] = cell.metadata.get("mystnb", {}).get("image", {}).get("alt")
+    config = Config({"TagRemovePreprocessor": {"remove_cell_tags": HIDDEN}})
+    options = dict.fromkeys(["exclude_anchor_links", "exclude_input_prompt", "exclude_output_prompt"], True)
+    options |= {"template_name": "classic", "template_file": str(TEMPLATES / "page.html.j2")}
+    return HTMLExporter(config, **options).from_notebook_node(notebook)[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -441,9 +444,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="scbmlp", description="Read gene programs off models of your cells.")
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser(
-        "report", help="make a page on cells of your own", description="Make the book's chapter with your cells."
-    )
+    words = "make a page on cells of your own, the book's chapter with them"
+    one = commands.add_parser("report", help=words, description=words)
     one.add_argument("cells", help="an h5ad file with log-normalised expression")
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--class-key", help="column of obs with classes to tell apart")
@@ -460,8 +462,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     del given["command"]
     try:
         page = report(given.pop("cells"), **given)
-    except (ValueError, KeyError, FileNotFoundError, ModuleNotFoundError, RuntimeError) as error:
-        print(f"scbmlp report: {error.args[0] if error.args else error}", file=sys.stderr)
+    except (ValueError, KeyError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        words = error.args[0] if isinstance(error, KeyError) else error  # str() of a KeyError is quoted
+        print(f"scbmlp report: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("scbmlp report: interrupted, and nothing was written", file=sys.stderr)

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from anndata import AnnData
 from scipy.special import softmax
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.model_selection import train_test_split
@@ -16,6 +17,12 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+
+
+def _checked(estimator: BaseEstimator, x: Any, *args: Any, **options: Any) -> Any:
+    if isinstance(x, AnnData):
+        raise ValueError("X is AnnData; pass its expression, adata.X, or adata.to_df() with the names of the genes.")
+    return validate_data(estimator, x, *args, accept_sparse="csr", dtype=np.float32, **options)
 
 
 @dataclass(eq=False, repr=False)
@@ -47,7 +54,7 @@ class _Bilinear(BaseEstimator):
         ['off', 'on']
         """
         numeric = isinstance(self, RegressorMixin)
-        x, y = validate_data(self, X, y, accept_sparse="csr", dtype=np.float32, multi_output=numeric, y_numeric=numeric)
+        x, y = _checked(self, X, y, multi_output=numeric, y_numeric=numeric)
         y, names = self._targets(y)
         seed = int(check_random_state(self.random_state).randint(2**31))
         # Validation cells choose penalty and epoch; where cells are too few for that, the last epoch is kept.
@@ -76,7 +83,7 @@ class _Bilinear(BaseEstimator):
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return self.model_.outputs(validate_data(self, X, accept_sparse="csr", dtype=np.float32, reset=False))
+        return self.model_.outputs(_checked(self, X, reset=False))
 
 
 @dataclass(eq=False, repr=False, kw_only=True)

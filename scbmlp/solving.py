@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
 from scbmlp import exact, moments, nested
@@ -76,12 +77,11 @@ def solve(
     >>> solved.trials.loc[solved.trials["chosen"] > 0, "form"].tolist()
     ['products of components']
     """
-    for name, dataset in {"train": train, "val": val}.items():
-        if dataset is not None:
-            check_dataset(dataset, name)
-    n_outputs = len(train.output_names)
-    size = {"d_input": len(train.gene_names), "d_output": n_outputs}
-    cfg = Config(**size, d_hidden=1, linear=True, device=device, class_weight=class_weight)
+    check_dataset(train, "train")
+    if val is not None:
+        check_dataset(val, "val")
+    size = {"d_input": len(train.gene_names), "d_hidden": 1, "d_output": len(train.output_names)}
+    cfg = Config(**size, linear=True, device=device, class_weight=class_weight)
     ModelClass(cfg, **options).check(train, names=False)
     if train.y.ndim == 1 and len(train.y.unique()) < 2:
         raise ValueError("train has cells of 1 class alone; add cells of other classes.")
@@ -89,27 +89,26 @@ def solve(
     names = ["linear in genes", *(name for name, *_ in nested.FORMS), *(() if large else nested.SPACES.values())]
     if form is not None and form not in names:
         raise ValueError(f"form={form!r} is unknown; choose one of {', '.join(names)}, or None{nearest(form, names)}.")
-    groups = _groups(groups, val)
-    kind = kind_of(device)
+    groups, kind = _groups(groups, val), kind_of(device)
     how = {"must": form, "groups": groups, "class_weight": class_weight, "device": kind}
+    counts = None if class_weight is None else exact.counts_of(train, train, class_weight)
     if large:
-        (trials, known, groups), rivals = moments.search(train, val, **how), []
+        cells, rivals = train, []
+        trials, known, groups = moments.search(train, val, **how)
+        if known is None:  # cells that chose are in no sums yet
+            known = moments.Moments(train, counts, device=kind)
+        solution = partial(moments.solution, known=known)
     else:
-        trials, rival = nested.search(held(train), None if val is None else held(val), **how, progress=progress)
-        known, rivals = None, [rival]
-    _, behind, error = nested.choose([*trials, *rivals], groups)
+        cells, known, solution = held(train), None, exact.solution
+        trials, *rivals = nested.search(cells, None if val is None else held(val), **how, progress=progress)
     best, _, _ = nested.choose(trials, groups)
     if form is not None:
         best = np.full_like(best, names.index(form))
-    mixtures, ratios = zip(*((trials[i].mixtures[k], trials[i].ratios[k]) for k, i in enumerate(best)), strict=True)
-    counts = None if class_weight is None else exact.counts_of(train, train, class_weight)
-    if large and known is None:  # cells that chose are in no sums yet
-        known = moments.Moments(train, counts, device=kind)
-    road = partial(moments.solution, train, known=known) if large else partial(exact.solution, held(train))
-    found = road(mixtures, ratios, counts=counts, device=kind)
+    recipe = [(trials[i].mixtures[k], trials[i].ratios[k]) for k, i in enumerate(best)]
+    found = solution(cells, *zip(*recipe, strict=True), counts=counts, device=kind)
     model = _solved(ModelClass, cfg, found, train, known if counts is None else None, **options)
-    model.recipe = list(zip(mixtures, ratios, strict=True))
-    rows = []
+    model.recipe, rows = recipe, []
+    _, behind, error = nested.choose([*trials, *rivals], groups)
     for i, trial in enumerate([*trials, *rivals]):
         mixture, ratio = nested.leading(trial)
         row = {"form": trial.form, "rank": mixture.rank, "components": mixture.weight("components")}
@@ -162,26 +161,24 @@ def solve_replicas(
     if model.recipe is None:
         raise ValueError("the model was trained, not solved: there is no mixture to solve again; pass one of solve.")
     model.check(train)
-    large, rng, found = len(train) > moments.LARGE, np.random.default_rng(seed), []
-    train = train if large else held(train)
+    large, rng, replicas = len(train) > moments.LARGE, np.random.default_rng(seed), []
+    train, solution = (train, moments.solution) if large else (held(train), exact.solution)
     order = np.arange(len(train))
-    mixtures, ratios = zip(*model.recipe, strict=True)
     for i in tqdm(range(n_replicas), "replicas", delay=2, disable=not (progress and watched())):
         if resample == "bootstrap":
-            drawn = np.bincount(rng.integers(len(train), size=len(train)), minlength=len(train))
+            rows = rng.integers(len(train), size=len(train))
         else:
             order = rng.permutation(len(train)) if i % 2 == 0 else order[::-1]
-            drawn = np.bincount(order[: len(train) // 2], minlength=len(train))
-        rows = np.flatnonzero(drawn)
-        part, counts = moments.part_of(train, rows), drawn[rows].astype(float)
+            rows = order[: len(train) // 2]
+        rows, counts = np.unique(rows, return_counts=True)
+        part, counts = moments.part_of(train, rows), counts.astype(float)
         if model.cfg.class_weight is not None:
             of_class = class_counts(model.cfg.class_weight, part.y.numpy(), model.cfg.d_output, counts)
             counts *= of_class[part.y.numpy()]
-        road = moments.solution if large else exact.solution
-        own = road(part, mixtures, ratios, counts=counts, device=kind_of(model.cfg.device))
-        found.append(_solved(type(model), model.cfg, own, train, **model._options()))
-        found[-1].recipe = model.recipe
-    return found
+        found = solution(part, *zip(*model.recipe, strict=True), counts=counts, device=kind_of(model.cfg.device))
+        replicas.append(_solved(type(model), model.cfg, found, train, **model._options))
+        replicas[-1].recipe = model.recipe
+    return replicas
 
 
 def _groups(groups: Any, val: ExpressionDataset | None) -> np.ndarray | None:
@@ -209,16 +206,13 @@ def _solved(
 ) -> ScBMLPClassifier | ScBMLPRegressor:
     """Return the model that a solution is, in the linear form; its statistics are walked for, if not known."""
     model = ModelClass(replace(cfg, d_hidden=len(found.hidden)), **options)
-    model.gene_names, model.output_names, model.layer = train.gene_names, train.output_names, train.layer
+    model._adopt(train)
     with torch.no_grad():
         model.center.copy_(torch.as_tensor(found.mean))
         model.direct.weight.copy_(torch.as_tensor(found.direct))
         model.branches.weight.copy_(torch.as_tensor(np.vstack([found.hidden, found.hidden])))
         model.project.weight.copy_(torch.as_tensor(found.power))
         model.project.bias.copy_(torch.as_tensor(found.constant))
-        if cfg.class_weight is not None:
-            of_class = class_counts(cfg.class_weight, train.y.numpy(), cfg.d_output)
-            model.class_weight.copy_(torch.as_tensor(of_class))
     model.eval()
     weight = model.branches.weight.detach().numpy()
     model.statistics = statistics(model, train) if known is None else Statistics(*known.statistics(weight))
@@ -232,39 +226,29 @@ def tune(
     *,
     groups: Any = None,
     trained: bool = False,
-    d_hidden: int = 128,
     n_epochs: int | None = None,
-    batch_size: int = 64,
-    lr: float = 1e-3,
-    seed: int = 0,
     device: str = "auto",
     class_weight: Literal["balanced"] | None = None,
     progress: bool = True,
+    config: dict[str, Any] | None = None,
     **options: Any,
 ) -> ScBMLPClassifier | ScBMLPRegressor:
     """Solve the second-order model, and if asked train networks beside it; return the best on validation cells.
 
-    If `trained`, the linear and the plain form of the network are fitted with three penalties each. Returned is the
-    simplest that is behind the best by no more than the standard error of their difference. The solved model is
-    simplest, then the linear form. Scores on the validation cells flatter, so keep test cells apart. Where cells come
-    in donors, validate on whole ones and pass `groups`: no standard error over cells holds noise from donor to donor.
+    If `trained`, both forms of the network are fitted with three penalties each. Returned is the simplest that is
+    behind the best by no more than the standard error of their difference; the solved model is the simplest.
+    Scores on the validation cells flatter, so keep test cells apart.
 
     Parameters
     ----------
-    ModelClass, train, val, class_weight, device, progress
+    ModelClass, train, val, groups, device, class_weight, progress, options
         As in :func:`solve`.
-    groups
-        Donor or batch of every validation cell, two at least; models are then compared donor by donor.
     trained
         Whether to train networks, too.
-    d_hidden, n_epochs, batch_size, lr, seed
-        As in :class:`Config`, for the networks; if None there are 40 epochs, or up to 200 for 1,500 steps.
-    options
-        Handed to `ModelClass`, such as ``loss_fn="huber"``.
-
-    Returns
-    -------
-    The fitted model. Its ``trials`` are those of :func:`solve`, and a row for each setting of a network.
+    n_epochs
+        Epochs of a network; if None 40, or up to 200 for 1,500 steps.
+    config
+        More fields of :class:`Config` for the networks, such as ``{"lr": 1e-4}``.
 
     Examples
     --------
@@ -272,36 +256,38 @@ def tune(
     >>> tuned.trials.loc[tuned.trials["chosen"] > 0, "form"].tolist()
     ['products of components']
     """
-    for name, dataset in {"train": train, "val": val}.items():
-        check_dataset(dataset, name)
-    solved = solve(
-        ModelClass, train, val, groups=groups, class_weight=class_weight, device=device, progress=progress, **options
-    )
+    check_dataset(val, "val")
+    shared = {"device": device, "class_weight": class_weight}
+    solved = solve(ModelClass, train, val, groups=groups, progress=progress, **shared, **options)
     if not trained:
         return solved
-    if n_epochs is None:
-        n_epochs = int(np.clip(np.ceil(1500 * batch_size / len(train)), 40, 200))
+    shared |= {"d_input": len(train.gene_names), "d_hidden": 128, "d_output": len(train.output_names), "batch_size": 64}
+    shared |= config or {}
+    epochs = n_epochs or int(np.clip(np.ceil(1500 * shared["batch_size"] / len(train)), 40, 200))
     baseline = linear_baseline(train, val, class_weight=class_weight)
-    size = {"d_input": len(train.gene_names), "d_hidden": d_hidden, "d_output": len(train.output_names)}
-    shared = {"n_epochs": n_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "device": device}
-    shared |= {"class_weight": class_weight, "patience": n_epochs}  # none stops before the end, each keeps its best
-    models = []
+    models = [solved]
     settings = [(linear, *one) for linear in (True, False) for one in SETTINGS]
     for linear, a, b, c in tqdm(settings, "tune", delay=2, disable=not (progress and watched())):
-        cfg = Config(**size, **shared, linear=linear, weight_decay=a, dropout_rate=b, weight_decay_linear=c)
-        models.append(ModelClass(cfg, **options))
+        how = {"linear": linear, "weight_decay": a, "dropout_rate": b, "weight_decay_linear": c}
+        models.append(ModelClass(Config(**shared, n_epochs=epochs, patience=epochs, **how), **options))
         models[-1].fit(train, val, baseline=baseline, enable_progress_bar=False)
-    losses = [model._cell_losses(model.outputs(val), val.y.numpy())[:, None] for model in (solved, *models)]
-    compared = [nested.Trial("", (), (), one) for one in losses]
+    counts = exact.counts_of(val, train, class_weight)
+    compared = [nested.Trial("", (), (), _cell_losses(model.outputs(val), val.y.numpy(), counts)) for model in models]
     (best,), behind, error = nested.choose(compared, _groups(groups, val))
-    rows = pd.DataFrame({"form": [f"network, {'linear' if model.cfg.linear else 'plain'} form" for model in models]})
-    rows["weight_decay"] = [model.cfg.weight_decay for model in models]
+    forms = [f"network, {'linear' if model.cfg.linear else 'plain'} form" for model in models[1:]]
+    rows = pd.DataFrame({"form": forms, "weight_decay": [model.cfg.weight_decay for model in models[1:]]})
     rows["val_loss"] = [one.loss for one in compared[1:]]
     rows = rows.assign(behind=behind[1:, 0], standard_error=error[1:, 0], chosen=0)
     trials = pd.concat([solved.trials, rows], ignore_index=True)
     if best > 0:
         trials["chosen"] = 0
         trials.loc[len(solved.trials) + best - 1, "chosen"] = len(train.output_names)
-    model = [solved, *models][best]
-    model.trials = trials
-    return model
+    models[best].trials = trials
+    return models[best]
+
+
+def _cell_losses(outputs: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the loss of every cell (cell x 1): cross-entropy, or the mean squared error in variances of targets."""
+    if y.ndim == 1:
+        return (-log_softmax(outputs.astype(float), axis=1)[np.arange(len(y)), y] * counts)[:, None]
+    return ((outputs - y) ** 2 / y.var(axis=0)).mean(axis=1, keepdims=True)

@@ -14,14 +14,12 @@ import os
 import platform
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import anndata
 import h5py
@@ -33,11 +31,12 @@ from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
 from scbmlp import simulate
-from scbmlp.checks import as_numbers, data_file, entries, numeric_matrix
+from scbmlp.checks import as_numbers, data_file, entries, numeric_matrix, warn
 from scbmlp.display import as_html
 
 KINDS = ("local", "download", "simulated")
-# What pertpy.data downloads, without its second copy of each file.
+# What scvelo.datasets and pertpy.data download, without their second copy of each file.
+PANCREAS_URL = "https://github.com/theislab/scvelo_notebooks/raw/master/data/Pancreas/endocrinogenesis_day15.h5ad"
 PERTPY = "https://scverse-exampledata.s3.eu-west-1.amazonaws.com/pertpy"
 SCIPLEX3_URL = f"{PERTPY}/srivatsan_2020_sciplex3.h5ad"
 NORMAN_URL = f"{PERTPY}/norman_2019.h5ad"
@@ -47,6 +46,7 @@ PACKAGES = ("scbmlp", "torch", "lightning", "anndata", "scanpy", "gseapy", "scik
 BEGAN = time.perf_counter()
 BACKED = partial(anndata.read_h5ad, backed="r")
 BLOCK = 4096  # cells of a file that are in memory beside the chosen ones
+WHOLE = "replace it with a whole copy"
 
 
 def pancreas() -> AnnData:
@@ -63,16 +63,6 @@ def pancreas() -> AnnData:
     return _counts(_first_of("pancreas", _download_pancreas, simulate.pancreas))
 
 
-def _download_pancreas(path: Path) -> None:
-    """Leave the download to scvelo, which silences the whole session when it is imported."""
-    with warnings.catch_warnings():
-        import scanpy
-        import scvelo
-
-        with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
-            scvelo.datasets.pancreas(file_path=path)
-
-
 def sciplex3(
     *,
     cell_lines: str | Sequence[str] | None = None,
@@ -85,21 +75,20 @@ def sciplex3(
     """Return the chemical screen sci-Plex3 :cite:p:`srivatsan2020`, or a part of it, counts in ``X``.
 
     The download of 2.5 GB is from scPerturb :cite:p:`peidli2024`. Memory holds the part asked for, twice for a moment
-    (8 GB is all of it). Cells without a label, the 72-hour arm and the mouse genes are left out.
+    (8 GB is all of it). Cells without a label, the 72-hour arm and the mouse genes are left out. ``obs`` has
+    ``cell_line``, ``perturbation``, ``dose_value`` (nM), ``replicate``, ``ncounts`` and, where the file has them,
+    ``pathway``, ``target`` and ``plate``.
 
     Parameters
     ----------
     cell_lines, compounds, doses
         What to keep, all by default. Vehicle (``control``, dose 0) of these lines always stays.
-    min_counts, max_cells
-        Fewest counts of a cell; most cells of one line, compound and dose, vehicle excepted, drawn at random.
+    min_counts
+        Fewest counts of a cell.
+    max_cells
+        Most cells of one line, compound and dose, drawn at random; vehicle stays.
     random_state
         Seed of the draw.
-
-    Returns
-    -------
-    Cells in the file's order. ``obs`` has ``cell_line``, ``perturbation``, ``dose_value`` (nM), ``replicate``,
-    ``ncounts`` and, where the file has them, ``pathway``, ``target`` and ``plate``.
 
     Examples
     --------
@@ -108,12 +97,9 @@ def sciplex3(
     ['Hesperadin', 'control']
     """
     _check_max_cells(max_cells)
-    adata = _first_of(
-        "sciplex3",
-        lambda path: _download(path, SCIPLEX3_URL),
-        lambda: simulate.sciplex3(n_cells=60_000),  # so many that a part of them is worth having
-        _open_without_matrices,
-    )
+    # So many cells are simulated that a part of them is worth having.
+    simulation = partial(simulate.sciplex3, n_cells=60_000)
+    adata = _first_of("sciplex3", partial(_download, url=SCIPLEX3_URL), simulation, _without_matrices)
     obs = _clean_labels(adata.obs)
     vehicle = obs["perturbation"] == "control"
     keep = obs["ncounts"] >= min_counts
@@ -121,12 +107,13 @@ def sciplex3(
     for column, (argument, values) in zip(CONDITION, wanted.items(), strict=True):
         if values is None:
             continue
-        if not len(np.atleast_1d(values)):
+        values = np.atleast_1d(values)
+        if not len(values):
             raise ValueError(f"{argument} is empty; name one at least, or pass None for all.")
-        for value in set(np.atleast_1d(values).tolist()).difference(obs[column]):
+        for value in set(values.tolist()).difference(obs[column]):
             near = difflib.get_close_matches(str(value), obs[column].astype(str).unique(), n=4, cutoff=0)
             raise ValueError(f"{argument} has {value!r}, the screen does not; nearest to it: {', '.join(near)}.")
-        keep &= obs[column].isin(np.atleast_1d(values)) | (vehicle & (column != "cell_line"))
+        keep &= obs[column].isin(values) | (vehicle & (column != "cell_line"))
     if max_cells:
         keep &= vehicle | _drawn(obs.loc[keep, CONDITION], max_cells, random_state).reindex(obs.index, fill_value=False)
     if not keep.any():
@@ -137,9 +124,8 @@ def sciplex3(
 def dexamethasone() -> AnnData:
     """Return 2,641 A549 cells after 0, 1 and 3 hours of dexamethasone, a glucocorticoid :cite:p:`cao2018`.
 
-    They are read from ``a549_dexamethasone.h5ad`` alone: there is no download (pertpy's ``srivatsan_2020_sciplex2`` is
-    another experiment). ``X`` is log-normalised, and there are no counts. ``obs["dex_hours"]`` has categories
-    (``.astype(float)`` for a graded target).
+    The file is ``a549_dexamethasone.h5ad``; there is no download (pertpy's ``srivatsan_2020_sciplex2`` is another
+    experiment). ``X`` is log-normalised, without counts. ``obs["dex_hours"]`` has categories.
 
     Examples
     --------
@@ -153,7 +139,8 @@ def dexamethasone() -> AnnData:
 def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     """Return K562 cells in which CRISPR activates a gene, two genes or none :cite:p:`norman2019`, log-normalised.
 
-    The download is pertpy's ``norman_2019`` :cite:p:`heumos2024pertpy`, about 110,000 cells. No simulation stands in.
+    ``obs["perturbation"]`` has ``control``, a gene, or two joined by ``+``. The download is pertpy's ``norman_2019``
+    :cite:p:`heumos2024pertpy`, about 110,000 cells. No simulation stands in.
 
     Parameters
     ----------
@@ -162,11 +149,6 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     random_state
         Seed of the draw.
 
-    Returns
-    -------
-    Cells in the file's order, 10,000 counts each. ``obs["perturbation"]`` has ``control``, the activated gene, or two
-    joined by ``+``.
-
     Examples
     --------
     >>> cells = sources.norman(max_cells=20)
@@ -174,7 +156,7 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     20
     """
     _check_max_cells(max_cells)
-    adata = _first_of("norman", lambda path: _download(path, NORMAN_URL), read=BACKED)
+    adata = _first_of("norman", partial(_download, url=NORMAN_URL), read=BACKED)
     perturbation = _labels(adata, "perturbation", "perturbation_name")
     keep = perturbation.notna() & _drawn(perturbation.to_frame(), max_cells or np.inf, random_state)
     part = _part(adata, keep, perturbation=perturbation)
@@ -200,7 +182,7 @@ def glioblastoma() -> AnnData:
     >>> list(cells.obs["condition"].cat.categories)
     ['ctrl', 'panobinostat']
     """
-    adata = _first_of("glioblastoma_panobinostat", lambda path: _download(path, ZHAO_URL), read=BACKED)
+    adata = _first_of("glioblastoma_panobinostat", partial(_download, url=ZHAO_URL), read=BACKED)
     condition = _labels(adata, "condition", "perturbation").replace("control", "ctrl")
     patient = _labels(adata, "patient_id", "sample").str.split("-").str[0]  # a sample may be named patient-slice
     keep = condition.isin(["ctrl", "panobinostat"])
@@ -259,9 +241,9 @@ def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     labels = obs[[column for column in columns if column in obs]].reset_index(drop=True)
     given, control = labels["dose_value"], labels["perturbation"] == "control"
     dose = as_numbers(given, unit="nM")
-    unread = given.notna() & dose.isna() & ~control & ~given.astype(str).isin(["", "nan", "None", "NaN"])
-    if unread.any():
-        some = f"{unread.sum()} cells, such as {', '.join(map(repr, given[unread].unique().tolist()[:5]))}"
+    unread = given[dose.isna() & ~control & ~given.astype(str).isin(["", "nan", "None", "NaN", "<NA>"])]
+    if len(unread):
+        some = f"{len(unread)} cells, such as {', '.join(map(repr, unread.unique().tolist()[:5]))}"
         raise ValueError(f"sciplex3.h5ad has doses that are no numbers of nM in {some}; write numbers.")
     labels["dose_value"] = dose.mask(control, 0.0)
     known = labels[CONDITION].notna().all(axis=1)
@@ -274,23 +256,14 @@ def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     return labels[known]
 
 
-@contextmanager
-def _opened(path: str | None, simulated: Any) -> Iterator[Any]:
-    """Open the counts of a file, in their layer or in X, to be read in slices; without one, yield simulated ones."""
-    if path is None:
-        yield simulated
-    else:
-        with _reading(Path(path)), h5py.File(path) as file:
-            counts = file["layers/counts" if "layers/counts" in file else "X"]
-            yield sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
-
-
 def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
     """Copy the cells whose row numbers index `obs` into memory, block by block."""
     ids = adata.var.get("ensembl_id", pd.Series("", adata.var_names))
     human = np.flatnonzero(~ids.astype(str).str.startswith("ENSMUSG"))
-    blocks = []
-    with _opened(adata.uns.pop("path", None), adata.X) as counts:
+    blocks, path = [], adata.uns.pop("path", None)
+    with _reading(path), h5py.File(path) if path else nullcontext({"X": adata.X}) as file:
+        counts = file["layers/counts" if "layers/counts" in file else "X"]
+        counts = sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
         for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
             block = numeric_matrix(counts[start : start + BLOCK], "a block of cells", np.float32)
             blocks.append(sparse.csr_matrix(block)[obs.index[rows] - start][:, human])
@@ -302,16 +275,8 @@ def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
     return AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=adata.var.iloc[human], uns=adata.uns)
 
 
-def _open_without_matrices(path: Path) -> AnnData:
-    """Read all of a file but its matrices; anndata would read its layers whole. ``uns["path"]`` says where they are."""
-    with h5py.File(path) as file:
-        adata = AnnData(**{name: read_elem(file[name]) for name in ("obs", "var", "uns") if name in file})
-    adata.uns["path"] = str(path)
-    return adata
-
-
 @contextmanager
-def _reading(path: Path, remedy: str = "replace it with a whole copy") -> Iterator[None]:
+def _reading(path: Path | str | None, remedy: str = WHOLE) -> Iterator[None]:
     """Name the file in what goes wrong; h5py and anndata raise many kinds of errors for a damaged one."""
     try:
         yield
@@ -319,12 +284,25 @@ def _reading(path: Path, remedy: str = "replace it with a whole copy") -> Iterat
         raise OSError(f"{path} cannot be read ({error}); {remedy}.") from error
 
 
+def _in_memory(path: Path) -> AnnData:
+    """Read a file whole, and check its matrix."""
+    adata = anndata.read_h5ad(path)
+    numeric_matrix(adata.X, "X")
+    return adata
+
+
+def _without_matrices(path: Path) -> AnnData:
+    """Read all of a file but its matrices; anndata would read its layers whole. ``uns["path"]`` says where they are."""
+    with h5py.File(path) as file:
+        adata = AnnData(**{part: read_elem(file[part]) for part in ("obs", "var", "uns") if part in file})
+    adata.uns["path"] = str(path)
+    return adata
+
+
 def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> AnnData:
     """Read a file and note where the cells are from, unless somebody saved simulated cells under this name."""
-    with _reading(path, "delete it and try again" if kind == "download" else "replace it with a whole copy"):
+    with _reading(path, "delete it and try again" if kind == "download" else WHOLE):
         adata = read(path)
-        if not (adata.isbacked or "path" in adata.uns):
-            numeric_matrix(adata.X, "X")
     adata.var_names_make_unique()
     if adata.uns.get("scbmlp_source", {}).get("kind") != "simulated":
         with path.open("rb") as file:
@@ -337,54 +315,52 @@ def _first_of(
     name: str,
     download: Callable[[Path], None] | None = None,
     simulation: Callable[[], AnnData] | None = None,
-    read: Callable[[Path], AnnData] = anndata.read_h5ad,
+    read: Callable[[Path], AnnData] = _in_memory,
 ) -> AnnData:
     """Return the data set from the first source that has it, or from the one that the environment forces."""
     forced = os.environ.get("SCBMLP_DATA_SOURCE") or None
     if forced not in (None, *KINDS):
         raise ValueError(f"SCBMLP_DATA_SOURCE={forced!r} is unknown; set it to {', '.join(KINDS)}, or unset it.")
-    file, but = f"{name}.h5ad", f"SCBMLP_DATA_SOURCE={forced}, but"
+    file = f"{name}.h5ad"
     remedy = f"set SCBMLP_DATA_DIR to the folder that holds {file}"
-    local = data_file(file)
+    local, reason = data_file(file), "no public download"
     if forced in (None, "local") and local and local.is_file():
         return _read(name, "local", local, read)
-    if forced == "local":
-        where = local or f"$SCBMLP_DATA_DIR/{file}"
-        raise FileNotFoundError(f"{but} {where} is not there; {remedy}, or unset SCBMLP_DATA_SOURCE.")
-    reason = "no public download"
-    if forced != "simulated" and download:
-        cached = Path(platformdirs.user_cache_dir("scbmlp"), file)
+    if forced in (None, "download") and download:
         try:
-            _fetch(cached, download)
+            cached = _fetched(file, download)
         except OSError as error:
             reason = f"no download ({error})"
             if forced:
-                raise OSError(
-                    f"the download of {name} failed ({error}); try again, or put {file} into a folder, and {remedy}."
-                ) from error
+                failed = f"the download of {name} failed ({error}); try again, or put {file} into a folder"
+                raise OSError(f"{failed}, and {remedy}.") from error
         else:
             return _read(name, "download", cached, read)
-    if forced and (forced == "download" or not simulation):
-        what = "no public download has" if forced == "download" else "no simulation stands in for"
-        raise FileNotFoundError(f"{but} {what} {name}; unset SCBMLP_DATA_SOURCE, and {remedy}.")
-    if not simulation:
-        nowhere = f"no {file} in $SCBMLP_DATA_DIR, {reason}, and no simulation stands in for it"
-        raise FileNotFoundError(f"there is {nowhere}; {remedy}.")
-    if not forced:
-        warnings.warn(f"no {file} in $SCBMLP_DATA_DIR and {reason}: these are SIMULATED cells.", stacklevel=3)
-    return simulation()
+    if forced in (None, "simulated") and simulation:
+        if not forced:
+            warn(f"no {file} in $SCBMLP_DATA_DIR and {reason}: these are SIMULATED cells.")
+        return simulation()
+    but, instead = f"SCBMLP_DATA_SOURCE={forced}, but", f"unset SCBMLP_DATA_SOURCE, and {remedy}"
+    lacking = {
+        None: f"there is no {file} in $SCBMLP_DATA_DIR, {reason}, and no simulation stands in for it; {remedy}.",
+        "local": f"{but} {local or f'$SCBMLP_DATA_DIR/{file}'} is not there; {remedy}, or unset SCBMLP_DATA_SOURCE.",
+        "download": f"{but} no public download has {name}; {instead}.",
+        "simulated": f"{but} no simulation stands in for {name}; {instead}.",
+    }
+    raise FileNotFoundError(lacking[forced])
 
 
-def _fetch(cached: Path, download: Callable[[Path], None]) -> None:
-    """Download what the cache lacks, under another name first: an interrupted download is never taken for the data."""
+def _fetched(file: str, download: Callable[[Path], None]) -> Path:
+    """Return a download that the cache keeps; one under way has a name of its own, and is never taken for the data."""
+    cached = Path(platformdirs.user_cache_dir("scbmlp"), file)
     if cached.is_file():
-        return
+        return cached
     cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_name(f"{cached.stem}-{os.getpid()}-partial.h5ad")  # one for each process that downloads now
     try:
         download(part)
-        part.replace(cached)
-    except Exception as error:  # no network, no scvelo, or a file cut short: each library has its own words
+        return part.replace(cached)
+    except Exception as error:  # no network, or a file cut short: each library has its own words
         raise OSError(str(error)) from error
     finally:
         part.unlink(missing_ok=True)
@@ -396,6 +372,10 @@ def _download(path: Path, url: str) -> None:
 
     with scanpy.settings.verbosity.override("error"):  # a failure is told once, by the caller
         scanpy.read(path, backed="r", backup_url=url).file.close()
+
+
+def _download_pancreas(path: Path) -> None:
+    _download(path, PANCREAS_URL)
 
 
 @dataclass(frozen=True)
@@ -428,8 +408,7 @@ def _spread(values: np.ndarray) -> str:
 def data_card(adata: AnnData) -> DataCard:
     """Describe a data set of this module, of ``simulate`` or of a report: source, checksum, size, sparsity and labels.
 
-    The total of a cell means something for counts alone. For other expression the highest value and the number of
-    genes detected in a cell are shown.
+    Counts are shown by the total of a cell, other expression by the highest value and the genes detected in a cell.
 
     Parameters
     ----------
@@ -447,9 +426,8 @@ def data_card(adata: AnnData) -> DataCard:
     """
     if "scbmlp_source" not in adata.uns:
         raise KeyError("adata.uns has no 'scbmlp_source'; a data card is for cells from scbmlp.sources or simulate.")
-    source = adata.uns["scbmlp_source"]
+    source, stored = adata.uns["scbmlp_source"], entries(adata.X)
     simulated = source["kind"] == "simulated"
-    stored = entries(adata.X)
     origin = {"local": "real cells, local file", "download": "real cells, public download", "given": "cells as given,"}
     rows = {
         "Data set": source["name"],

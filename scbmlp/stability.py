@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import permutations
 from typing import Any
 
@@ -26,13 +26,11 @@ from scbmlp.modules import GeneModules, Metric, _check_metric, _signed, _uncorre
 CHUNK = 50  # permutations at a time
 # Components up to which all products of two are taken through a system once, and up to which matrices are formed.
 PAIRED, DENSE = 128, 400
-System = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # its factor, a target (cell), and W (cell x comp)
+System = tuple[torch.Tensor, np.ndarray, torch.Tensor]  # its factor, a target (cell), and W (cell x comp)
 
 
 def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
     """Return how well modules come back from fit to fit: mean absolute cosine with the closest of each (comp).
-
-    The closest need not have the same rank: two modules of nearly equal strength swap their order from fit to fit.
 
     Parameters
     ----------
@@ -59,17 +57,15 @@ def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
 def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> GeneModules:
     """Return the modules of the mean of several models, in metric ``covariance``.
 
-    They need no matching. The mean takes out what one draw of cells makes up. Modules of close eigenvalues turn among
-    each other, and add up in the mean. Each model enters with its leading modules, three times `n_modules` or 20.
+    The mean takes out what one draw of cells makes up, and needs no matching of modules. Each model enters with its
+    leading modules, three times `n_modules` or 20.
 
     Parameters
     ----------
     models
         Models of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns.
-    output
-        As in :func:`scbmlp.interactions.direction`.
-    n_modules
-        Number of modules.
+    output, n_modules
+        As in :func:`scbmlp.interactions.direction`, and the number of modules.
 
     Examples
     --------
@@ -90,8 +86,8 @@ def stability(
 ) -> pd.DataFrame:
     """Say how well modules come back from model to model, by the absolute correlation of scores.
 
-    Modules are matched one to one. Modules of one model whose eigenvalues are within a tenth of each other turn among
-    each other; there the best mix of them counts.
+    Modules are matched one to one. Where a model has several whose eigenvalues are within a tenth of each other, the
+    best mix of them counts.
 
     Parameters
     ----------
@@ -99,10 +95,8 @@ def stability(
         As in :func:`consensus`.
     n_modules
         Number of modules of the consensus to look for, in each ordered pair of models, over the training cells.
-    modules
-        Modules to look for in every model, instead of those of the consensus.
-    dataset
-        Cells to correlate scores over; needed with `modules`.
+    modules, dataset
+        Modules to look for in every model instead, and cells to correlate their scores over.
 
     Returns
     -------
@@ -127,7 +121,7 @@ def stability(
     else:
         scores, pairs = modules.scores(dataset), []
         for one in found:
-            r = correlate(scores, one.scores(dataset))
+            r = _correlated(scores, one.scores(dataset))
             pairs.append(np.minimum(_comes_back(r, one, _partners(r)), 1.0))
     low, high = np.quantile(pairs, [0.05, 0.95], axis=0)
     columns = {"eigenvalue": modules.eigenvalues, "stability": np.mean(pairs, axis=0), "low": low, "high": high}
@@ -185,26 +179,16 @@ def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Out
     return _signed(models[0], output, models[0].statistics, unit, parts, "covariance")
 
 
-def correlate(a: Any, b: Any) -> np.ndarray:
-    """Return the correlations of the columns of two tables, 0 where one of the two is the same in all cells."""
-    a, b = (np.asarray(part, dtype=np.float64) for part in (a, b))
-    a, b = a - a.mean(axis=0), b - b.mean(axis=0)
-    scale = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0))
-    return np.divide(a.T @ b, scale, out=np.zeros_like(scale), where=scale > 0)
-
-
 def principal_angles(a: GeneModules, b: GeneModules, dataset: ExpressionDataset) -> np.ndarray:
     """Return the angles between what two sets of modules span, in degrees, rising (comp of the smaller set).
 
     The cosine of the first is the largest correlation that mixes of the scores of either set can have
-    :cite:p:`knyazev2002`. Modules that turn among each other do not change the angles.
+    :cite:p:`knyazev2002`.
 
     Parameters
     ----------
-    a, b
-        Modules of the same genes.
-    dataset
-        Cells over which scores are correlated.
+    a, b, dataset
+        Modules of the same genes, and cells over which scores are correlated.
 
     Examples
     --------
@@ -222,7 +206,14 @@ def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDatase
     target = (np.eye(model.cfg.d_output)[target] if target.ndim == 1 else target) @ direction(model, modules.output)
     if np.ptp(target) == 0:
         raise ValueError(f"dataset has the same target of {modules.output!r} in every cell; take more cells.")
-    return correlate(modules.contributions(dataset), target[:, None])[:, 0]
+    return _correlated(modules.contributions(dataset), target[:, None])[:, 0]
+
+
+def _correlated(a: Any, b: Any) -> np.ndarray:
+    """Return the correlations of the columns of two tables, 0 where one of the two is the same in all cells."""
+    a, b = (part - part.mean(axis=0) for part in (np.asarray(one, dtype=np.float64) for one in (a, b)))
+    scale = np.outer(np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=0))
+    return np.divide(a.T @ b, scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def permutation_null(
@@ -240,13 +231,10 @@ def permutation_null(
 ) -> pd.DataFrame:
     """Compare the modules of a solved model with those solved for targets that are dealt out to the wrong cells.
 
-    A fit to noise has large eigenvalues too. So a module is judged on `val`, by the correlation ``r`` of what it adds
-    to the output with the target; each permutation counts with its best module. Mixture and penalty stay those of the
-    model. An output without products has no modules, so that without signal p is at most uniform. A small p says that
-    a module is about the target, and not that it holds an interaction.
-
-    For classes, the model and its permutations are a surrogate with the same mixture: least squares of the classes as
-    0 and 1. Every cell counts once. The penalty is that of the model over the curvature of the log-loss.
+    A module is judged on `val`, by the correlation ``r`` of what it adds to the output with the target. A fit to noise
+    has large eigenvalues too. Each permutation counts with its best module. Mixture and penalty stay those of the
+    model. A small p says that a module is about the target, and not that it holds an interaction. Classes are solved
+    as 0 and 1 by least squares, with the penalty over the curvature of the log-loss; every cell counts once.
 
     Parameters
     ----------
@@ -255,7 +243,7 @@ def permutation_null(
     train, val
         Its training cells, and cells that no weight was fitted to. The targets of both are permuted.
     output
-        As in :func:`scbmlp.interactions.direction`; or a list of them.
+        As in :func:`scbmlp.interactions.direction`; or a list of them. One without products has no modules.
     n_permutations, seed, progress
         Number of permutations, their seed, and whether a bar shows how many are done.
     strata
@@ -283,158 +271,154 @@ def permutation_null(
         raise ValueError(
             "the model was trained, not solved: it has no mixture to solve again; pass one of scbmlp.models.solve."
         )
-    rng, orders = np.random.default_rng(seed), []
-    for name, dataset in {"train": train, "val": val}.items():
+    train, val = held(train), held(val)
+    for dataset in (train, val):
         model.check(dataset)
-        stratum, order = _strata(strata, dataset, name), np.tile(np.arange(len(dataset)), (n_permutations + 1, 1))
-        for rows in pd.Series(order[0]).groupby(stratum).indices.values():
-            order[1:, rows] = rng.permuted(order[1:, rows], axis=1)
-        orders.append(order)
-    outputs, tables, null = output if isinstance(output, list) else [output], {}, {}
-    again = _Again(model, train, val, metric)
-    size = len(outputs) * (n_permutations + 1)
-    with tqdm(total=size, desc="permutations", unit="fit", delay=2, disable=not (progress and watched())) as bar:
-        for name in outputs:
-            values, r = again.read(name, n_modules, *orders, bar.update)
-            best, key = r[1:].max(axis=1, initial=-1), str(name)
-            null[key] = best.tolist() if len(values) else []
-            p = (1 + (best >= r[0][:, None]).sum(axis=1)) / (1 + len(best))
-            columns = {"eigenvalue": values, "r": r[0], "null": np.quantile(best, 0.9), "p": p}
-            tables[key] = pd.DataFrame(columns, [f"module_{i}" for i in range(1, len(values) + 1)])
+    rng, tables, null = np.random.default_rng(seed), {}, {}
+    orders = [_orders(one, name, strata, n_permutations, rng) for name, one in (("train", train), ("val", val))]
+    outputs, prepare = output if isinstance(output, list) else [output], _preparer(model, train, val, metric)
+    for name in outputs:
+        values, r = _read(*prepare(name), n_modules, *orders, progress)
+        best, key = r[1:].max(axis=1, initial=-1), str(name)
+        null[key] = best.tolist() if len(values) else []
+        columns = {"eigenvalue": values, "r": r[0], "null": np.quantile(best, 0.9), "p": p_values(r[0], best)}
+        tables[key] = pd.DataFrame(columns, [f"module_{i}" for i in range(1, len(values) + 1)])
     table = pd.concat(tables, names=["output", "module"]) if outputs is output else tables[str(output)]
     table.attrs |= {"null": null, "metric": metric}
     return table
 
 
-class _Again:
-    """A solved model, solved again for permuted targets: one factor of the system of a mixture serves all of them."""
+def p_values(r: Any, best: Any) -> np.ndarray:
+    """Return the share of fits that are at least as good as each module (comp), its own among them."""
+    return (1 + (np.asarray(best) >= np.asarray(r)[:, None]).sum(axis=1)) / (1 + len(best))
 
-    def __init__(self, model: Model, train: ExpressionDataset, val: ExpressionDataset, metric: str) -> None:
-        self.model, self.metric = model, metric
-        self.kernels = Kernels(held(train).x, match_genes(held(val), train.gene_names))
-        self.y, self.y_val = (targets_of(one, len(train.output_names)).numpy() for one in (train, val))
-        self.recipe, shares = model.recipe * (len(self.y[0]) // len(model.recipe)), self.y.mean(axis=0)
-        if train.y.ndim == 1:
-            curvature = float((shares * (1 - shares)).mean())
-            self.recipe = [(mixture, ratio / curvature) for mixture, ratio in self.recipe]
-        self._factor: tuple[Any, torch.Tensor] | None = None
 
-    def _basis(self, mixture: Mixture) -> torch.Tensor:
+def _preparer(model: Model, train: ExpressionDataset, val: ExpressionDataset, metric: str) -> Callable[[Output], Any]:
+    """Return what gives the systems of an output, scores of validation cells on their axes, and targets of these."""
+    kernels = Kernels(train.x, match_genes(val, train.gene_names))
+    y, y_val = (targets_of(one, len(train.output_names)).numpy() for one in (train, val))
+    mean, d = y.mean(axis=0), kernels.d
+    recipe = model.recipe * (len(mean) // len(model.recipe))
+    if train.y.ndim == 1:
+        curvature = float((mean * (1 - mean)).mean())
+        recipe = [(mixture, ratio / curvature) for mixture, ratio in recipe]
+
+    @lru_cache(1)  # outputs of one mixture share a factor, which is as large as all pairs of cells
+    def factor(mixture: Mixture, ratio: float) -> torch.Tensor:
+        system = kernels.mixed(mixture)[0].clone()
+        system.diagonal().add_(ratio * len(system))
+        return torch.linalg.cholesky(system)
+
+    def basis_of(mixture: Mixture) -> torch.Tensor:
         """Return what of the genes products are of (gene x comp)."""
         if mixture.space == "components":
-            return self.kernels.axes(mixture.rank)
-        unit = self.kernels.sd if mixture.space == "sd" else torch.ones_like(self.kernels.sd)
-        return torch.diag(1 / unit)
+            return kernels.axes(mixture.rank)
+        return torch.diag(1 / (kernels.sd if mixture.space == "sd" else torch.ones_like(kernels.sd)))
 
-    def _system(self, pair: tuple[Mixture, float], target: np.ndarray, w: torch.Tensor) -> System:
-        """Return the system of a mixture and a penalty."""
-        (mixture, ratio), kernels = pair, self.kernels
-        if self._factor is None or self._factor[0] != pair:
-            self._factor = None  # one at a time: a factor is as large as all pairs of cells
-            system = kernels.mixed(mixture)[0].clone()
-            system.diagonal().add_(ratio * len(system))
-            self._factor = pair, torch.linalg.cholesky(system)
-        scale = mixture.weight("products") / kernels.block("products", mixture.rank, mixture.space)[1]
-        return self._factor[1], torch.as_tensor(target) * scale, w
-
-    def read(
-        self, output: Output, n_modules: int, order: np.ndarray, order_val: np.ndarray, done: Callable[[int], Any]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return eigenvalues for the first order of the cells (comp), and correlations for each (order x comp)."""
-        mix = direction(self.model, output)
-        target, y = self.y_val @ mix, self.y - self.y.mean(axis=0)
+    def prepare(output: Output) -> tuple[list[System], np.ndarray, np.ndarray]:
+        mix = direction(model, output)
+        target = y_val @ mix
         if np.ptp(target) == 0:
             raise ValueError(f"val has the same target of {output!r} in every cell; take more cells.")
         parts: dict[tuple[Mixture, float], np.ndarray] = {}  # targets that are solved together
         for i in np.flatnonzero(mix):
-            if self.recipe[i][0].weight("products"):
-                parts[self.recipe[i]] = parts.get(self.recipe[i], 0) + y[:, i] * mix[i]
+            if recipe[i][0].weight("products"):
+                parts[recipe[i]] = parts.get(recipe[i], 0) + (y[:, i] - mean[i]) * mix[i]
         parts = {pair: one for pair, one in parts.items() if np.ptp(one) > 0}
         if not parts:
-            done(len(order))
-            return np.zeros(0), np.zeros((len(order), 0))
+            return [], np.empty((len(y_val), 0)), target
         # Q = B C B' with C = (D B)' diag(a) D B. In the metric M, with B'MB = A R^2 A', it has the eigenvalues of
         # W' diag(a) W, W = D B A R, and D B A / R turns eigenvectors into scores.
-        basis = [self._basis(mixture) for mixture, _ in parts]
-        whole, d = torch.cat(basis, dim=1), self.kernels.d
-        if self.metric == "covariance":
+        basis = [basis_of(mixture) for mixture, _ in parts]
+        whole = torch.cat(basis, dim=1)
+        if metric == "covariance":
             half = d[0] @ whole / len(d[0]) ** 0.5
         else:
-            half = whole if self.metric == "identity" else whole * self.kernels.sd[:, None]
+            half = whole if metric == "identity" else whole * kernels.sd[:, None]
         axes, root = map(torch.as_tensor, _whitened((half.T @ half).numpy()))
-        seen, systems = (d[1] @ whole @ axes / root).numpy(), []
-        for part, one, own in zip(parts.items(), basis, axes.split([one.shape[1] for one in basis]), strict=True):
-            systems.append(self._system(*part, d[0] @ one @ own * root))
-        eigen = _eigen(systems, min(n_modules, len(root)))
-        found, first, centred = [], None, target - target.mean()
-        for start in range(0, len(order), CHUNK):
-            rows = slice(start, start + CHUNK)
-            values, vectors = eigen(order[rows])
-            added = (seen @ vectors) ** 2
-            added -= added.mean(axis=1, keepdims=True)
-            along = np.einsum("bvc,bv->bc", added, centred[order_val[rows]])
-            scale = np.linalg.norm(added, axis=1) * np.linalg.norm(centred)
-            found.append(np.sign(values) * np.divide(along, scale, out=np.zeros_like(along), where=scale > 0))
-            first = values[0] if first is None else first
-            done(len(values))
-        return first, np.vstack(found)
+        systems, turns = [], axes.split([one.shape[1] for one in basis])
+        for ((mixture, ratio), one), own, turn in zip(parts.items(), basis, turns, strict=True):
+            scale = mixture.weight("products") / kernels.block("products", mixture.rank, mixture.space)[1]
+            systems.append((factor(mixture, ratio), one * scale, d[0] @ own @ turn * root))
+        return systems, (d[1] @ whole @ axes / root).numpy(), target
+
+    return prepare
 
 
-def _eigen(systems: list[System], n: int) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Return what gives leading eigenvalues and vectors for targets in other orders (order x cell).
+def _read(
+    systems: list[System], seen: np.ndarray, target: np.ndarray, n: int, order: Any, order_val: Any, progress: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues for the first order of the cells (comp), and correlations for each (order x comp)."""
+    if not systems:  # products do not pay
+        return np.zeros(0), np.zeros((len(order), 0))
+    eigenvalues, found, centred = [], [], target - target.mean()
+    leading = _leading(systems, min(n, seen.shape[1]), order, progress)
+    for (values, vectors), rows in zip(leading, _chunks(order_val), strict=True):
+        added = (seen @ vectors) ** 2
+        added -= added.mean(axis=1, keepdims=True)
+        along = np.einsum("bvc,bv->bc", added, centred[rows])
+        scale = np.linalg.norm(added, axis=1) * np.linalg.norm(centred)
+        found.append(np.sign(values) * np.divide(along, scale, out=np.zeros_like(along), where=scale > 0))
+        eigenvalues.append(values)
+    return eigenvalues[0][0], np.vstack(found)
 
-    They are those of W' diag(a) W, added up over systems; a is what a system makes of its target.
-    """
-    size = systems[0][2].shape[1]
+
+def _chunks(order: np.ndarray) -> list[np.ndarray]:
+    """Split orders of cells into as many as are solved together."""
+    return np.split(order, range(CHUNK, len(order), CHUNK))
+
+
+def _leading(systems: list[System], n: int, order: Any, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield leading eigenvalues and vectors of the sum of W' diag(a) W over systems, for each chunk of orders."""
+    size, through = systems[0][2].shape[1], []
     i, j = np.triu_indices(size)
-    # Of every pair of components what the system makes of it, so that a target is one product.
-    paired = systems if size <= PAIRED else []
-    through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in paired]
-
-    def matrices(order: np.ndarray) -> Any:
-        if paired:
-            found = np.empty((len(order), size, size))
-            flat = sum(y.numpy()[order] @ part for (_, y, _), part in zip(paired, through, strict=True))
+    if size <= PAIRED:  # what the system makes of every pair of components: then a target is one product
+        through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in systems]
+    for rows in tqdm(_chunks(order), "permutations", delay=2, disable=not (progress and watched())):
+        if through:
+            found = np.empty((len(rows), size, size))
+            flat = sum(y[rows] @ part for (_, y, _), part in zip(systems, through, strict=True))
             found[:, i, j] = found[:, j, i] = flat
-            return found
-        cells = [(torch.cholesky_solve(y[order].T, factor).numpy().T, w.numpy()) for factor, y, w in systems]
-        each = [[(a[row], w) for a, w in cells] for row in range(len(order))]
+        else:
+            cells = [torch.cholesky_solve(torch.as_tensor(y[rows].T), factor).numpy().T for factor, y, _ in systems]
+            each = [(a, w.numpy()) for a, (_, _, w) in zip(cells, systems, strict=True)]
+            if size <= DENSE:
+                found = sum(np.stack([w.T @ (one[:, None] * w) for one in a]) for a, w in each)
         if size <= DENSE:
-            return np.stack([sum(w.T @ (a[:, None] * w) for a, w in one) for one in each])
-
-        def times(v: np.ndarray, one: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-            return sum(w.T @ (a * (w @ v.ravel())) for a, w in one)
-
-        return [LinearOperator((size, size), partial(times, one=one), dtype=float) for one in each]
-
-    def leading(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = matrices(order)
-        if isinstance(found, np.ndarray):
             values, vectors = np.linalg.eigh(found)
         else:
             start = np.random.default_rng(0).standard_normal(size)
-            values, vectors = map(np.stack, zip(*(eigsh(one, n, v0=start, tol=1e-5) for one in found), strict=True))
+            operators = [LinearOperator((size, size), partial(_times, each, k), dtype=float) for k in range(len(rows))]
+            pairs = [eigsh(one, n, v0=start, tol=1e-5) for one in operators]
+            values, vectors = map(np.stack, zip(*pairs, strict=True))
         rank = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
-        return np.take_along_axis(values, rank, 1), np.take_along_axis(vectors, rank[:, None], 2)
-
-    return leading
+        yield np.take_along_axis(values, rank, 1), np.take_along_axis(vectors, rank[:, None], 2)
 
 
-def _strata(strata: Any, dataset: ExpressionDataset, name: str) -> np.ndarray:
-    """Return the code of every cell's stratum."""
-    if strata is None:
-        return np.zeros(len(dataset), int)
-    if len(strata) <= dataset.indices.max(initial=-1):
-        raise ValueError(
-            f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one label "
-            f'for every cell of the AnnData that the sets were cut from, such as adata.obs["donor"].'
-        )
-    codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
-    if -1 in codes:
-        raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them.")
-    if alone := np.count_nonzero(np.bincount(codes) == 1):
-        raise ValueError(
-            f"strata has {alone} labels with a single cell in {name}, whose target cannot be permuted; merge them "
-            f"with others, or drop these cells."
-        )
-    return codes
+def _times(each: list[tuple[np.ndarray, np.ndarray]], k: int, v: np.ndarray) -> np.ndarray:
+    """Multiply a vector with the matrix of one order."""
+    return sum(w.T @ (a[k] * (w @ v.ravel())) for a, w in each)
+
+
+def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Return orders of the cells, the first as they are, `n` others within strata (order x cell)."""
+    codes, order = np.zeros(len(dataset), int), np.tile(np.arange(len(dataset)), (n + 1, 1))
+    if strata is not None:
+        if len(strata) <= dataset.indices.max(initial=-1):
+            raise ValueError(
+                f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one "
+                f'label for every cell of the AnnData that the sets were cut from, such as adata.obs["donor"].'
+            )
+        codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
+        if -1 in codes:
+            raise ValueError(
+                f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them."
+            )
+        if alone := np.count_nonzero(np.bincount(codes) == 1):
+            raise ValueError(
+                f"strata has {alone} labels with a single cell in {name}, whose target cannot be permuted; merge them "
+                f"with others, or drop these cells."
+            )
+    for rows in pd.Series(order[0]).groupby(codes).indices.values():
+        order[1:, rows] = rng.permuted(order[1:, rows], axis=1)
+    return order

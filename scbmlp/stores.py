@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
@@ -31,8 +31,7 @@ Block: TypeAlias = sparse.csr_matrix | np.ndarray
 class StoredMatrix:
     """Cells x genes of a file, read when they are asked for, as CSR or dense numpy in float32.
 
-    ``x[rows]`` is in memory, in the order asked for; ``x[:, columns]`` and :meth:`take` stay on disk. The matrix can be
-    pickled, since each process opens the path anew.
+    ``x[rows]`` is in memory, in the order asked for. ``x[:, columns]`` stays on disk. The matrix can be pickled.
 
     Parameters
     ----------
@@ -41,7 +40,7 @@ class StoredMatrix:
     layer
         Layer to read instead of ``X``.
     normalize_total
-        Total to scale every cell to, over *all* genes of the file; True for the median total, as ``target_sum`` says.
+        Total to scale every cell to, over *all* genes of the file; True for the median total.
     log1p
         Take log(1 + x) of every value, after scaling.
 
@@ -50,7 +49,7 @@ class StoredMatrix:
     OSError
         The file cannot be read, or has changed since it was opened.
     ValueError
-        The matrix is sparse by genes (CSC), or a block that is read has values that are negative, NaN or infinite.
+        The matrix is sparse by genes (CSC), or a block that is read is negative, NaN or infinite somewhere.
 
     Examples
     --------
@@ -67,39 +66,31 @@ class StoredMatrix:
     ) -> None:
         check_normalisation(normalize_total, log1p)
         self.path, self.layer = Path(path).absolute(), layer
+        self.where = f"{'X' if layer is None else f'layers[{layer!r}]'} of {self.path}"  # its name in messages
+        self._key = "X" if layer is None else f"layers/{layer}"
         with open_store(self.path) as file:
             layers = list(file["layers"]) if "layers" in file else []
-            if (layer is not None and layer not in layers) or (layer is None and "X" not in file):
+            if layer not in layers and (layer is not None or "X" not in file):
                 what = "the file has no X" if layer is None else f"layer={layer!r} is not in the file"
                 raise KeyError(f"{what} {self.path}; its layers are: {', '.join(layers) or 'none'}. Name one of them.")
-            element = file[self._key]
-            kind = element.attrs.get("encoding-type", element.attrs.get("h5sparse_format", ""))
-            if "csc" in str(kind):
+            with _reading(self.path):
+                matrix = _lazy(file[self._key])
+            if isinstance(matrix, CSCDataset):
                 raise ValueError(
                     f"{self.where} is sparse by genes (CSC), and no cell can be read alone; write it by cells: "
                     f"adata.X = adata.X.tocsr(), then adata.write_h5ad(...)."
                 )
-            self._sparse = "csr" in str(kind)
-            shape = sparse_dataset(element).shape if self._sparse else element.shape
-            if len(shape) != 2:
-                raise ValueError(f"{self.where} has shape {tuple(shape)}; two axes are needed, cells in rows.")
-            size = 8 * element["data"].shape[0] / max(shape[0], 1) if self._sparse else 4 * shape[1]
-            self.gene_names = read_elem(file["var"]).index if "var" in file else pd.RangeIndex(shape[1])
-        self._state = _state(self.path, self._key)
-        self._in_file, self._rows, self._columns = tuple(shape), np.arange(shape[0]), None
-        self.cell_bytes = size  # of a cell in memory, as it is read
-        self._opened, self._moments = {}, None
+            if len(matrix.shape) != 2:
+                raise ValueError(f"{self.where} has shape {tuple(matrix.shape)}; two axes are needed, cells in rows.")
+            self._in_file = n_cells, n_genes = tuple(matrix.shape)
+            self._sparse = isinstance(matrix, CSRDataset)
+            stored = 8 * matrix.group["data"].shape[0] / max(n_cells, 1) if self._sparse else 4 * n_genes
+            self.gene_names = read_elem(file["var"]).index if "var" in file else pd.RangeIndex(n_genes)
+        self.cell_bytes = stored  # of a cell in memory, as it is read
+        self._state, self._opened, self._moments = _state(self.path, self._key), {}, None
+        self._rows, self._columns = np.arange(n_cells), None
         self.target_sum, self.log1p = None, False
         self.__dict__ = self.scaled(normalize_total, log1p).__dict__
-
-    @property
-    def _key(self) -> str:
-        return "X" if self.layer is None else f"layers/{self.layer}"
-
-    @property
-    def where(self) -> str:
-        """What to call the matrix in a message."""
-        return f"{'X' if self.layer is None else f'layers[{self.layer!r}]'} of {self.path}"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -164,7 +155,7 @@ class StoredMatrix:
             part = self._like(_columns=known[columns], gene_names=self.gene_names[columns])
             return part if isinstance(rows, slice) and rows == slice(None) else part[rows]
         asked = np.atleast_1d(self._rows[rows])
-        rising = len(asked) < 2 or (np.diff(asked) > 0).all()
+        rising = (np.diff(asked) > 0).all()
         wanted, back = (asked, slice(None)) if rising else np.unique(asked, return_inverse=True)
         block = normalised(self._read(wanted), self.target_sum, self.log1p)
         block = block if self._columns is None else block[:, self._columns]
@@ -172,45 +163,36 @@ class StoredMatrix:
 
     def _read(self, rows: np.ndarray) -> Block:
         """Check and return rows of the file, which rise, with all genes and before they are scaled."""
-        if not len(rows):
-            empty = np.empty((0, self._in_file[1]), np.float32)
-            return sparse.csr_matrix(empty) if self._sparse else empty
-        if _state(self.path, self._key) != self._state:
-            raise OSError(f"{self.path} has changed since it was opened; leave it alone, and cut the data sets anew.")
-        cuts = np.flatnonzero(np.diff(rows) > GAP) + 1
-        starts, stops = rows[np.r_[0, cuts]], rows[np.r_[cuts - 1, len(rows) - 1]] + 1
-        if (stops - starts).sum() - len(rows) > max(self.holds(BLOCK_BYTES), 1):  # too much to drop at once
+        runs = [run for run in np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1) if len(run)]
+        spans = [slice(run[0], run[-1] + 1) for run in runs] or [slice(0, 0)]
+        read = np.concatenate([np.arange(span.start, span.stop) for span in spans])
+        if len(read) - len(rows) > max(self.holds(BLOCK_BYTES), 1):  # too much to drop at once
             halves = [self._read(half) for half in np.array_split(rows, 2)]
             return sparse.vstack(halves, format="csr") if self._sparse else np.concatenate(halves)
+        if _state(self.path, self._key) != self._state:
+            raise OSError(f"{self.path} has changed since it was opened; leave it alone, and cut the data sets anew.")
         with _reading(self.path):
-            element = self._element()
-            if len(starts) == 1:
-                block = element[starts[0] : stops[0]]
-            elif self._sparse:  # a mask is read run by run, in one call
-                read = np.zeros(self._in_file[0], bool)
-                for start, stop in zip(starts, stops, strict=True):
-                    read[start:stop] = True
-                block = element[read]
+            matrix = self._matrix()
+            if len(spans) == 1:
+                block = matrix[spans[0]]
+            elif self._sparse:  # anndata reads a mask run by run, in one call
+                block = matrix[np.bincount(read, minlength=self._in_file[0]).astype(bool)]
             else:
-                block = np.concatenate([element[start:stop] for start, stop in zip(starts, stops, strict=True)])
-        lengths = stops - starts
-        if lengths.sum() > len(rows):
-            run = np.searchsorted(stops, rows, "right")
-            block = block[rows - starts[run] + np.r_[0, np.cumsum(lengths)[:-1]][run]]
+                block = np.concatenate([matrix[span] for span in spans])
+        if len(read) > len(rows):
+            block = block[np.searchsorted(read, rows)]
         where = f"a block of {self.where}"
         block = numeric_matrix(block, where, np.float32)
         check_finite(block, where)
         check_not_negative(block, where, REMEDY)
         return block
 
-    def _element(self) -> Any:
+    def _matrix(self) -> Any:
         """Return the matrix in the file, opened by this process: a handle of another must not be read from."""
         if self._opened.get("process") != os.getpid():
             file = open_store(self.path).__enter__()  # it stays open
-            element = file[self._key]
-            element = sparse_dataset(element) if self._sparse else element
-            self._opened.update(process=os.getpid(), file=file, element=element)
-        return self._opened["element"]
+            self._opened.update(process=os.getpid(), file=file, matrix=_lazy(file[self._key]))
+        return self._opened["matrix"]
 
     def blocks(self, size: int = 1024) -> Iterator[tuple[slice, Block]]:
         """Yield the place of a block of cells, and the block itself, in memory.
@@ -242,13 +224,13 @@ class StoredMatrix:
 
     def totals(self) -> tuple[np.ndarray, bool]:
         """Check every cell, and return the totals of the file (cell), and whether values look like counts."""
-        found, whole, most = [], True, 0.0
+        found, whole, most = [np.empty(0)], True, 0.0
         for _, block in self._like(target_sum=None, log1p=False, _columns=None).blocks(BLOCK_CELLS):
             found.append(row_totals(block))
             values = entries(block)
             whole = whole and np.array_equal(values, np.round(values))
             most = max(most, values.max(initial=0))
-        return np.concatenate(found or [np.empty(0)]), bool(whole and most > 1)
+        return np.concatenate(found), bool(whole and most > 1)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of every gene (gene), from one walk over the cells, and keep them."""
@@ -256,11 +238,11 @@ class StoredMatrix:
             first, second = np.zeros((2, self.shape[1]))
             for _, block in self.blocks(BLOCK_CELLS):
                 block = block.astype(np.float64)
-                first += np.asarray(block.sum(axis=0)).ravel()
                 square = block.multiply(block) if sparse.issparse(block) else block**2
+                first += np.asarray(block.sum(axis=0)).ravel()
                 second += np.asarray(square.sum(axis=0)).ravel()
-            mean = first / max(len(self), 1)
-            self._moments = mean, np.maximum(second / max(len(self), 1) - mean**2, 0)
+            mean, square = first / max(len(self), 1), second / max(len(self), 1)
+            self._moments = mean, np.maximum(square - mean**2, 0)
         return self._moments
 
 
@@ -303,40 +285,21 @@ def normalised(x: Block, target_sum: float | None, log1p: bool) -> Block:
     return sparse.csr_matrix((values, x.indices, x.indptr), shape=x.shape) if sparse.issparse(x) else values
 
 
-def is_stored(cells: Any, layer: str | None = None) -> bool:
-    """Say whether expression is in a file: that of a path, a backed AnnData, or AnnData with a backed matrix."""
-    if isinstance(cells, str | Path | StoredMatrix):
-        return True
-    if not isinstance(cells, AnnData):
-        return False
-    return cells.isbacked or isinstance(cells.layers.get(layer) if layer else cells.X, CSRDataset | CSCDataset)
-
-
 def open_cells(cells: str | Path | AnnData, layer: str | None) -> tuple[AnnData, StoredMatrix | None]:
     """Return the annotations of cells and genes, and their expression if it is in a file, where it stays."""
-    if not is_stored(cells, layer):
-        return cells, None
     if isinstance(cells, str | Path):
         return annotations(cells), StoredMatrix(cells, layer)
-    if cells.isbacked:
+    if isinstance(cells, AnnData) and cells.isbacked:
         matrix = StoredMatrix(cells.filename, layer)
-        if not cells.is_view:
-            return cells, matrix
-        with open_store(matrix.path) as file:
-            known = {"cells": read_elem(file["obs"]).index, "genes": matrix.gene_names}
-        at = {}
-        for what, names in {"cells": cells.obs_names, "genes": cells.var_names}.items():
-            at[what] = known[what].get_indexer(names) if known[what].is_unique else np.array([-1])
-            if (at[what] < 0).any():
-                raise ValueError(
-                    f"adata is a view of {matrix.path}, in which names of {what} are lacking or come twice; give each "
-                    f"a name of its own in the file, or label the cells to use in a column and pass it as split_key."
-                )
-        return cells, matrix.take(at["cells"])[:, at["genes"]]
-    group = (cells.layers[layer] if layer else cells.X).group
-    store = getattr(group, "file", None) or group.store
-    path = getattr(store, "filename", None) or getattr(store, "root", None) or store.path
-    key = group.name.strip("/")
+        return cells, _view(matrix, cells) if cells.is_view else matrix
+    matrix = None
+    if isinstance(cells, AnnData):
+        matrix = cells.layers.get(layer) if layer else cells.X
+    if not isinstance(matrix, CSRDataset | CSCDataset):
+        return cells, None
+    group, key = matrix.group, matrix.group.name.strip("/")
+    h5ad = isinstance(group, h5py.Group)
+    path = group.file.filename if h5ad else getattr(group.store, "root", None) or group.store.path
     if key != "X" and not key.startswith("layers/"):
         raise ValueError(
             f"adata reads {key!r} of {path}, which is neither X nor a layer; write it there, or to memory."
@@ -344,10 +307,23 @@ def open_cells(cells: str | Path | AnnData, layer: str | None) -> tuple[AnnData,
     return cells, StoredMatrix(path, None if key == "X" else key.removeprefix("layers/"))
 
 
-def annotations(path: str | Path) -> AnnData:
+def _view(matrix: StoredMatrix, view: AnnData) -> StoredMatrix:
+    """Return the cells and genes of a view, found by name."""
+    known = annotations(matrix.path, ["obs", "var"])
+    rows, columns = known.obs_names.get_indexer_for(view.obs_names), known.var_names.get_indexer_for(view.var_names)
+    for what, found, n in (("cells", rows, view.n_obs), ("genes", columns, view.n_vars)):
+        if len(found) != n or (found < 0).any():
+            raise ValueError(
+                f"adata is a view of {matrix.path}, in which names of {what} are lacking or come twice; give each a "
+                f"name of its own in the file, or label the cells to use in a column and pass it as split_key."
+            )
+    return matrix.take(rows)[:, columns]
+
+
+def annotations(path: str | Path, parts: Sequence[str] = ("obs", "var", "obsm")) -> AnnData:
     """Return ``obs``, ``var`` and ``obsm`` of a file, without its matrices."""
     with open_store(Path(path)) as file, _reading(path):
-        return AnnData(**{name: read_elem(file[name]) for name in ("obs", "var", "obsm") if name in file})
+        return AnnData(**{part: read_elem(file[part]) for part in parts if part in file})
 
 
 def open_store(path: Path) -> AbstractContextManager[Any]:
@@ -358,14 +334,20 @@ def open_store(path: Path) -> AbstractContextManager[Any]:
         return nullcontext(zarr.open_group(str(path), mode="r")) if path.is_dir() else h5py.File(path, "r")
 
 
+def _lazy(element: Any) -> Any:
+    """Return what reads rows of a matrix in a file."""
+    return sparse_dataset(element) if isinstance(element, h5py.Group | zarr.Group) else element
+
+
 @contextmanager
 def _reading(path: Path | str) -> Iterator[None]:
+    """Name the file in what goes wrong: h5py, zarr and anndata raise many kinds of errors."""
     try:
         yield
-    except Exception as error:  # h5py, zarr and anndata raise many kinds
+    except Exception as error:
         raise OSError(
             f"{path} cannot be read ({error}); pass an .h5ad file or a zarr store that is whole, and that nobody has "
-            f"open for writing."
+            f"open for writing; unzip a store that is zipped."
         ) from error
 
 

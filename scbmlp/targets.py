@@ -27,6 +27,7 @@ from scbmlp.checks import (
     obs_column,
     positions,
     strata_of,
+    whole_number,
 )
 
 
@@ -45,31 +46,25 @@ def laplacian_frequencies(
 ) -> None:
     """Add the smoothest functions over the cells: eigenvectors of the Laplacian of their neighbour graph.
 
-    Scanpy joins cells to their nearest neighbours on principal components :cite:p:`wolf2018scanpy`. The eigenvalue of
-    a frequency says how much it differs over edges :cite:p:`shuman2013`. The first frequency, constant, is left out.
-    Frequencies are in standard deviations over the cells of the graph; their longer tail is positive.
+    Scanpy makes the graph :cite:p:`wolf2018scanpy`. Eigenvalues say how much a frequency differs over edges
+    :cite:p:`shuman2013`. The constant one is left out. The longer tail is positive.
 
     Parameters
     ----------
-    adata
-        Cells with log-normalised expression in ``X``; it is changed.
+    adata, layer
+        Cells with log-normalised expression in ``X``, or in a layer; it is changed.
     n_frequencies
         Number of frequencies, the lowest first.
     key_added
-        Key of ``obsm`` for the frequencies (cell x out), and of ``uns`` for their eigenvalues and the parameters.
+        Key of ``obsm`` (cell x out, in standard deviations of the graph's cells), and of ``uns`` for the eigenvalues.
     cells
-        Positions or mask of the cells that make the graph; all if None. Others are placed afterwards
-        :cite:p:`bengio2004`, so that the targets of these cells do not know them.
-    layer
-        Layer to read instead of ``X``.
+        Positions or mask of the cells that make the graph; others are placed afterwards :cite:p:`bengio2004`.
     neighbors_key
         Key of ``uns`` of a graph from ``scanpy.pp.neighbors``; none is made then.
-    n_neighbors, n_pcs
-        Neighbours of a cell, itself included, and principal components, at most what the data have.
+    n_neighbors, n_pcs, random_state
+        Neighbours of a cell, itself included, principal components, at most what the data have, and seed of both.
     normalized
         Whether a cell counts by its degree, as in diffusion maps; else frequencies have mean 0.
-    random_state
-        Seed of principal components and neighbours.
 
     Examples
     --------
@@ -81,15 +76,12 @@ def laplacian_frequencies(
     """
     check_key(key_added)
     chosen = positions(cells, adata)
-    most = len(chosen) - 2  # that a sparse solver can find besides the constant one
-    if not (isinstance(n_frequencies, int | np.integer) and 1 <= n_frequencies <= most):
-        raise ValueError(f"n_frequencies={n_frequencies!r} were asked for; {len(chosen)} cells have 1 to {most}.")
-    graph_cells = None
+    n_frequencies = whole_number(n_frequencies, "n_frequencies", 1, len(chosen) - 2)
     if neighbors_key is None:
         x, where = expression(adata, layer)
         check_log_normalised(x, where, adata)
-        graph_cells = _with_neighbors(x[chosen], _highly_variable(adata.var), n_neighbors, n_pcs, random_state)
-        weights = graph_cells.obsp["connectivities"]
+        graph = _with_neighbors(x[chosen], _highly_variable(adata.var), n_neighbors, n_pcs, random_state)
+        weights = graph.obsp["connectivities"]
     elif neighbors_key not in adata.uns:
         raise KeyError(f"neighbors_key={neighbors_key!r} is not in adata.uns; call scanpy.pp.neighbors(adata) first.")
     elif cells is not None:
@@ -102,7 +94,6 @@ def laplacian_frequencies(
     weights = sparse.csr_matrix((weights + weights.T) / 2, dtype=np.float64)
     _check_connected(weights, adata.obs_names[chosen])
     values, frequencies = _lowest(weights, n_frequencies, normalized)
-
     result = np.empty((adata.n_obs, n_frequencies))
     result[chosen] = frequencies
     others = np.setdiff1d(np.arange(adata.n_obs), chosen)
@@ -110,10 +101,9 @@ def laplacian_frequencies(
         # A new cell is joined to its nearest neighbours with equal weights that add up to the mean degree, and
         # its value solves the eigenvector's equation in its own row.
         degree = 1.0 if normalized else weights.sum() / len(chosen)
-        known = graph_cells.obsm["X_pca"]
-        loadings = graph_cells.varm["PCs"]
-        new = x[others] @ loadings - np.asarray(graph_cells.X.mean(axis=0)).ravel() @ loadings
-        nearest = KNeighborsRegressor(min(n_neighbors, len(chosen))).fit(known, frequencies)
+        loadings = graph.varm["PCs"]
+        new = x[others] @ loadings - np.asarray(graph.X.mean(axis=0)).ravel() @ loadings
+        nearest = KNeighborsRegressor(min(n_neighbors, len(chosen))).fit(graph.obsm["X_pca"], frequencies)
         result[others] = nearest.predict(new) * degree / (degree - values)
     adata.obsm[key_added] = result
     options = {"n_neighbors": n_neighbors, "n_pcs": n_pcs, "normalized": normalized, "n_cells": len(chosen)}
@@ -141,8 +131,7 @@ def _with_neighbors(x: Any, used: np.ndarray, n_neighbors: int, n_pcs: int, rand
 
 def _check_connected(weights: sparse.csr_matrix, names: pd.Index) -> None:
     """Raise an error if cells of a graph are isolated, or if it falls apart."""
-    degree = np.asarray(weights.sum(axis=1)).ravel()
-    isolated = np.flatnonzero(degree <= 0)
+    isolated = np.flatnonzero(np.asarray(weights.sum(axis=1)).ravel() <= 0)
     if len(isolated):
         some = f"{len(isolated)} of {len(names)} cells of the graph have no neighbour"
         raise ValueError(f"{some} ({', '.join(names[isolated[:3]])}); drop them, or raise n_neighbors.")
@@ -187,34 +176,26 @@ def perturbation_response(
 ) -> None:
     """Add an embedding of what each cell's perturbation did: its difference to vehicle, on components of responses.
 
-    A cell's signature is its expression less that of vehicle cells of its stratum, by pertpy
-    :cite:p:`heumos2024pertpy` (``book`` extra). Components are singular vectors of the mean signatures of every
-    perturbation and stratum, weighted by the root of the cells: means show what rare perturbations do. Vehicle is the
-    origin. Loadings are positive for genes that rise along a component, whose longer tail is positive. The nearest
-    vehicle cells take out what varies anyway, such as the cell cycle, even where the perturbation changes it.
+    Differences are by pertpy :cite:p:`heumos2024pertpy` (``book`` extra). Components are singular vectors of the mean
+    differences of every perturbation and stratum, weighted by the root of the cells. Vehicle is the origin. Loadings
+    are positive for genes that rise along a component, whose longer tail is positive.
 
     Parameters
     ----------
-    adata
-        Cells with log-normalised ``X``; it is changed. Genes not marked ``highly_variable`` are left out.
+    adata, layer
+        Cells, log-normalised in ``X`` or a layer; it is changed. Genes not marked ``highly_variable`` are left out.
     perturbation_key, control
         Column of ``obs`` with the perturbation of every cell, and its label for vehicle.
     n_components
         Number of components.
     key_added
         Key of ``obsm`` (cell x comp, log-expression), ``varm`` (gene x comp) and ``uns`` (shares of variance).
-    strata
-        Columns of ``obs`` within which cells are compared, such as cell line and replicate.
+    strata, min_cells
+        Columns of ``obs`` within which cells are compared; fewest cells of a perturbation, and of vehicle in a stratum.
     cells
         Positions or mask of the cells that the components are fitted on; all if None.
-    layer
-        Layer to read instead of ``X``.
-    reference
-        Vehicle cells to compare with: the mean of the stratum's, or the 20 nearest to the cell.
-    min_cells
-        Fewest cells of a perturbation, and of vehicle in a stratum.
-    random_state
-        Seed of what finds the nearest cells.
+    reference, random_state
+        Mean of the stratum's vehicle cells, or of the 20 nearest, without what varies anyway; seed of their search.
 
     Examples
     --------
@@ -230,21 +211,10 @@ def perturbation_response(
         raise ValueError(f"reference={reference!r} is unknown; choose 'mean' or 'nearest'.")
     labels, control = control_labels(adata, perturbation_key, control)
     stratum, names = strata_of(adata, strata)
-    sizes = labels.value_counts()
-    if sizes.min() < min_cells:
-        few = ", ".join(f"{label} ({size})" for label, size in sizes[sizes < min_cells].items())
-        raise ValueError(f"fewer than min_cells={min_cells} cells of {few}; drop these perturbations, or lower it.")
-    vehicle = (labels == control).groupby(stratum).sum()
-    if vehicle.min() < min_cells:
-        few = "; ".join(f"{name}: {size}" for name, size in vehicle[vehicle < min_cells].items())
-        raise ValueError(
-            f"strata={names} have fewer than min_cells={min_cells} cells of {control!r} to compare with ({few}); drop "
-            f"the cells of these strata, or name fewer columns."
-        )
+    _check_sizes(labels, control, stratum, names, min_cells)
     used, fitted = _highly_variable(adata.var), positions(cells, adata)
-    most = min((labels + ", " + stratum).iloc[fitted].nunique(), int(used.sum()))
-    if not (isinstance(n_components, int | np.integer) and 1 <= n_components <= most):
-        raise ValueError(f"n_components={n_components!r} were asked for; the conditions and genes have 1 to {most}.")
+    most = min((labels + ", " + stratum).iloc[fitted].nunique(), int(used.sum()))  # conditions and genes
+    n_components = whole_number(n_components, "n_components", 1, most)
     # Twice over the strata, for means and for projections: the signatures of all cells are never in memory at once.
     x, where = expression(adata, layer)
     check_log_normalised(x, where, adata)
@@ -267,6 +237,21 @@ def perturbation_response(
     options = {"perturbation_key": perturbation_key, "control": control, "strata": names, "reference": reference}
     ratio = strength[:n_components] ** 2 / (strength**2).sum()
     adata.uns[key_added] = {"variance_ratio": ratio} | options
+
+
+def _check_sizes(labels: pd.Series, control: str, stratum: pd.Series, names: list[str], min_cells: int) -> None:
+    """Raise an error if a perturbation, or the vehicle of a stratum, has few cells."""
+    sizes = labels.value_counts()
+    if sizes.min() < min_cells:
+        few = ", ".join(f"{label} ({size})" for label, size in sizes[sizes < min_cells].items())
+        raise ValueError(f"fewer than min_cells={min_cells} cells of {few}; drop these perturbations, or lower it.")
+    vehicle = (labels == control).groupby(stratum).sum()
+    if vehicle.min() < min_cells:
+        few = "; ".join(f"{name}: {size}" for name, size in vehicle[vehicle < min_cells].items())
+        raise ValueError(
+            f"strata={names} have fewer than min_cells={min_cells} cells of {control!r} to compare with ({few}); drop "
+            f"the cells of these strata, or name fewer columns."
+        )
 
 
 def _signatures(
@@ -302,16 +287,14 @@ def dose_coordinates(
 ) -> None:
     """Add what each cell was given: its dose on a log scale, in the column of its compound.
 
-    It is not made of expression, so that learning it is not circular. A compound without an effect has doses too.
+    It is not made of expression, so that learning it is not circular.
 
     Parameters
     ----------
     adata
         Cells; it is changed.
-    perturbation_key, control
-        Column of ``obs`` with the compound of every cell, and its label for vehicle.
-    dose_key
-        Column of ``obs`` with the dose; that of vehicle is taken as 0.
+    perturbation_key, dose_key, control
+        Columns of ``obs`` with compound and dose, and the label of vehicle, whose dose is taken as 0.
     key_added
         Key of ``obsm`` for a DataFrame: log(1 + dose) over that of the highest dose (cell x compound), 0 to 1.
 
@@ -345,25 +328,21 @@ def noise_ceiling(
 ) -> pd.DataFrame:
     """Say how much of a target is there in the molecules, and not a matter of which of them were caught.
 
-    Molecules are split into random halves. The correlation r of the halves' targets gives the ceiling 2r / (1 + r)
-    :cite:p:`spearman1910,brown1910`: the R2 of a predictor that knows the noiseless target. A model that reads the
-    same molecules can come above it; that part is noise which both share.
+    From the correlation r of the targets of random halves, the R2 of a predictor that knows the noiseless target is
+    2r / (1 + r) :cite:p:`spearman1910,brown1910`. A model of the same molecules can come above: it shares their noise.
 
     Parameters
     ----------
-    adata
-        Cells with counts in ``X`` or `layer`; it is not changed.
+    adata, layer
+        Cells with counts in ``X``, or in a layer; it is not changed.
     compute
         Returns the target (cell x out) of an AnnData whose ``X`` has the counts of one half.
-    layer
-        Layer of `adata` with the counts; ``X`` if None.
     random_state
         Seed of the split.
 
     Returns
     -------
-    A row an output, with ``r`` and ``ceiling``, 0 where r is not positive. The halves' outputs are first rotated onto
-    those of all molecules, since components swap order and sign.
+    ``r`` and ``ceiling`` of every output. Halves are first rotated onto all molecules: components swap order and sign.
 
     Examples
     --------

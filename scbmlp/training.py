@@ -1,59 +1,120 @@
-"""The training loop, by Lightning: steps, history and best weights of a model."""
+"""The training loop, by Lightning: where a fit starts, its steps, its history and its best weights."""
 
 from __future__ import annotations
 
 import inspect
 import logging
+import pickle
 import signal
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import lightning
 import numpy as np
 import torch
 from scdataset import BlockShuffling, Streaming, scDataset
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, SequentialSampler
 
-from scbmlp.checks import nearest
-from scbmlp.datasets import ExpressionDataset, dense_tensor
+from scbmlp.baselines import LinearModel
+from scbmlp.checks import nearest, warn
+from scbmlp.datasets import ExpressionDataset, dense_tensor, mean
+from scbmlp.display import watched
 
+MARGIN = 0.01  # below the linear baseline by less than this is noise
 # Stored cells are read in runs of so many, in random order. As many runs as hold so many cells, or bytes, are mixed.
 RUN, MIXED_CELLS, MIXED_BYTES = 64, 16384, 2**27
+# What a fit asks of Lightning; its loaders share out by themselves.
+TRAINER = {"logger": False, "enable_model_summary": False, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+FIELDS = {"max_epochs": "n_epochs", "accelerator": "device"}  # of Config, in place of the trainer's arguments
+PRECISIONS = ("32-true", "32", "bf16-mixed", "16-mixed")
 
 
 class Training(lightning.LightningModule):
-    """Steps of a fit. Apart from the model, so that a fitted model holds on to neither trainer nor data."""
+    """A fit. Apart from the model, so that a fitted model holds on to neither trainer nor data."""
 
     def __init__(
-        self,
-        model: Any,
-        units: tuple[np.ndarray, np.ndarray] | None,  # mean and sd of targets, in which the model learns
-        start: tuple[float, dict[str, Tensor]] | None,  # validation loss and weights that an epoch has to beat
-        order: torch.Generator,  # of the order of the cells; a checkpoint keeps its state
+        self, model: Any, train: ExpressionDataset, val: ExpressionDataset | None, baseline: LinearModel | None
     ) -> None:
         super().__init__()
-        self.model, self.order = model, order
+        cfg, y = model.cfg, train.y.numpy()
+        self.model, self.row, self.best = model, {}, None
+        self.order = torch.Generator().manual_seed(cfg.seed)  # of the cells; a checkpoint keeps its state
         self.drawn: list[dict[str, Tensor]] = []
         self.seen: dict[str, list[tuple[Tensor, ...]]] = {"train": [], "val": []}
-        self.row: dict[str, float] = {}
-        self.best = start and {"loss": start[0], "epoch": 0, "weights": start[1]}
-        for name, values in zip(("mean", "scale"), units or (None, None), strict=True):
-            values = None if values is None else torch.as_tensor(values, dtype=torch.float32)
+        self.loaders = [loader(train, cfg.batch_size, self.order)]
+        if val is not None:
+            self.loaders.append(loader(val, max(cfg.batch_size, 1024)))
+        with seeded(cfg.seed):
+            for layer in filter(None, (model.branches, model.project, model.direct)):
+                layer.reset_parameters()
+        model.train()
+        model._rows, model._baseline, model.statistics, model.trials, model.recipe = [], None, None, None, None
+        model._adopt(train)
+        shift, scale, units = 0.0, np.ones(1), cfg.linear and y.ndim == 2
+        if units:  # the model learns in standard deviations
+            y = y.astype(np.float64)
+            shift, scale = y.mean(axis=0), np.where(np.ptp(y, axis=0) > 0, y.std(axis=0), 1.0)
+        for name, values in {"mean": shift, "scale": scale}.items():
+            values = torch.as_tensor(values, dtype=torch.float32) if units else None
             self.register_buffer(name, values, persistent=False)
+        if cfg.linear:
+            model.center.copy_(torch.as_tensor(mean(train.x)))
+            nn.init.zeros_(model.direct.weight)
+            nn.init.zeros_(model.project.bias)
+        sets = {"train": train} if val is None else {"train": train, "val": val}
+        start = None if baseline is None else self._start_at(baseline, sets, shift, scale)
+        if val is None or not (cfg.linear or cfg.patience is not None):
+            return
+        weights = self._weights()
+        if not cfg.linear:
+            outputs = model.outputs(val)
+        else:  # the linear part alone
+            weights["project.weight"].zero_()
+            outputs = np.zeros((len(val), cfg.d_output)) if start is None else (start - shift) / scale
+        target = torch.as_tensor((val.y.numpy() - shift) / scale) if units else val.y
+        self.best = {"loss": float(model.loss(torch.as_tensor(outputs), target)), "epoch": 0, "weights": weights}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model(x).float()  # losses are of full precision, whatever the products are
+    def _start_at(
+        self, baseline: LinearModel, sets: dict[str, ExpressionDataset], shift: Any, scale: np.ndarray
+    ) -> np.ndarray:
+        """Put a linear baseline into history and linear part, and return its outputs of the last set."""
+        model = self.model
+        model._baseline = {}
+        for stage, part in sets.items():
+            outputs = baseline.outputs(part)
+            loss = model.loss(torch.as_tensor(outputs, dtype=torch.float32), part.y)
+            model._baseline |= self._row(stage, loss, outputs, part.y.numpy())
+        if model.cfg.linear:
+            at_center = baseline.constant + baseline.weight @ model.origin
+            with torch.no_grad():
+                model.direct.weight.copy_(torch.as_tensor(baseline.weight / scale[:, None]))
+                model.project.bias.copy_(torch.as_tensor((at_center - shift) / scale))
+        return outputs
+
+    def run(self, ckpt_path: str | Path | None, options: dict[str, Any]) -> None:
+        """Fit by a trainer with these options, and give the model its best weights, whatever happens."""
+        cfg = self.model.cfg
+        if ckpt_path == "last":
+            ckpt_path = _newest_checkpoint(Path(options.get("default_root_dir") or "."))
+        kind, _, index = cfg.device.partition(":")  # as in cuda:0
+        known = {"max_epochs": cfg.n_epochs, "accelerator": kind, "devices": [int(index)] if index else 1}
+        known |= {"enable_progress_bar": watched(), "enable_checkpointing": "default_root_dir" in options}
+        try:
+            with seeded(cfg.seed, cfg.device), _tamed():
+                lightning.Trainer(**TRAINER | known | options).fit(self, *self.loaders, ckpt_path=ckpt_path)
+        finally:
+            self._finish()
 
     def configure_optimizers(self) -> dict[str, Any]:
-        cfg, groups = self.model.cfg, {}
+        cfg, groups = self.model.cfg, []
         for name, weight in self.model.named_parameters():
             decay = cfg.weight_decay_linear if name == "direct.weight" else cfg.weight_decay
-            groups.setdefault(decay, []).append(weight)
-        groups = [{"params": weights, "weight_decay": decay} for decay, weights in groups.items()]
+            groups.append({"params": [weight], "weight_decay": decay})
         optimizer = torch.optim.Adam(groups, lr=cfg.lr, fused=True)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.n_epochs)
         return {"optimizer": optimizer, "lr_scheduler": cosine}
@@ -63,37 +124,34 @@ class Training(lightning.LightningModule):
         x, y = batch
         if self.scale is not None:
             y = (y - self.mean) / self.scale
-        outputs = self(x)
+        outputs = self.model(x).float()  # losses are of full precision, whatever the products are
         # A process may have no cell of the last batch, and still has to take part in the step.
         loss = self.model.loss(outputs, y) if len(y) else outputs.sum()
         self.seen[stage].append((loss.detach(), outputs.detach(), y))
         return loss
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss, processes = self._step(batch, "train"), self.trainer.world_size
-        if processes == 1 or isinstance(self.trainer.train_dataloader.dataset, Stored):
+        loss, cells = self._step(batch, "train"), self.trainer.train_dataloader.dataset
+        processes, size = self.trainer.world_size, self.model.cfg.batch_size
+        if processes == 1 or isinstance(cells, Stored):
             return loss
         # Gradients are averaged over processes, each counting as one whatever its share of the batch.
-        size = self.model.cfg.batch_size
-        together = min(size, len(self.trainer.train_dataloader.dataset) - batch_idx * size)
-        return loss * (len(batch[1]) * processes / together)
+        return loss * (len(batch[1]) * processes / min(size, len(cells) - batch_idx * size))
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         self._step(batch, "val")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rows"], checkpoint["best"] = self.model._rows, self.best
         # What is drawn next: the order of the cells, and dropout.
-        checkpoint["order"] = self.order.get_state()
         drawn = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             drawn["cuda"] = torch.cuda.get_rng_state(self.device)
-        checkpoint["random"] = _of_all(drawn)
+        own = {"rows": self.model._rows, "best": self.best, "order": self.order.get_state(), "random": _of_all(drawn)}
+        checkpoint.update(own)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.model._rows, self.best = checkpoint["rows"], checkpoint["best"]
+        self.model._rows, self.best, self.drawn = (checkpoint[name] for name in ("rows", "best", "random"))
         self.order.set_state(checkpoint["order"].cpu())
-        self.drawn = checkpoint["random"]
 
     def on_train_start(self) -> None:
         if self.trainer.world_size > 1:
@@ -104,17 +162,14 @@ class Training(lightning.LightningModule):
             if "cuda" in drawn and self.device.type == "cuda":
                 torch.cuda.set_rng_state(drawn["cuda"].cpu(), self.device)
 
-    def on_validation_start(self) -> None:
-        self.seen["val"].clear()  # what is left of Lightning's sanity check
-
     def on_validation_epoch_end(self) -> None:
         if self.trainer.sanity_checking or not self.seen["val"]:
+            self.seen["val"].clear()
             return
         self.row, loss = self._summary("val")
         self.log_dict(self.row, prog_bar=True)
         if self.best is not None and loss < self.best["loss"]:
-            weights = {name: value.detach().clone() for name, value in self.model.named_parameters()}
-            self.best = {"loss": loss, "epoch": len(self.model._rows) + 1, "weights": weights}
+            self.best = {"loss": loss, "epoch": len(self.model._rows) + 1, "weights": self._weights()}
 
     def on_train_epoch_end(self) -> None:
         row, _ = self._summary("train")
@@ -126,6 +181,15 @@ class Training(lightning.LightningModule):
         if self.best and patience is not None and epoch - self.best["epoch"] >= patience:
             self.trainer.should_stop = True
 
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def _row(self, stage: str, loss: Any, outputs: np.ndarray, target: np.ndarray) -> dict[str, float]:
+        return {
+            f"{stage}_loss": float(loss),
+            f"{stage}_{self.model.metric}": float(self.model._measure(outputs, target)),
+        }
+
     def _summary(self, stage: str) -> tuple[dict[str, float], float]:
         """Return loss and metric over the steps of a stage, and the loss as it is trained on."""
         each, outputs, targets = zip(*self.seen[stage], strict=True)
@@ -134,49 +198,113 @@ class Training(lightning.LightningModule):
         own = torch.stack(each).cpu() @ counts, counts.sum(), torch.cat(outputs).cpu(), torch.cat(targets).cpu()
         losses, counts, outputs, targets = zip(*_of_all(own), strict=True)
         loss, outputs, targets = float(sum(losses) / sum(counts)), torch.cat(outputs), torch.cat(targets)
-        measured = float(self.model._measure(outputs.numpy(), targets.numpy()))
         shown = loss
         if self.scale is not None:
             mean, scale = self.mean.cpu(), self.scale.cpu()
-            shown = float(self.model.loss(outputs * scale + mean, targets * scale + mean))
-        return {f"{stage}_loss": shown, f"{stage}_{self.model.metric}": measured}, loss
+            shown = self.model.loss(outputs * scale + mean, targets * scale + mean)
+        return self._row(stage, shown, outputs.numpy(), targets.numpy()), loss
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         """Give the model its best weights, in the units of the targets, and take it out of training mode."""
         model = self.model.to("cpu")
         model.best_epoch = len(model._rows) if self.best is None else self.best["epoch"]
         with torch.no_grad():
             if self.best is not None:
-                for name, parameter in model.named_parameters():
-                    parameter.copy_(self.best["weights"][name])
+                model.load_state_dict(self.best["weights"])
             if self.scale is not None:
                 mean, scale = self.mean.cpu(), self.scale.cpu()
-                for layer in filter(None, (model.project, model.direct)):
+                for layer in (model.project, model.direct):
                     layer.weight.mul_(scale[:, None])
                 model.project.bias.mul_(scale).add_(mean)
         model.zero_grad(set_to_none=True)
         model.eval()
 
 
-def _of_all(own: Any) -> list[Any]:
-    """Return what every process has; a list of one where there is one."""
-    if not torch.distributed.is_initialized():
-        return [own]
-    found = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, own)
-    return found
+def check_sets(model: Any, train: ExpressionDataset, val: ExpressionDataset | None, baseline: Any) -> None:
+    """Raise an error for cells that do not fit, and warn of what a fit without validation cells lacks."""
+    model.check(train, names=False)
+    if val is not None:
+        model.check(val, names=False)
+        if not (val.gene_names.equals(train.gene_names) and val.output_names.equals(train.output_names)):
+            raise ValueError(
+                "val does not have the genes and outputs of train, in its order; cut both from one AnnData."
+            )
+    elif model.cfg.patience is not None:
+        raise ValueError(
+            f"Config(patience={model.cfg.patience}) needs validation cells to tell the best epoch by; pass val= to "
+            f"fit, or patience=None to keep the last."
+        )
+    elif model.cfg.linear and baseline is True:
+        warn(
+            "fit has no validation cells: the linear part starts at 0 and not at the linear baseline, whose penalty "
+            "they choose, the last epoch is kept and not the best, and the fit is not compared with a linear model; "
+            "pass val=."
+        )
+
+
+def check_trainer(arguments: dict[str, Any]) -> None:
+    """Raise an error for arguments of Lightning's trainer that it does not have, or that would make a fit another."""
+    known = inspect.signature(lightning.Trainer).parameters
+    for name, value in arguments.items():
+        if name not in known:
+            wrong = f" is no argument of fit or of lightning.Trainer{nearest(name, known)}"
+        elif name in FIELDS:
+            wrong = f": leave it out, and build the model with Config({FIELDS[name]}=...)"
+        elif name in ("devices", "num_nodes") and value not in (1, "1") and arguments.get("strategy") != "ddp":
+            wrong = (
+                ": several processes need strategy='ddp', where each runs the whole script and has the model in the "
+                "end; or leave it out, and name one device by Config(device='cuda:0')"
+            )
+        elif name == "precision" and str(value or "32") not in PRECISIONS:
+            wrong = (
+                f": weights are kept in float32, so that interactions can be read off them; choose one of "
+                f"{', '.join(PRECISIONS)}"
+            )
+        else:
+            continue
+        raise ValueError(f"{name}={value!r}{wrong}.")
+
+
+def compare(model: Any, val: ExpressionDataset) -> None:
+    """Warn of a model that ends below the linear baseline."""
+    name = f"val_{model.metric}"
+    score, least, margin = model.score(val), model._baseline[name], MARGIN
+    if model.cfg.class_weight is not None:  # nor is one cell of the rarest class more than noise
+        sizes = np.unique(val.y, return_counts=True)[1]
+        margin += 1 / (len(sizes) * sizes.min())
+    if score < least - margin:
+        remedy = "scbmlp.models.solve is never below it beyond noise"
+        if not model.cfg.linear:
+            remedy = f"Config(linear=True) starts there and keeps the best epoch, and {remedy}"
+        warn(
+            f"the model ends below a linear one on the validation cells: {name} {score:.3f}, linear baseline "
+            f"{least:.3f}. What it has learnt beyond a linear model is noise; {remedy}."
+        )
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint that is whole; a process may have been killed while it wrote one."""
+    for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
+        with suppress(pickle.UnpicklingError, EOFError, RuntimeError, OSError):
+            torch.load(path, map_location="cpu", weights_only=True)
+            return path
+    return None
 
 
 @contextmanager
-def interruptible() -> Iterator[None]:
-    """Let Ctrl-C be a KeyboardInterrupt: Lightning would end the whole program, and be deaf to the next Ctrl-C."""
-    handler = signal.getsignal(signal.SIGINT)
+def _tamed() -> Iterator[None]:
+    """Keep Lightning from giving advice, and from ending the program at Ctrl-C, which stays a KeyboardInterrupt."""
+    logger, handler = logging.getLogger("lightning.pytorch"), signal.getsignal(signal.SIGINT)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        signal.signal(signal.SIGINT, handler)
+        signal.signal(signal.SIGINT, handler)  # Lightning is deaf to the next Ctrl-C
         raise KeyboardInterrupt from None
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -185,6 +313,39 @@ def interruptible() -> Iterator[None]:
             f"a process that reads cells ahead has died ({error}); it may have run out of memory: cut the data sets "
             f"with fewer of them, or with num_workers=0."
         ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def kind_of(device: str) -> str:
+    """Return the kind of device that a name stands for."""
+    if device == "auto" and torch.accelerator.is_available():
+        return torch.accelerator.current_accelerator().type
+    return torch.device("cpu" if device == "auto" else device).type
+
+
+@contextmanager
+def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
+    """Draw from `seed` inside, and leave torch's own generators where they were; for the CPU, no GPU is asked."""
+    kind = kind_of(device)
+    gpus = [] if kind == "cpu" else range(torch.get_device_module(kind).device_count())
+    with torch.random.fork_rng(gpus, device_type="cuda" if kind == "cpu" else kind):
+        torch.default_generator.manual_seed(seed) if kind == "cpu" else torch.manual_seed(seed)
+        yield
+
+
+def _of_all(own: Any) -> list[Any]:
+    """Return what every process has; a list of one where there is one."""
+    found = [own] * rank_of()[1]
+    if len(found) > 1:
+        torch.distributed.all_gather_object(found, own)
+    return found
+
+
+def rank_of() -> tuple[int, int]:
+    """Return the number of this process, and how many there are."""
+    several = torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
 
 
 class Stored(IterableDataset):
@@ -257,12 +418,6 @@ class _Share(BatchSampler):
             yield batch[rank::processes]
 
 
-def rank_of() -> tuple[int, int]:
-    """Return the number of this process, and how many there are."""
-    several = torch.distributed.is_initialized()
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
-
-
 def loader(cells: ExpressionDataset, batch_size: int, generator: torch.Generator | None = None) -> DataLoader:
     """Return a loader of whole batches, shuffled if it has a generator; each process takes its share of every batch."""
     if cells.stored:
@@ -274,66 +429,3 @@ def loader(cells: ExpressionDataset, batch_size: int, generator: torch.Generator
     order = SequentialSampler(cells) if generator is None else RandomSampler(cells, generator=generator)
     share = _Share(order, batch_size, drop_last=False)
     return DataLoader(cells, sampler=share, batch_size=None, generator=generator)
-
-
-def check_trainer(arguments: dict[str, Any]) -> None:
-    """Raise an error for arguments of Lightning's trainer that it does not have, or that would make a fit another."""
-    known = inspect.signature(lightning.Trainer).parameters
-    for name, value in arguments.items():
-        if name not in known:
-            raise ValueError(f"{name}={value!r} is no argument of fit or of lightning.Trainer{nearest(name, known)}.")
-    for name, field in {"max_epochs": "n_epochs", "accelerator": "device"}.items():
-        if name in arguments:
-            raise ValueError(f"{name}={arguments[name]!r}: leave it out, and build the model with Config({field}=...).")
-    for name in ("devices", "num_nodes"):
-        if arguments.get(name, 1) not in (1, "1") and arguments.get("strategy") != "ddp":
-            raise ValueError(
-                f"{name}={arguments[name]!r}: several processes need strategy='ddp', where each runs the whole script "
-                f"and has the model in the end; or leave it out, and name one device by Config(device='cuda:0')."
-            )
-    allowed = ("32-true", "32", "bf16-mixed", "16-mixed")
-    if str(arguments.get("precision") or "32") not in allowed:
-        raise ValueError(
-            f"precision={arguments['precision']!r}: weights are kept in float32, so that interactions can be read off "
-            f"them; choose one of {', '.join(allowed)}."
-        )
-
-
-def accelerator(device: str) -> dict[str, Any]:
-    """Translate a torch device name into the arguments of Lightning."""
-    if device == "auto":
-        return {"accelerator": "auto", "devices": 1}
-    device = torch.device(device)
-    return {"accelerator": device.type, "devices": 1 if device.index is None else [device.index]}
-
-
-def kind_of(device: str) -> str:
-    """Return the kind of device that a name stands for."""
-    if device == "auto" and torch.accelerator.is_available():
-        return torch.accelerator.current_accelerator().type
-    return torch.device("cpu" if device == "auto" else device).type
-
-
-@contextmanager
-def seeded(seed: int, device: str = "cpu") -> Iterator[None]:
-    """Draw from `seed` inside, and leave torch's own generators where they were; for the CPU, no GPU is asked."""
-    kind = kind_of(device)
-    gpu = kind != "cpu"
-    kind = kind if gpu else "cuda"
-    with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()) if gpu else [], device_type=kind):
-        torch.manual_seed(seed) if gpu else torch.default_generator.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def quiet_lightning() -> Iterator[None]:
-    """Keep advice on hardware and workers off the page, for the length of a fit."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -16,6 +16,8 @@ from scbmlp.models import Config, ScBMLPClassifier
 # On a machine that others use, how long an example takes says nothing.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+# Threads that wait for each other on a busy machine make small fits many times slower.
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -27,15 +29,6 @@ def pytest_runtest_call(item):
         if error.name in ("pertpy", "scvelo"):
             pytest.skip(f"{error.name} comes with the book extra")
         raise
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Threads that wait for each other on a busy machine make small fits many times slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +48,7 @@ def no_network(monkeypatch):
 def cells():
     """Simulated cells, 10,000 counts each, log1p, sparse; copy before changing anything."""
     adata = simulate.pancreas(seed=0, n_cells=400, n_genes=300)
-    depth = np.asarray(adata.X.sum(axis=1))
-    adata.X = sparse.csr_matrix(adata.X.multiply(1e4 / depth)).log1p().astype(np.float32)
+    adata.X = sparse.csr_matrix(adata.X.multiply(1e4 / adata.X.sum(axis=1))).log1p().astype(np.float32)
     return adata
 
 
@@ -79,19 +71,12 @@ def planted():
 @pytest.fixture(scope="session")
 def treated():
     """Two lines, far apart; a drug raises gene 0 and lowers gene 1, another does nothing; copy before changing it."""
-    rng = np.random.default_rng(0)
-    n = 360
-    obs = pd.DataFrame(
-        {
-            "drug": np.tile(["control", "active", "inert"], n // 3),
-            "line": np.repeat(["a", "b"], n // 2),
-            "dose": np.tile([np.nan, 100, 10], n // 3),
-        },
-        index=[f"cell{i}" for i in range(n)],
-    )
-    x = rng.uniform(1, 2, (n, 12)) + 3 * (obs["line"] == "b").to_numpy()[:, None] * np.eye(12)[5]
-    x[obs["drug"] == "active"] += np.eye(12)[0] - 0.5 * np.eye(12)[1]
-    return AnnData(sparse.csr_matrix(x, dtype=np.float32), obs=obs)
+    drugs = pd.DataFrame({"drug": ["control", "active", "inert"], "dose": [np.nan, 100, 10]})
+    obs = pd.concat([drugs] * 120, ignore_index=True).assign(line=np.repeat(["a", "b"], 180))
+    x = np.random.default_rng(0).uniform(1, 2, (360, 12))
+    x[180:, 5] += 3
+    x[obs["drug"] == "active", :2] += [1, -0.5]
+    return AnnData(sparse.csr_matrix(x, dtype=np.float32), obs=obs.rename(index="cell{}".format))
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +106,6 @@ def rows_made_dense(monkeypatch):
 @pytest.fixture(scope="session")
 def classifier(sets):
     """A small model that tells the cells, not to be changed."""
-    cfg = Config(d_input=300, d_hidden=8, d_output=8, n_epochs=10, device="cpu")
-    model = ScBMLPClassifier(cfg)
+    model = ScBMLPClassifier(Config(d_input=300, d_hidden=8, d_output=8, n_epochs=10, device="cpu"))
     model.fit(sets[0], sets[1], enable_progress_bar=False)
     return model

@@ -43,7 +43,7 @@ def test_every_cell_is_in_one_of_three_sets_of_70_15_15_percent(targets, kind):
         assert repr(part) == f"ExpressionDataset: {size}, sparse"
 
 
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(8, 50), min_size=2, max_size=10),
     fractions=st.tuples(st.floats(0.3, 0.7), st.sampled_from([0.15, 0.2])) | st.just((0.5, 0.25)),
@@ -65,31 +65,28 @@ def test_every_split_is_of_all_cells_each_once_with_every_class_in_proportion(si
         np.testing.assert_array_equal(part.indices, same.indices)
 
 
-def test_the_seed_decides_the_split(cells, sets):
-    other = get_classification_datasets(cells, "clusters", random_state=1)
-    assert not any(np.array_equal(part.indices, one.indices) for part, one in zip(sets, other, strict=True))
-
-
+@pytest.mark.parametrize("layer", [None, "log"])
 @pytest.mark.parametrize("kind", [sparse.csr_matrix, sparse.csr_array, sparse.csc_matrix, np.array], ids=str)
-def test_any_format_gives_the_same_cells_and_sparse_stays_csr(cells, sets, kind):
-    adata = AnnData(kind(dense(cells.X)), obs=cells.obs, var=cells.var)
-    for part, expected in zip(get_classification_datasets(adata, "clusters"), sets, strict=True):
+def test_any_format_gives_the_same_cells_and_sparse_stays_csr(cells, sets, kind, layer):
+    x = kind(dense(cells.X))
+    adata = AnnData(obs=cells.obs, var=cells.var, **({"X": x} if layer is None else {"layers": {layer: x}}))
+    for part, expected in zip(get_classification_datasets(adata, "clusters", layer=layer), sets, strict=True):
         assert sparse.issparse(part.x) == (kind is not np.array) and getattr(part.x, "format", "csr") == "csr"
         assert part.x.dtype == np.float32
         np.testing.assert_array_equal(dense(part.x), dense(expected.x))
 
 
-def test_splitting_and_indexing_make_only_the_cells_asked_for_dense(cells, rows_made_dense):
-    train, *_ = get_classification_datasets(cells, "clusters")
+def test_the_seed_decides_the_split(cells, sets):
+    other = get_classification_datasets(cells, "clusters", random_state=1)
+    assert not any(np.array_equal(part.indices, one.indices) for part, one in zip(sets, other, strict=True))
+
+
+def test_log_normalised_cells_are_taken_without_a_word_and_only_those_asked_for_are_made_dense(cells, rows_made_dense):
+    with warnings.catch_warnings(action="error"):
+        train, *_ = get_classification_datasets(cells, "clusters")
     assert rows_made_dense == []
     train[list(range(32))]
-    assert rows_made_dense == [32]
-
-
-def test_layer_is_read_instead_of_x(cells):
-    adata = AnnData(obs=cells.obs, var=cells.var, layers={"log": cells.X})
-    train, *_ = get_classification_datasets(adata, "clusters", layer="log")
-    np.testing.assert_array_equal(dense(train.x), dense(cells.X[train.indices]))
+    assert rows_made_dense == [32] and sum(1 for _ in train) == len(train)
 
 
 @pytest.mark.parametrize("index", [0, -1, np.int64(7), slice(3, 9), slice(None, None, 50), [5, 2, 2], []], ids=repr)
@@ -98,10 +95,6 @@ def test_indexing_gives_dense_tensors_of_those_cells(sets, index):
     np.testing.assert_array_equal(x.numpy(), dense(sets[0].x)[index])
     np.testing.assert_array_equal(y.numpy(), sets[0].y.numpy()[index])
     assert x.dtype == torch.float32 and y.dtype == torch.int64
-
-
-def test_iterating_ends_after_the_last_cell(sets):
-    assert sum(1 for _ in sets[2]) == len(sets[2])
 
 
 def test_classes_keep_their_categorical_order_and_unused_ones_are_dropped(cells):
@@ -126,11 +119,6 @@ def test_split_key_holds_out_the_cells_it_names(targets, make, key):
         make(targets, key, split_key="part")
 
 
-def test_log_normalised_cells_are_taken_without_a_warning(cells):
-    with warnings.catch_warnings(action="error"):
-        get_classification_datasets(cells, "clusters")
-
-
 @pytest.mark.parametrize(
     ("key", "names"), [("table", ["up", "down"]), ("array", ["array_0", "array_1"]), ("flat", ["flat_0"])]
 )
@@ -140,7 +128,7 @@ def test_targets_are_named_after_their_columns_or_their_key(targets, key, names)
         np.testing.assert_array_equal(part.y[:, 0], part.indices)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(order=st.permutations(range(6)), n_wanted=st.integers(1, 6), named=st.booleans())
 def test_genes_are_matched_by_name_whatever_their_order(order, n_wanted, named):
     x, genes = np.arange(18.0).reshape(3, 6) / 4, pd.Index(list("abcdef"))

@@ -38,7 +38,7 @@ def expected_tests(named, sets, background, n_top):
     return table.assign(q=false_discovery_control(table["p"]))
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     members=st.lists(st.sets(st.sampled_from(GENES + ["Other1", "Other2"]), min_size=1), min_size=1, max_size=6),
     background=st.none() | st.sets(st.sampled_from(GENES), min_size=30).map(sorted),
@@ -78,9 +78,8 @@ def test_planted_set_is_found_at_its_pole_by_fishers_test():
 def test_symbols_are_matched_whatever_their_case():
     mouse = ["Ins1", "Iapp", "Gcg", "Nkx6-1", "Pdx1", "Mafb", *GENES]
     for case in (str.upper, str.lower):
-        table = enrich(modules_of(genes=mouse), {"islet": [case(gene) for gene in mouse[:6]]}, n_top=66)
-        for _, both in table.groupby("module"):  # a gene is in one pole or the other
-            assert both["overlap"].sum() == 6 and sorted(", ".join(both["genes"]).split(", ")) == sorted(mouse[:6])
+        table = enrich(modules_of(1, genes=mouse), {"islet": [case(gene) for gene in mouse[:6]]}, n_top=66)
+        assert sorted(", ".join(table["genes"]).split(", ")) == sorted(mouse[:6])  # a gene is in one pole or the other
 
 
 def test_background_decides_what_could_have_been_found():
@@ -94,9 +93,8 @@ def test_background_decides_what_could_have_been_found():
 
 
 def test_list_without_a_hit_has_a_p_of_one():
-    modules = modules_of()
-    sets = {"out of reach": list(modules.loadings["module_1"].abs().nsmallest(6).index)}
-    table = enrich(modules, sets, n_top=5).query("module == 'module_1'")
+    modules = modules_of(1)
+    table = enrich(modules, {"out of reach": list(modules.loadings["module_1"].abs().nsmallest(6).index)}, n_top=5)
     assert (table[["overlap", "odds_ratio"]] == 0).all(axis=None) and (table[["p", "q"]] == 1).all(axis=None)
     assert list(table["genes"]) == ["", ""]
 
@@ -161,7 +159,7 @@ def test_gene_sets_that_cannot_be_had_are_an_error_with_advice(offline, name, ca
 def test_spoiled_gmt_files_are_read_or_refused_in_words(tmp_path):
     path, rng = tmp_path / "sets.gmt", np.random.default_rng(0)
     whole = "".join(f"set {i}\tnote\t" + "\t".join(GENES[i : i + 9]) + "\n" for i in range(20)).encode()
-    for trial in range(90):
+    for trial in range(30):
         spoiled = bytearray(whole)
         if trial % 3 == 0:
             spoiled = spoiled[: rng.integers(len(whole))]

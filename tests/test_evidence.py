@@ -18,7 +18,7 @@ from scbmlp.evidence import ablation, random_directions, trust, without_pairs
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import attributions, audit, decompose, group_means, interaction_matrix, pair_effects
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
-from scbmlp.modules import GeneModules, consensus, gene_modules, permutation_null, stability
+from scbmlp.modules import consensus, gene_modules, permutation_null, stability
 from scbmlp.solving import _solved, solve, solve_replicas
 from scbmlp.stability import follows_target
 from tests.test_interactions import random_model
@@ -34,8 +34,8 @@ def cells_of(model, n=9, seed=0):
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_attributions_and_pairs_are_shapley_values_counted_over_all_sets_of_genes(linear):
-    """eq-attributions, on twelve genes and 4,096 sets: the count knows nothing of weights."""
-    n = 12
+    """eq-attributions, on eight genes and 256 sets: the count knows nothing of weights."""
+    n = 8
     model = random_model(n, 4, 2, seed=1, bias=True, linear=linear).double()
     x, reference = cells_of(model, 2), cells_of(model, 1, seed=5)[0].astype(np.float64)
     codes, pairs = np.arange(2**n), [(0, 1), (7, 3)]
@@ -58,22 +58,18 @@ def test_attributions_and_pairs_are_shapley_values_counted_over_all_sets_of_gene
 def test_attributions_are_integrated_gradients():
     model = random_model(7, 3, 2, seed=2).double()
     x = cells_of(model, 4)
-    dataset = ExpressionDataset(x, np.eye(4, 2, dtype=np.float32), model.gene_names, model.output_names)
     steps = (torch.arange(200, dtype=torch.float64) + 0.5) / 200  # the midpoint rule is exact for a straight line
     path = (steps[:, None, None] * torch.as_tensor(x, dtype=torch.float64)).requires_grad_()
     model(path.reshape(-1, 7))[:, 0].sum().backward()
-    expected = path.grad.mean(dim=0).numpy() * x
-    np.testing.assert_allclose(attributions(model, "out0", x, np.zeros(7)), expected, rtol=1e-6, atol=1e-9)
-    total = gene_modules(model, "out0", None, "identity", dataset=dataset).contributions(x).sum(axis=1)
-    np.testing.assert_allclose(expected.sum(axis=1), total, rtol=1e-6)
+    found = attributions(model, "out0", x, np.zeros(7))
+    np.testing.assert_allclose(found, path.grad.mean(dim=0).numpy() * x, rtol=1e-6, atol=1e-9)
 
 
 def test_attributions_keep_the_names_of_cells_and_match_genes():
     model = random_model(6, 3, 2, seed=3)
     adata = AnnData(cells_of(model), pd.DataFrame(index=list("abcdefghi")), pd.DataFrame(index=model.gene_names))
     whole = attributions(model, "out0", adata, np.zeros(6))
-    turned = attributions(model, "out0", adata[:, ::-1], np.zeros(6))
-    pd.testing.assert_frame_equal(whole, turned)
+    pd.testing.assert_frame_equal(whole, attributions(model, "out0", adata[:, ::-1], np.zeros(6)))
     assert list(whole.index) == list(adata.obs_names)
     np.testing.assert_allclose(whole.sum(axis=1), model.outputs(adata)[:, 0], rtol=1e-4, atol=1e-5)
     table = interaction_matrix(model, "out0").top_pairs(4)
@@ -106,8 +102,8 @@ def test_group_means_split_the_mean_output(linear, form):
         np.testing.assert_allclose(row["coexpression"], np.trace(q @ np.cov(own.T, bias=True)), rtol=1e-5, atol=1e-7)
         np.testing.assert_allclose(row["mean"], model.outputs(own)[:, 1].mean(), rtol=1e-4, atol=1e-5)
     # Labels of AnnData's cells are matched by name.
-    adata = AnnData(form(x), pd.DataFrame({"donor": donors}, [f"c{i}" for i in range(40)]))
-    adata.var_names = model.gene_names
+    obs, var = pd.DataFrame({"donor": donors}, [f"c{i}" for i in range(40)]), pd.DataFrame(index=model.gene_names)
+    adata = AnnData(form(x), obs, var)
     turned = group_means(model, "out1", adata, adata.obs["donor"][::-1], reference)
     pd.testing.assert_frame_equal(turned, table)
     with pytest.raises(ValueError, match="groups has rows of other cells than adata"):
@@ -121,26 +117,24 @@ def test_group_means_split_the_mean_output(linear, form):
 
 @pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
 def test_ablation_is_the_model_without_the_module(kind):
+    """The same by the weights: one eigenvector taken out of the dense matrix."""
     model = random_model(8, 4, 3, seed=5, kind=kind)
     x, rng = cells_of(model, 60), np.random.default_rng(0)
     y = rng.integers(0, 3, 60) if kind is ScBMLPClassifier else rng.standard_normal((60, 3)).astype(np.float32)
     dataset = ExpressionDataset(x, y, model.gene_names, model.output_names)
     modules = gene_modules(model, "out2", 3, dataset=dataset)
     table = ablation(model, modules, dataset)
-    for name in modules.eigenvalues.index:
-        # The same by the weights: one eigenvector taken out of the dense matrix.
-        v = modules.weights[name].to_numpy()
-        outputs = np.stack([interaction_matrix(model, one).quadratic_form(x) for one in model.output_names], axis=1)
+    outputs = np.stack([interaction_matrix(model, one).quadratic_form(x) for one in model.output_names], axis=1)
+    for name, eigenvalue in modules.eigenvalues.items():
         left = outputs.copy()
-        left[:, 2] -= modules.eigenvalues[name] * (x @ v) ** 2
-        expected = model._measure_each(outputs, y) - model._measure_each(left, y)
-        expected = [model._measure(outputs, y) - model._measure(left, y), *expected]
-        np.testing.assert_allclose(table.loc[name, ["score", *model.output_names]].astype(float), expected, atol=1e-4)
-        if kind is ScBMLPClassifier:
-            assert table.loc[name, "changed"] == (outputs.argmax(axis=1) != left.argmax(axis=1)).mean()
-        else:
-            rms = np.sqrt(((outputs - left)[:, 2] ** 2).mean()) / y[:, 2].std()
-            np.testing.assert_allclose(table.loc[name, "changed"], rms, rtol=1e-4)
+        left[:, 2] -= eigenvalue * (x @ modules.weights[name].to_numpy()) ** 2
+        whole, rest = ([model._measure(one, y), *model._measure_each(one, y)] for one in (outputs, left))
+        lost = table.loc[name, ["score", *model.output_names]].astype(float)
+        np.testing.assert_allclose(lost, np.subtract(whole, rest), atol=1e-4)
+        rms = np.sqrt(((outputs - left)[:, 2] ** 2).mean())
+        turned = (outputs.argmax(axis=1) != left.argmax(axis=1)).mean()
+        expected = turned if kind is ScBMLPClassifier else rms / y[:, 2].std()
+        np.testing.assert_allclose(table.loc[name, "changed"], expected, rtol=1e-4)
     with pytest.raises(KeyError, match="is not one output of the model; they are out0, out1, out2"):
         ablation(model, gene_modules(model, {"out0": 1, "out1": -1}, 2, dataset=dataset), dataset)
 
@@ -172,38 +166,43 @@ RECIPE = [(PRODUCTS, 1e-2), (Mixture(rank=5).plus("components", 2.0).plus("produ
 @pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
 def test_p_values_are_uniform_where_nothing_is_and_products_are_forced(kind):
     """eq-permutation."""
-    p = []
-    for seed in range(60):
-        train, val = noise(seed, kind=kind)
-        model = solved_with(RECIPE[:1] if kind is ScBMLPClassifier else RECIPE, train, kind)
-        p.append(permutation_null(model, train, val, "a", 19, seed=seed, progress=False)["p"].min())
+    p, recipe = [], RECIPE[:1] if kind is ScBMLPClassifier else RECIPE
+    for seed in range(40):
+        sets = noise(seed, kind=kind)
+        model = solved_with(recipe, sets[0], kind)
+        p.append(permutation_null(model, *sets, "a", 19, seed=seed, progress=False)["p"].min())
     assert chisquare(np.histogram(p, [0, 0.21, 0.41, 0.61, 0.81, 1])[0]).pvalue > 1e-3, p
     assert abs(np.mean(p) - 0.525) < 0.12
 
 
-@pytest.mark.parametrize("metric", ["sd", "identity", "covariance"])
 @pytest.mark.parametrize(
-    ("space", "sizes"),
-    [("components", (128, 400)), ("genes", (128, 400)), ("sd", (2, 400)), ("components", (2, 2)), ("genes", (2, 2))],
+    ("metric", "space", "paired", "dense"),
+    [
+        ("sd", "components", 128, 400),
+        ("identity", "genes", 128, 400),
+        ("covariance", "components", 128, 400),
+        ("covariance", "sd", 2, 400),
+        ("identity", "components", 2, 2),
+        ("sd", "genes", 2, 2),
+    ],
 )
-def test_a_permutation_is_the_model_solved_again(metric, space, sizes, monkeypatch):
-    """For an output, and for a mix of outputs of different mixtures."""
-    monkeypatch.setattr(stable, "PAIRED", sizes[0])
-    monkeypatch.setattr(stable, "DENSE", sizes[1])
+def test_a_permutation_is_the_model_solved_again(metric, space, paired, dense, monkeypatch):
+    """For an output, and for a mix of outputs of different mixtures; by every way to the eigenvectors."""
+    monkeypatch.setattr(stable, "PAIRED", paired)
+    monkeypatch.setattr(stable, "DENSE", dense)
     train, val = noise(1, kind=ScBMLPRegressor)
     recipe = [(RECIPE[0][0]._replace(space=space), 1e-2), RECIPE[1]]
-    again = stable._Again(solved_with(recipe, train), train, val, metric)
+    prepare = stable._preparer(solved_with(recipe, train), train, val, metric)
     rng = np.random.default_rng(0)
     orders = [np.stack([np.arange(n), rng.permutation(n)]) for n in (len(train), len(val))]
     for output in ("a", {"a": 1.0, "b": -0.5}):
-        first, r = again.read(output, 4, *orders, lambda n: None)
-        for order, order_val, found in zip(*orders, r, strict=True):
-            dealt = [replaced(one, own) for one, own in ((train, order), (val, order_val))]
-            model = solved_with(recipe, dealt[0])
+        first, r = stable._read(*prepare(output), 4, *orders, False)
+        for k, (order, order_val) in enumerate(zip(*orders, strict=True)):
+            model, dealt = solved_with(recipe, replaced(train, order)), replaced(val, order_val)
             known = gene_modules(model, output, 4, metric)
-            if (order == np.arange(len(order))).all():
+            if k == 0:
                 np.testing.assert_allclose(first, known.eigenvalues, rtol=1e-3)
-            np.testing.assert_allclose(found, follows_target(known, model, dealt[1]), atol=2e-4)
+            np.testing.assert_allclose(r[k], follows_target(known, model, dealt), atol=2e-4)
 
 
 def replaced(dataset, order):
@@ -215,7 +214,7 @@ def test_classes_are_judged_by_squared_errors():
     train, val = noise(4)
     table = permutation_null(solved_with(RECIPE[:1], train, ScBMLPClassifier), train, val, "b", 9, progress=False)
     shares = np.bincount(train.y) / len(train)
-    both = [ExpressionDataset(one.x, np.eye(2)[one.y], *[one.gene_names, one.output_names]) for one in (train, val)]
+    both = [ExpressionDataset(one.x, np.eye(2)[one.y], one.gene_names, one.output_names) for one in (train, val)]
     model = solved_with([(PRODUCTS, 1e-2 / np.mean(shares * (1 - shares)))] * 2, both[0])
     known = gene_modules(model, {"b": 0.5, "a": -0.5}, 5, "covariance")
     np.testing.assert_allclose(table["eigenvalue"], known.eigenvalues, rtol=1e-4)
@@ -241,36 +240,33 @@ def test_p_values_are_small_where_something_is():
 
 
 def test_targets_are_permuted_within_strata():
+    """The target is the stratum, and stays."""
     train, val = noise(2, kind=ScBMLPRegressor)
     donors = np.where(np.arange(160) % 4 == 0, "one", "two")
     train.indices, val.indices = np.arange(100), np.arange(100, 160)
-    # The target is the stratum, and stays.
     for one in (train, val):
         one.y[:] = torch.as_tensor(donors[one.indices] == "one").float()[:, None]
     model = solved_with(RECIPE, train)
     table = permutation_null(model, train, val, "a", 3, donors, progress=False)
     np.testing.assert_allclose(table.attrs["null"]["a"], table["r"].max(), rtol=1e-6)
     assert np.ptp(permutation_null(model, train, val, "a", 3, progress=False).attrs["null"]["a"]) > 0
-    for broken, message in {
-        tuple(donors[:120]): "strata has 120 labels, the last cell of val is cell 159; pass one label",
-        (None, *donors[1:]): "strata has no label for 1 cells of train; drop them",
-        ("alone", *donors[1:]): "strata has 1 labels with a single cell in train, whose target cannot be permuted",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            permutation_null(model, train, val, "a", 2, list(broken), progress=False)
 
 
-def test_a_null_needs_a_solved_model_and_a_target_that_differs():
+def test_a_null_needs_a_solved_model_a_target_that_differs_and_strata_of_all_cells():
     train, val = noise(3)
+    train.indices, val.indices = np.arange(100), np.arange(100, 160)
     model = solved_with(RECIPE[:1], train, ScBMLPClassifier)
-    known = {"model": model, "train": train, "val": val, "output": "a", "n_permutations": 1}
-    same, trained = replaced(val, np.zeros(len(val), int)), ScBMLPClassifier(model.cfg)
+    known = {"model": model, "train": train, "val": val, "output": "a", "n_permutations": 1, "progress": False}
+    donors = ["one", "two"] * 80
     for match, options in (
         ("val is of type NoneType", {"val": None}),
-        ("val has the same target of 'a' in every cell; take more cells", {"val": same}),
-        ("the model was trained, not solved: .* pass one of scbmlp.models.solve", {"model": trained}),
+        ("val has the same target of 'a' in every cell", {"val": replaced(val, np.zeros(len(val), int))}),
+        ("the model was trained, not solved: .* pass one of scbmlp", {"model": ScBMLPClassifier(model.cfg)}),
         ("n_permutations=0", {"n_permutations": 0}),
         ("metric='cosine' is unknown", {"metric": "cosine"}),
+        ("strata has 120 labels, the last cell of val is cell 159; pass one label", {"strata": donors[:120]}),
+        ("strata has no label for 1 cells of train; drop them", {"strata": [None, *donors[1:]]}),
+        ("strata has 1 labels with a single cell in train, whose target", {"strata": ["alone", *donors[1:]]}),
     ):
         with pytest.raises(ValueError, match=match):
             permutation_null(**known | options)
@@ -307,22 +303,19 @@ def test_without_pairs_each_gene_keeps_its_target_and_loses_the_others(form):
 @pytest.fixture(scope="module")
 def found():
     """Cells with one planted pair, replicas of a solved model, their consensus, a null, gene sets and an audit."""
-    adata = simulate.planted_interactions(seed=3, n_cells=1200, n_genes=120, n_programs=3, genes_per_program=20)
+    adata = simulate.planted_interactions(seed=3, n_cells=900, n_genes=120, n_programs=3, genes_per_program=20)
     train, val, test = get_classification_datasets(adata, "label")
     solved = solve(ScBMLPClassifier, train, val, progress=False)
     replicas = solve_replicas(solved, train, 4, progress=False)
     null = permutation_null(solved, train, val, "on", 99, progress=False)
     noise = {f"noise{i}": [f"Sim{i * 7 + j:04d}" for j in range(1, 7)] for i in range(9)}
-    sets, modules = adata.uns["truth"]["programs"] | noise, consensus(replicas, "on", 5)
-    return SimpleNamespace(
-        adata=adata, train=train, val=val, test=test, replicas=replicas, null=null, sets=sets, modules=modules
-    )
+    parts = {"sets": adata.uns["truth"]["programs"] | noise, "modules": consensus(replicas, "on", 5)}
+    return SimpleNamespace(adata=adata, train=train, val=val, test=test, replicas=replicas, null=null, **parts)
 
 
-def test_a_model_without_products_has_nothing_to_trust():
-    genes = pd.Index(["a", "b"])
-    none = GeneModules(pd.Series(dtype=float), *2 * [pd.DataFrame(index=genes)], *2 * [pd.Series(1.0, genes)], "y")
-    table = trust(none, [], None).trust
+def test_a_model_without_products_has_nothing_to_trust(found):
+    none = {name: getattr(found.modules, name).iloc[:, :0] for name in ("loadings", "weights")}
+    table = trust(replace(found.modules, eigenvalues=found.modules.eigenvalues[:0], **none), [], None).trust
     assert len(table) == 0 and list(table.columns) == ["trusted"]
 
 
@@ -358,10 +351,12 @@ def test_modules_that_other_fits_do_not_have_are_not_trusted(found):
 
 def test_what_does_not_go_together_is_refused(found):
     replicas, val, null = found.replicas, found.val, found.null
-    with pytest.raises(KeyError, match="null has no fits read for 'off'; it has on"):
-        trust(consensus(replicas, "off", 2), replicas, val, null=null)
-    with pytest.raises(ValueError, match=r"null is of modules in metric 'covariance', .*null\(..., metric='sd'\)"):
-        trust(gene_modules(replicas[0], "on", 2), replicas, val, null=null)
+    for modules, error, message in (
+        (consensus(replicas, "off", 2), KeyError, "null has no fits read for 'off'; it has on"),
+        (gene_modules(replicas[0], "on", 2), ValueError, r"metric 'covariance', .*null\(..., metric='sd'\)"),
+    ):
+        with pytest.raises(error, match=message):
+            trust(modules, replicas, val, null=null)
     with pytest.raises(ValueError, match="modules= and dataset= together"):
         stability(replicas, "on", modules=found.modules)
 

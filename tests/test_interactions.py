@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, log_loss, r2_score
 
 from scbmlp import audit as audit_of
-from scbmlp import baselines, exact, simulate
+from scbmlp import baselines, exact, interactions, simulate
 from scbmlp.baselines import additive_features
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.interactions import (
@@ -51,7 +51,7 @@ def dense_q(model, p):
     return (q + q.T) / 2
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(sizes)
 def test_matrix_is_half_the_hessian_and_the_dense_matrix(size):
     """eq-factors, eq-q: eigenpairs, products, diagonal, trace and norm are those of the dense matrix."""
@@ -74,11 +74,9 @@ def test_matrix_is_half_the_hessian_and_the_dense_matrix(size):
     np.testing.assert_allclose(matrix @ cells, dense @ cells, atol=1e-10 * scale)
     np.testing.assert_allclose(matrix.T @ cells[:, 0], dense @ cells[:, 0], atol=1e-10 * scale)
     np.testing.assert_allclose(matrix.diagonal(), np.diag(dense), atol=1e-10 * scale)
-    assert matrix.trace() == pytest.approx(np.trace(dense), abs=1e-10 * scale)
-    assert matrix.norm() == pytest.approx(np.linalg.norm(dense), rel=1e-6, abs=1e-6)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(sizes, st.booleans(), st.booleans())
 def test_projectors_agree_with_dense_eigh_also_for_repeated_and_zero_eigenvalues(size, bias, homogeneous):
     """Small whole weights, half of them 0 and hidden units in pairs: many eigenvalues coincide or vanish."""
@@ -112,40 +110,41 @@ def test_quadratic_form_is_the_output_of_a_model_without_biases():
         np.testing.assert_allclose(form, model.outputs(x)[:, i], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("homogeneous", [False, True])
-def test_between_and_units_are_parts_of_the_dense_matrix(homogeneous):
+def test_between_and_units_are_parts_of_the_dense_matrix():
     model, scale = random_model(10, 3, 2, seed=1), np.linspace(0, 2, 10)
-    unit = np.diag(np.append(scale, 1) if homogeneous else scale)
-    options = {"homogeneous": homogeneous}
-    matrix = interaction_matrices(model, **options)[1]
-    dense = unit @ matrix.to_dense() @ unit
-    np.testing.assert_allclose(interaction_matrices(model, scale=scale, **options)[1].to_dense(), dense, atol=1e-12)
-    table = matrix.scaled(np.diag(unit)).between(["gene7", "gene2"], ["gene0", "gene9", "gene7"])
+    matrix = interaction_matrix(model, "out1")
+    dense = scale[:, None] * matrix.to_dense() * scale
+    for same in (matrix.scaled(scale), interaction_matrices(model, scale=scale)[1]):
+        np.testing.assert_allclose(same.to_dense(), dense, atol=1e-12)
+    table = matrix.scaled(scale).between(["gene7", "gene2"], ["gene0", "gene9", "gene7"])
     np.testing.assert_allclose(table, dense[np.ix_([7, 2], [0, 9, 7])], atol=1e-12)
     assert table.columns.tolist() == ["gene0", "gene9", "gene7"]
+    assert repr(matrix) == "InteractionMatrix: output out1; genes 10 x 10, held as factors; rank at most 6"
+    assert repr(matrix.scaled(scale)) == repr(matrix)
+    assert "output" not in repr(InteractionMatrix(np.eye(3), np.eye(3), pd.RangeIndex(3)))
 
 
 def test_directions():
-    classifier = random_model(4, 2, 3, seed=0, kind=ScBMLPClassifier)
-    regressor = random_model(4, 2, 3, seed=0)
-    np.testing.assert_allclose(direction(classifier, "out1"), [-1 / 3, 2 / 3, -1 / 3])
-    np.testing.assert_allclose(direction(classifier, 1), direction(classifier, "out1"))
-    np.testing.assert_allclose(direction(classifier, {"out0": 1, "out2": -1}), [1, 0, -1])
-    shares = pd.Series([0.2, 0.5, 0.3], classifier.output_names)
-    by_shares = direction(classifier, {**-shares, "out1": 1 - shares["out1"]})
-    np.testing.assert_allclose(by_shares, [-0.2, 0.5, -0.3])
-    np.testing.assert_allclose(direction(regressor, "out1"), [0, 1, 0])
-    np.testing.assert_allclose(direction(regressor, {0: 0.5, "out0": 0.5}), [1, 0, 0])
+    classifier, regressor = (random_model(4, 2, 3, seed=0, kind=kind) for kind in (ScBMLPClassifier, ScBMLPRegressor))
+    for model, output, expected in (
+        (classifier, "out1", [-1 / 3, 2 / 3, -1 / 3]),
+        (classifier, 1, [-1 / 3, 2 / 3, -1 / 3]),
+        (classifier, {"out0": 1, "out2": -1}, [1, 0, -1]),
+        (regressor, "out1", [0, 1, 0]),
+        (regressor, {0: 0.5, "out0": 0.5}, [1, 0, 0]),
+    ):
+        np.testing.assert_allclose(direction(model, output), expected)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(sizes, st.booleans(), st.booleans())
 def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, linear):
     """eq-homogeneous."""
     model = random_model(*size, bias=bias, linear=linear).double()
     x = np.random.default_rng(size[3]).random((7, size[0]))
     expected = model(torch.as_tensor(x)).detach().numpy()
-    for i, matrix in enumerate(interaction_matrices(model, [{j: 1.0} for j in range(size[2])], homogeneous=True)):
+    for i in range(size[2]):
+        matrix = interaction_matrix(model, {i: 1.0}, homogeneous=True)
         assert matrix.gene_names[-1] == "(constant)"
         form = matrix.quadratic_form(np.hstack([x, np.ones((7, 1))]))
         np.testing.assert_allclose(form, expected[:, i], rtol=1e-8, atol=1e-8)
@@ -154,16 +153,17 @@ def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, line
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
-def test_top_pairs_are_the_strongest_of_the_dense_matrix(block):
+def test_top_pairs_are_the_strongest_of_the_dense_matrix(block, monkeypatch):
+    monkeypatch.setattr(interactions, "BLOCK", block)
     matrix = interaction_matrix(random_model(40, 6, 2, seed=5), 1)
     dense = matrix.to_dense()
     i, j = np.triu_indices(40, 1)
     order = np.argsort(-np.abs(dense[i, j]))[:12]
-    pairs = matrix.top_pairs(12, block=block)
+    pairs = matrix.top_pairs(12)
     np.testing.assert_allclose(pairs["interaction"], dense[i, j][order], rtol=1e-10)
     expected = [f"gene{a} gene{b}" for a, b in zip(i[order], j[order], strict=True)]
     assert (pairs["gene_a"] + " " + pairs["gene_b"]).tolist() == expected
-    assert len(matrix.top_pairs(10_000, block=block)) == len(i)
+    assert len(matrix.top_pairs(10_000)) == len(i)
 
 
 def test_matrices_of_one_model_share_one_decomposition(monkeypatch):
@@ -194,14 +194,14 @@ def test_impossible_requests(call, error, message):
         call(random_model(5, 2, 2, seed=0))
 
 
-@settings(max_examples=30)
-@given(sizes, st.booleans(), st.booleans(), st.integers(1, 7))
-def test_parts_add_up_around_any_reference_and_the_axis_is_the_gradient_there(size, bias, linear, batch_size):
+@settings(max_examples=20)
+@given(sizes, st.booleans(), st.booleans())
+def test_parts_add_up_around_any_reference_and_the_axis_is_the_gradient_there(size, bias, linear):
     """eq-reference."""
     model = random_model(*size, bias=bias, linear=linear)
     rng = np.random.default_rng(size[3])
     x, reference = rng.random((9, size[0]), np.float32), rng.random(size[0])
-    parts = decompose(model, sparse.csr_matrix(x), reference, batch_size=batch_size)
+    parts = decompose(model, sparse.csr_matrix(x), reference)
     model = model.double()
     expected = model(torch.as_tensor(x, dtype=torch.float64)).detach().numpy()
     np.testing.assert_allclose(sum(parts), expected, rtol=1e-5, atol=1e-5)
@@ -355,9 +355,9 @@ def test_audit_of_a_balanced_model_weighs_what_is_fitted_to_the_target_alike():
     pd.testing.assert_frame_equal(again[names], table[names], check_exact=True)
 
 
-def linear_targets(link=lambda index: index, seed=0, n_genes=30, noise=0.3):
+def linear_targets(link=lambda index: index, n_genes=30, noise=0.3):
     """Training, validation and test cells whose target is a link of a weighted sum of genes, and the weights."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     weight, sets = rng.normal(size=n_genes) / 8, []
     for n in (300, 150, 150):
         x = rng.gamma(1.0, size=(n, n_genes)).astype(np.float32)
@@ -367,9 +367,8 @@ def linear_targets(link=lambda index: index, seed=0, n_genes=30, noise=0.3):
     return sets
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_linear_model_of_a_linear_target_gains_nothing_through_curves(seed):
-    train, val, test = linear_targets(seed=seed)
+def test_a_linear_model_of_a_linear_target_gains_nothing_through_curves():
+    train, val, test = linear_targets()
     fit = Ridge(1.0).fit(train.x, train.y.numpy().ravel())
     model = ScBMLPRegressor(Config(30, 2, 1, linear=True))
     with torch.no_grad():
@@ -382,10 +381,9 @@ def test_a_linear_model_of_a_linear_target_gains_nothing_through_curves(seed):
     assert abs(table["gain"].item()) < 0.02
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_the_link_of_an_additive_index_is_fitted_with_it(seed):
+def test_the_link_of_an_additive_index_is_fitted_with_it():
     """The model is exp(index) itself, up to its second order: what it is ahead of a rival is no interaction."""
-    train, val, test = linear_targets(np.exp, seed=seed, noise=0.1)
+    train, val, test = linear_targets(np.exp, noise=0.1)
     solved = solve(ScBMLPRegressor, train, val, progress=False)
     table = audit(solved, test, train=train, validation=val)
     assert table["gain_curved"].item() < 0.02, table.T
@@ -409,9 +407,8 @@ def test_audit_without_training_cells_leaves_out_what_needs_them():
     needs = ["interaction", "interaction_curved", "gain", "gain_curved", "score_additive"]
     assert alone[needs].isna().all(axis=None) and whole[needs].notna().all(axis=None)
     pd.testing.assert_frame_equal(alone.drop(columns=needs), whole.drop(columns=needs))
-    for one in ({"train": train}, {"validation": val}):
-        with pytest.raises(ValueError, match=rf"audit has {next(iter(one))} alone; interaction and gain need train="):
-            audit(model, test, **one)
+    with pytest.raises(ValueError, match="audit has validation alone; interaction and gain need train="):
+        audit(model, test, validation=val)
 
 
 def test_audit_of_a_model_that_says_nothing():
@@ -424,7 +421,7 @@ def test_audit_of_a_model_that_says_nothing():
     assert shares.loc["out0"].isna().all() and shares.loc["out1"].notna().all()
 
 
-def test_strength_of_pairs_is_that_of_least_squares():
+def test_strength_of_pairs_is_that_of_least_squares(monkeypatch):
     """eq-pair-strength."""
     model, (data,) = audited(12, 5, 1, seed=4, n_cells=[150])
     matrix, x = interaction_matrix(model, 0), data.x.toarray().astype(np.float64)
@@ -436,24 +433,13 @@ def test_strength_of_pairs_is_that_of_least_squares():
             left = product - design @ np.linalg.lstsq(design, product, rcond=None)[0]
             rows.append((f"gene{i}", f"gene{j}", dense[i, j], 2 * abs(dense[i, j]) * np.sqrt(np.mean(left**2))))
     expected = sorted(rows, key=lambda row: -row[3])
+    monkeypatch.setattr(interactions, "BLOCK", 5)
     for n in (1, 5, 500):
-        table = matrix.top_pairs(n, dataset=data, block=5)
+        table = matrix.top_pairs(n, dataset=data)
         assert list(table.columns) == ["gene_a", "gene_b", "interaction", "strength"]
         assert table[["gene_a", "gene_b"]].to_numpy().tolist() == [list(row[:2]) for row in expected[:n]]
         np.testing.assert_allclose(table["strength"], [row[3] for row in expected[:n]], rtol=1e-4)
     assert len(table) == 66
-
-
-def test_pairs_of_barely_expressed_genes_do_not_lead():
-    model = random_model(4, 3, 1, seed=0)
-    with torch.no_grad():
-        model.branches.weight[:, 3] *= 100  # large weights that were hardly trained
-    x = np.random.default_rng(0).gamma(1.0, size=(200, 4)).astype(np.float32)
-    x[:, 3] *= 1e-5
-    data = ExpressionDataset(x, np.zeros((200, 1), np.float32), model.gene_names, model.output_names)
-    matrix = interaction_matrix(model, 0)
-    assert "gene3" in matrix.top_pairs(1)[["gene_a", "gene_b"]].to_numpy()
-    assert "gene3" not in matrix.top_pairs(3, dataset=data)[["gene_a", "gene_b"]].to_numpy()
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -504,13 +490,13 @@ def test_audit_tells_an_interaction_from_a_product_with_a_constant():
 @pytest.mark.parametrize("part", ["all", "linear", "quadratic", "interaction"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_similarity_is_the_correlation_over_normal_cells(part, linear):
-    """eq-similarity, against a million draws."""
+    """eq-similarity, against many draws."""
     rng = np.random.default_rng(0)
     a, b = (random_model(5, 3, 2, seed=seed, linear=linear, bias=True) for seed in (0, 1))
     x = np.abs(rng.normal(size=(60, 5)) @ rng.normal(size=(5, 5))).astype(np.float32)
     dataset = ExpressionDataset(x, np.zeros((60, 2)), a.gene_names, a.output_names)
     mean, covariance = x.mean(axis=0), np.cov(x.T, ddof=0)
-    d = rng.multivariate_normal(np.zeros(5), covariance, 10**6, method="cholesky")
+    d = rng.multivariate_normal(np.zeros(5), covariance, 10**5, method="cholesky")
     values = []
     for model in (a, b):
         axis, q = linear_axis(model, 1, mean).to_numpy(), interaction_matrix(model, 1).to_dense()
@@ -518,7 +504,7 @@ def test_similarity_is_the_correlation_over_normal_cells(part, linear):
         one, two = d @ axis, np.einsum("ci,ij,cj->c", d, pairs, d, optimize=True)
         values.append({"all": one + two, "linear": one}.get(part, two))
     found = similarity(a, b, 1, part, dataset=dataset)
-    assert found == pytest.approx(np.corrcoef(values)[0, 1], abs=0.01) and abs(found) < 0.99
+    assert found == pytest.approx(np.corrcoef(values)[0, 1], abs=0.02) and abs(found) < 0.99
     assert similarity(a, a, 1, part, dataset=dataset) == pytest.approx(1)
 
 
@@ -563,16 +549,6 @@ def test_similarity_that_cannot_be_told_is_refused(planted):
     with torch.no_grad():
         b.project.weight.zero_()
     assert np.isnan(similarity(a, b, 0, dataset=train))
-
-
-def test_matrix_prints_itself_in_a_line_and_as_a_table():
-    model = random_model(12, 2, 3, seed=3, kind=ScBMLPClassifier)
-    model.output_names = pd.Index(["<b>", "b", "c"])
-    matrix = interaction_matrix(model, "<b>")
-    assert repr(matrix) == "InteractionMatrix: output <b>; genes 12 x 12, held as factors; rank at most 4"
-    assert "&lt;b&gt;" in matrix._repr_html_() and "<b>" not in matrix._repr_html_()
-    assert repr(matrix.scaled(np.ones(12))) == repr(matrix)
-    assert "output" not in repr(InteractionMatrix(np.eye(3), np.eye(3), pd.RangeIndex(3)))
 
 
 def test_outputs_with_modules_of_their_own_are_cut_each_by_itself():

@@ -20,6 +20,7 @@ import pytest
 import scanpy as sc
 import torch
 from anndata import AnnData
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from scipy import sparse
 from scipy.special import huber, softmax
 from sklearn.linear_model import LogisticRegression
@@ -28,7 +29,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from scbmlp import exact, models
+from scbmlp import exact, training
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve, solve_replicas, statistics, tune
@@ -36,6 +37,7 @@ from scbmlp.sources import glioblastoma
 
 REAL = os.environ.get("SCBMLP_DATA_DIR") or str(Path(__file__).parents[2] / "shared" / "data")
 QUIET = {"enable_progress_bar": False}
+ALONE = QUIET | {"baseline": False}
 SIZES = {"d_input": 300, "d_hidden": 8, "d_output": 8, "n_epochs": 3, "device": "cpu"}
 TOY = {"d_input": 6, "d_hidden": 5, "d_output": 3, "n_epochs": 3, "batch_size": 16, "device": "cpu"}
 
@@ -47,10 +49,14 @@ def toy(d_input=6, d_output=3, n_cells=40):
     return ExpressionDataset(x, x[:, :d_output].argmax(axis=1), pd.Index(genes), pd.Index(classes))
 
 
+def toy_model(**changes):
+    return ScBMLPClassifier(Config(**(TOY | changes)))
+
+
 def fitted_to_toy(**changes):
-    cfg = Config(**(TOY | changes))
-    model, data = ScBMLPClassifier(cfg), toy(cfg.d_input, cfg.d_output)
-    model.fit(data, data if cfg.patience else None, baseline=False, **QUIET)
+    model = toy_model(**changes)
+    data = toy(model.cfg.d_input, model.cfg.d_output)
+    model.fit(data, data if model.cfg.patience else None, **ALONE)
     return model
 
 
@@ -70,7 +76,7 @@ def assert_same_weights(a, b, **tolerance):
 @pytest.mark.parametrize("bias", [False, True])
 def test_forward_is_the_formula(bias, linear):
     """eq-forward, eq-linear."""
-    model = ScBMLPClassifier(Config(**TOY, bias=bias, linear=linear)).double().eval()
+    model = toy_model(bias=bias, linear=linear).double().eval()
     rng = np.random.default_rng(1)
     x, center = rng.normal(size=(7, 6)), rng.normal(size=6)
     model.center.copy_(torch.as_tensor(center))
@@ -93,22 +99,19 @@ def test_forward_is_the_formula(bias, linear):
 @pytest.mark.parametrize(("linear", "class_weight"), [(False, None), (True, None), (True, "balanced")])
 def test_training_is_adam_along_a_cosine_on_the_cross_entropy(linear, class_weight):
     changes = {"batch_size": 100, "n_epochs": 5, "lr": 0.03, "weight_decay": 0.1, "dropout_rate": 0.0}
-    changes["class_weight"] = class_weight
-    cfg = Config(**(TOY | changes), linear=linear, weight_decay_linear=0.3)
-    model, start, data = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg), toy()
+    changes |= {"class_weight": class_weight, "linear": linear, "weight_decay_linear": 0.3}
+    model, start, data = toy_model(**changes), toy_model(**changes), toy()
     # A batch larger than the training set: one step an epoch.
-    history = model.fit(data, baseline=False, **QUIET)
+    history = model.fit(data, **ALONE)
     x = torch.as_tensor(data.x - data.x.mean(axis=0) if linear else data.x)
     left, right, p = (w.clone().requires_grad_() for w in (start.w_l, start.w_r, start.w_p))
     # The linear part starts at 0 without a baseline, and has a penalty of its own.
     extra = [torch.zeros(3, 6, requires_grad=True), torch.zeros(3, requires_grad=True)] if linear else []
     groups = [{"params": [left, right, p, *extra[1:]], "weight_decay": 0.1}]
     groups += [{"params": extra[:1], "weight_decay": 0.3}] if linear else []
-    optimizer = torch.optim.Adam(groups)
-    losses, weight = [], None
-    if class_weight:  # over all training cells, torch's own mean over weights is that over cells
-        weight = balance(data.y)
-        assert weight.max() - weight.min() > 0.1
+    # Over all training cells, torch's own mean over weights is that over cells.
+    optimizer, losses, weight = torch.optim.Adam(groups), [], balance(data.y) if class_weight else None
+    assert weight is None or weight.max() - weight.min() > 0.1
     for epoch in range(5):
         for group in optimizer.param_groups:
             group["lr"] = 0.03 * (1 + np.cos(np.pi * epoch / 5)) / 2
@@ -128,15 +131,14 @@ def test_the_seed_alone_decides_the_weights():
     torch.manual_seed(1)
     first = fitted_to_toy(**changes)
     torch.manual_seed(2)
-    torch.rand(5)
     again = fitted_to_toy(**changes)
     assert_same_weights(first, again)
     history = again.history
-    again.fit(toy(), baseline=False, **QUIET)  # from the start, not from where it was
+    again.fit(toy(), **ALONE)  # from the start, not from where it was
     assert_same_weights(first, again)
     pd.testing.assert_frame_equal(again.history, history)
     assert not torch.equal(first.w_l, fitted_to_toy(**changes, seed=1).w_l)
-    assert_same_weights(ScBMLPClassifier(Config(**TOY)), ScBMLPClassifier(Config(**TOY)))
+    assert_same_weights(toy_model(), toy_model())
 
 
 # Another value of each field, what it changes, and what it takes to be seen.
@@ -163,10 +165,9 @@ def test_every_field_of_the_configuration_does_something(name):
 
 
 def test_the_device_is_the_one_asked_for():
-    look = lightning.Callback()
+    look, devices = lightning.Callback(), []
     look.on_train_start = lambda trainer, module: devices.append(trainer.strategy.root_device)
-    devices = []
-    ScBMLPClassifier(Config(**TOY)).fit(toy(), callbacks=[look], **QUIET)
+    toy_model().fit(toy(), callbacks=[look], **QUIET)
     assert devices == [torch.device("cpu")]
 
 
@@ -181,25 +182,18 @@ def test_a_gpu_gives_what_the_cpu_gives(sets, class_weight):
     np.testing.assert_allclose(*outputs, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *((name, 0) for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size", "lr")),
-        *((name, np.nan) for name in ("lr", "weight_decay", "dropout_rate")),
-        *((name, -0.1) for name in ("lr", "weight_decay", "weight_decay_linear", "dropout_rate", "seed")),
-        ("d_hidden", 2.5), ("dropout_rate", 1.0), ("linear", 1),
-    ],
-)  # fmt: skip
-def test_a_size_or_rate_out_of_range_is_refused(name, value):
-    with pytest.raises(ValueError, match=rf"Config\({name}={value}\): .* is needed"):
-        Config(**(TOY | {name: value}))
-
-
-def test_an_unknown_device_or_loss_is_refused():
-    with pytest.raises(ValueError, match=r"Config\(device='nonsense'\): 'auto', 'cpu'"):
-        Config(**(TOY | {"device": "nonsense"}))
-    with pytest.raises(ValueError, match="loss_fn='hinge' is unknown; choose one of mse, l1, huber"):
-        ScBMLPRegressor(Config(**TOY), loss_fn="hinge")
+def test_fields_are_checked_and_what_is_not_given_follows_the_form():
+    """What is of another type is in the table of test_checks."""
+    bad = [*((name, 0) for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size", "lr"))]
+    bad += [(name, np.nan) for name in ("lr", "weight_decay", "dropout_rate")]
+    bad += [(name, -0.1) for name in ("lr", "weight_decay", "weight_decay_linear", "dropout_rate", "seed")]
+    for name, value in [*bad, ("d_hidden", 2.5), ("dropout_rate", 1.0), ("linear", 1)]:
+        with pytest.raises(ValueError, match=rf"Config\({name}={value}\): .* is needed"):
+            toy_model(**{name: value})
+    names = ("n_epochs", "batch_size", "dropout_rate", "weight_decay")
+    for linear, values in ((False, [100, 32, 0.0, 1e-4]), (True, [40, 64, 0.2, 3e-3])):
+        assert [getattr(Config(5, 2, 1, linear=linear), name) for name in names] == values
+    assert Config(5, 2, 1, linear=True, n_epochs=7).n_epochs == 7
 
 
 @pytest.mark.parametrize(("name", "what", "size"), [("d_input", "genes", 6), ("d_output", "outputs", 3)])
@@ -211,7 +205,7 @@ def test_data_of_another_size_or_with_other_names_are_refused(name, what, size):
             use(toy(**{name: size + 1}))
     names = {"genes": "gene_names", "outputs": "output_names"}[what]
     setattr(other, names, getattr(other, names)[::-1])
-    uses = [lambda data: ScBMLPClassifier(Config(**TOY)).fit(train, data, **QUIET)]
+    uses = [lambda data: toy_model().fit(train, data, **QUIET)]
     for use in uses + [model.score] * (what == "outputs"):  # genes are put in order by name
         with pytest.raises(ValueError, match=what):
             use(other)
@@ -232,9 +226,12 @@ def test_history_has_a_row_an_epoch_and_its_last_is_the_fitted_model(classifier,
     assert "validation" not in repr(model) and "not fitted" not in repr(model)
 
 
+LEARNS = Config(8, 8, 2, linear=True, n_epochs=25, lr=0.01, device="cpu")
+
+
 def test_an_interaction_is_learned(planted):
     train, val, test = get_classification_datasets(planted, "label")
-    model = ScBMLPClassifier(Config(8, 8, 2, linear=True, n_epochs=25, lr=0.01, device="cpu"))
+    model = ScBMLPClassifier(LEARNS)
     model.fit(train, val, **QUIET)
     assert model.score(test) > 0.9
 
@@ -242,7 +239,7 @@ def test_an_interaction_is_learned(planted):
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 def test_regressor_learns_an_interaction_by_its_loss(planted, loss):
     train, val, test = get_regression_datasets(planted, "target")
-    model = ScBMLPRegressor(Config(8, 8, 2, linear=True, n_epochs=25, lr=0.01, device="cpu"), loss_fn=loss)
+    model = ScBMLPRegressor(LEARNS, loss_fn=loss)
     history = model.fit(train, val, **QUIET)
     formula = {"mse": np.square, "l1": np.abs, "huber": lambda error: huber(1, error)}
     y, predicted = val.y.numpy(), model.predict(val)
@@ -251,19 +248,18 @@ def test_regressor_learns_an_interaction_by_its_loss(planted, loss):
     assert best["val_loss"] == pytest.approx(formula[loss](y - predicted).mean(), rel=1e-4)
     assert best["val_r2"] == pytest.approx(model.score(val)) == pytest.approx(r2_score(y, predicted))
     table = model.evaluate(val)
-    assert list(table.index) == list(val.output_names)
+    assert list(table.index) == list(val.output_names) == ["product", "difference"] == list(model.output_names)
     np.testing.assert_allclose(table["r2"], r2_score(y, predicted, multioutput="raw_values"), rtol=1e-6)
-    np.testing.assert_allclose(table["mae"], np.abs(np.asarray(y) - predicted).mean(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(table["mae"], np.abs(y - predicted).mean(axis=0), rtol=1e-5)
     with pytest.raises(ValueError, match="are not those of the model in their order"):
         model.evaluate(ExpressionDataset(val.x, val.y, val.gene_names, val.output_names[::-1]))
     # The penalty of the linear part, made for thousands of genes, costs a little where eight say all without noise.
     assert model._measure_each(model.outputs(test), test.y.numpy()).min() > 0.85
-    assert list(model.output_names) == ["product", "difference"]
 
 
 def test_fitting_and_predicting_make_only_a_batch_dense(sets, rows_made_dense):
     model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1}), batch_size=20, linear=True))
-    model.fit(sets[0], baseline=False, **QUIET)
+    model.fit(sets[0], **ALONE)
     # The statistics are taken of blocks of 1,024 cells at most, here of all.
     assert rows_made_dense == [20] * 14 + [280]
     rows_made_dense.clear()
@@ -276,96 +272,90 @@ def test_fitting_and_predicting_make_only_a_batch_dense(sets, rows_made_dense):
 
 @pytest.fixture(scope="module")
 def graded():
-    """Cells with many noisy genes and targets that are linear in a few of them, in units far from 1."""
+    """Sets of cells with many noisy genes, and targets, or classes, that are linear in a few of them; odd units."""
     rng = np.random.default_rng(0)
     x = rng.gamma(1.0, size=(600, 150)).astype(np.float32)
     y = 1000 + 300 * (x[:, :4] @ np.array([[1, 0], [1, 0], [0, 1], [0, -1]]) + rng.normal(size=(600, 2)))
     label = np.where(y[:, 0] > np.median(y[:, 0]), "high", "low")
     obs = pd.DataFrame({"label": label}, [f"cell {i}" for i in range(600)])
-    return AnnData(x, obs=obs, obsm={"target": pd.DataFrame(y, obs.index, ["sum", "difference"])})
+    adata = AnnData(x, obs=obs, obsm={"target": pd.DataFrame(y, obs.index, ["sum", "difference"])})
+    return {
+        ScBMLPClassifier: get_classification_datasets(adata, "label"),
+        ScBMLPRegressor: get_regression_datasets(adata, "target"),
+    }
 
 
-def sets_of(adata, kind):
-    if kind is ScBMLPClassifier:
-        return get_classification_datasets(adata, "label")
-    return get_regression_datasets(adata, "target")
+def wide(n_epochs, **changes):
+    return Config(**{"d_input": 150, "d_hidden": 8, "d_output": 2, "n_epochs": n_epochs, "device": "cpu"} | changes)
 
 
-def test_what_is_not_given_follows_the_form():
-    names = ("n_epochs", "batch_size", "dropout_rate", "weight_decay")
-    for linear, values in ((False, [100, 32, 0.0, 1e-4]), (True, [40, 64, 0.2, 3e-3])):
-        assert [getattr(Config(5, 2, 1, linear=linear), name) for name in names] == values
-    assert Config(5, 2, 1, linear=True, n_epochs=7).n_epochs == 7
+BOTH = pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
 
 
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+@BOTH
 def test_linear_form_starts_at_the_baseline_and_never_ends_below_it_on_validation_cells(graded, kind):
-    train, val, test = sets_of(graded, kind)
-    model = kind(Config(150, 8, 2, linear=True, n_epochs=5, device="cpu"))
-    baseline = linear_baseline(train, val, exact=False)
+    train, val, test = graded[kind]
+    model, baseline = kind(wide(5, linear=True)), linear_baseline(train, val, exact=False)
     with warnings.catch_warnings(action="error"):
         history = model.fit(train, val, **QUIET)
     assert history.index.tolist() == list(range(6))
-    assert history.loc[0, f"val_{model.metric}"] == pytest.approx(baseline.score(val), abs=1e-6)
-    assert history.loc[0, f"train_{model.metric}"] == pytest.approx(baseline.score(train), abs=1e-6)
+    for stage, part in (("val", val), ("train", train)):
+        assert history.loc[0, f"{stage}_{model.metric}"] == pytest.approx(baseline.score(part), abs=1e-6)
     loss = model.loss(torch.as_tensor(model.outputs(val)), val.y).item()
     assert loss <= history.loc[0, "val_loss"] * (1 + 1e-6)
     assert loss == pytest.approx(history.loc[model.best_epoch, "val_loss"], rel=1e-3)
     assert model.score(test) > baseline.score(test) - 0.02
     # A rate that destroys whatever it touches: the best epoch is the start, here a baseline of one's own, to rounding.
-    own = linear_baseline(train, val)
-    model = kind(Config(150, 8, 2, linear=True, n_epochs=2, lr=50.0, device="cpu"))
+    model, own = kind(wide(2, linear=True, lr=50.0)), linear_baseline(train, val)
     history = model.fit(train, val, baseline=own, **QUIET)
     assert model.best_epoch == 0
     np.testing.assert_allclose(model.outputs(test), own.outputs(test), rtol=1e-4, atol=1e-2)
     assert history.loc[0, f"val_{model.metric}"] == pytest.approx(own.score(val), abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+@BOTH
 def test_a_model_below_the_baseline_warns_with_both_scores_and_the_remedy(graded, kind):
-    train, val, _ = sets_of(graded, kind)
-    model = kind(Config(150, 8, 2, n_epochs=1, lr=1e-5, device="cpu"))
+    train, val, _ = graded[kind]
+    model, other = kind(wide(1, lr=1e-5)), kind(wide(1, lr=1e-5))
     with pytest.warns(UserWarning, match="ends below a linear one") as caught:
         model.fit(train, val, **QUIET)
     (message,) = (str(one.message) for one in caught)
-    for score in (model.score(val), linear_baseline(train, val, exact=False).score(val)):
-        assert f"{score:.3f}" in message
-    assert "Config(linear=True)" in message and "models.solve" in message and f"val_{model.metric}" in message
-    other = kind(model.cfg)
+    said = [f"{one.score(val):.3f}" for one in (model, linear_baseline(train, val, exact=False))]
+    for text in (*said, "Config(linear=True)", "models.solve", f"val_{model.metric}"):
+        assert text in message
     with warnings.catch_warnings(action="error"):
-        assert other.fit(train, val, baseline=False, **QUIET).index.tolist() == [1]
+        assert other.fit(train, val, **ALONE).index.tolist() == [1]
         assert_same_weights(other, model)  # the comparison has no part in the weights
         other.fit(train, baseline=True, **QUIET)  # nothing to compare on
 
 
 def test_without_validation_cells_the_linear_form_says_what_it_goes_without(graded):
-    train, val, _ = sets_of(graded, ScBMLPRegressor)
-    model = ScBMLPRegressor(Config(150, 4, 2, linear=True, n_epochs=2, device="cpu"))
+    train, val, _ = graded[ScBMLPRegressor]
+    model = ScBMLPRegressor(wide(2, linear=True))
     with pytest.warns(UserWarning, match="no validation cells: the linear part starts at 0 .* last epoch.*pass val="):
         model.fit(train, **QUIET)
     assert model.best_epoch == 2
     with pytest.raises(ValueError, match=r"Config\(patience=3\) needs validation cells.*pass val=.* or patience=None"):
-        ScBMLPRegressor(Config(150, 4, 2, patience=3)).fit(train)
+        ScBMLPRegressor(wide(2, patience=3)).fit(train)
     y = train.y.numpy().copy()
     y[:, 1] = 3.0
     constant = ExpressionDataset(train.x, y, train.gene_names, train.output_names)
     with pytest.raises(ValueError, match="same value in every cell for target 1.*baseline=False"):
         model.fit(constant, val, **QUIET)
-    model.fit(constant, val, baseline=False, **QUIET)
+    model.fit(constant, val, **ALONE)
 
 
 def test_patience_ends_a_fit_and_keeps_the_best_epoch(graded):
-    train, val, _ = sets_of(graded, ScBMLPClassifier)
-    model = ScBMLPClassifier(Config(150, 16, 2, n_epochs=60, lr=2e-3, patience=2, device="cpu"))
-    history = model.fit(train, val, baseline=False, **QUIET)
+    train, val, _ = graded[ScBMLPClassifier]
+    model = ScBMLPClassifier(wide(60, d_hidden=16, lr=2e-3, patience=2))
+    history = model.fit(train, val, **ALONE)
     assert model.best_epoch == history["val_loss"].idxmin() == len(history) - 2
     assert 1 < len(history) < 60
-    proba = model.predict_proba(val)
-    assert history["val_loss"].min() == pytest.approx(log_loss(val.y, proba), rel=1e-4)
+    assert history["val_loss"].min() == pytest.approx(log_loss(val.y, model.predict_proba(val)), rel=1e-4)
 
 
 def test_dropout_is_for_training_alone(tmp_path):
-    model = ScBMLPClassifier(Config(**TOY, dropout_rate=0.5))
+    model = toy_model(dropout_rate=0.5)
     np.testing.assert_array_equal(model.outputs(toy().x), model.outputs(toy().x))
     assert model.training  # as it was
     model = fitted_to_toy(dropout_rate=0.5)
@@ -373,7 +363,7 @@ def test_dropout_is_for_training_alone(tmp_path):
     x, before = torch.as_tensor(toy().x), model.history
     for one in (model, ScBMLPClassifier.load(tmp_path / "model.pt")):
         assert torch.equal(one(x), one(x))
-    model.fit(toy(), baseline=False, **QUIET)
+    model.fit(toy(), **ALONE)
     pd.testing.assert_frame_equal(model.history, before)  # the second fit has its dropout too
 
 
@@ -381,7 +371,7 @@ def test_dropout_is_for_training_alone(tmp_path):
 def test_statistics_and_centre_are_those_of_the_training_cells(sets, tmp_path, linear):
     model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1}), linear=linear))
     assert model.statistics is None
-    model.fit(*sets[:2], baseline=False, **QUIET)
+    model.fit(*sets[:2], **ALONE)
     x, y = sets[0].x.toarray().astype(np.float64), np.eye(8)[sets[0].y]
     known = model.statistics
     np.testing.assert_allclose(model.center, x.mean(axis=0) * linear, rtol=1e-5, atol=1e-7)
@@ -409,15 +399,16 @@ def solvable(planted):
     return [getter(adata, key, split_key="split") for getter, key in pairs]
 
 
-def solution_of(found, x):
-    """Outputs of an exact solution."""
+def solution_of(recipe, train, x):
+    """Outputs of the exact solution of a recipe."""
+    found = exact.solution(train, *zip(*recipe, strict=True))
     d = x - found.mean
     return found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
 
 
 def test_solve_finds_an_interaction_and_says_what_it_tried(solvable, tmp_path, capsys):
     train, val, test = solvable[0]
-    model = solve(ScBMLPClassifier, train, val, device="cpu")
+    model = tune(ScBMLPClassifier, train, val, device="cpu")  # another name of solve
     assert model.score(test) > 0.9 > linear_baseline(train, val).score(test) + 0.2
     assert "solved, products of" in repr(model) and model.history.empty
     trials = model.trials
@@ -428,8 +419,7 @@ def test_solve_finds_an_interaction_and_says_what_it_tried(solvable, tmp_path, c
     assert trials["chosen"].sum() == 1 and trials.loc[trials["chosen"] == 1, "products"].item() > 0
     assert trials["behind"].min() == 0 and capsys.readouterr() == ("", "")  # no terminal, no bar
     # The model is the solution, around the training mean, with both branches alike.
-    found = exact.solution(train, *zip(*model.recipe, strict=True))
-    np.testing.assert_allclose(model.outputs(test), solution_of(found, test.x), atol=1e-4)
+    np.testing.assert_allclose(model.outputs(test), solution_of(model.recipe, train, test.x), atol=1e-4)
     assert torch.equal(model.w_l, model.w_r)
     model.save(tmp_path / "model.safetensors")
     again = ScBMLPClassifier.load(tmp_path / "model.safetensors")
@@ -437,9 +427,9 @@ def test_solve_finds_an_interaction_and_says_what_it_tried(solvable, tmp_path, c
     assert again.recipe == model.recipe and repr(again) == repr(model)
 
 
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
+@BOTH
 def test_solve_uses_no_product_where_none_pays(graded, kind):
-    train, val, test = sets_of(graded, kind)
+    train, val, test = graded[kind]
     model, baseline = solve(kind, train, val, device="cpu"), linear_baseline(train, val)
     assert not model.w_p.any() and model.statistics is not None and not model.training
     assert "no products" in repr(model)
@@ -451,14 +441,15 @@ def test_replicas_are_solved_on_the_cells_that_were_drawn_and_order_changes_noth
     train = train.load(slice(200))
     order = np.random.default_rng(0).permutation(len(train))
     # Of folds, since there are no validation cells.
-    model, other = (solve(ScBMLPRegressor, part, device="cpu") for part in (train, train.load(order)))
-    assert model.recipe == other.recipe
+    model, other = (solve(ScBMLPRegressor, part, device="cpu", loss_fn="huber") for part in (train, train.load(order)))
+    assert model.recipe == other.recipe and model.loss_fn == "huber"
     np.testing.assert_allclose(model.outputs(test), other.outputs(test), atol=1e-5)
     replicas = solve_replicas(model, train, 2, "half", progress=False)
     for replica, rows in zip(replicas, (order[:100], order[100:]), strict=True):
-        found = exact.solution(train.load(np.sort(rows)), *zip(*model.recipe, strict=True))
-        np.testing.assert_allclose(replica.outputs(test), solution_of(found, test.x), atol=1e-4)
+        expected = solution_of(model.recipe, train.load(np.sort(rows)), test.x)
+        np.testing.assert_allclose(replica.outputs(test), expected, atol=1e-4)
         np.testing.assert_allclose(replica.statistics.mean, model.statistics.mean)
+        assert replica.loss_fn == "huber"
     for broken in ({"n_replicas": 1}, {"resample": "third"}, {"model": ScBMLPRegressor(model.cfg)}):
         with pytest.raises(ValueError, match="n_replicas|resample|the model was trained"):
             solve_replicas(**({"model": model, "train": train} | broken))
@@ -466,7 +457,7 @@ def test_replicas_are_solved_on_the_cells_that_were_drawn_and_order_changes_noth
 
 def test_tune_trains_networks_where_it_is_asked_to(solvable):
     train, val, _ = solvable[1]
-    options = {"d_hidden": 4, "n_epochs": 2, "lr": 50.0, "progress": False, "loss_fn": "huber"}
+    options = {"n_epochs": 2, "config": {"d_hidden": 4, "lr": 50.0}, "progress": False, "loss_fn": "huber"}
     model = tune(ScBMLPRegressor, train, val, trained=True, **options)  # a rate that destroys whatever it touches
     assert model.recipe is not None and model.loss_fn == "huber"
     networks = model.trials[model.trials["form"].str.startswith("network")]
@@ -483,29 +474,24 @@ def test_a_model_says_that_a_rival_without_products_is_ahead():
     assert "better the rival with presence and squares, without products" in repr(model)
 
 
-def test_a_form_may_be_asked_for(graded):
-    train, val, _ = sets_of(graded, ScBMLPRegressor)
+def test_a_form_may_be_asked_for_and_groups_have_to_be_comparable(graded):
+    train, val, _ = graded[ScBMLPRegressor]
     model = solve(ScBMLPRegressor, train, val, form="products of components", device="cpu")
     assert all(mixture.weight("products") > 0 for mixture, _ in model.recipe) and model.w_p.any()
     assert model.trials.set_index("form").loc["products of components", "chosen"] == 2 == model.trials["chosen"].sum()
     with pytest.raises(ValueError, match="form='product of components' is unknown; .*did you mean products of comp"):
         solve(ScBMLPRegressor, train, val, form="product of components")
-
-
-@pytest.mark.parametrize("groups", [["a"], "one", "missing"])
-def test_solve_refuses_groups_that_cannot_be_compared(graded, groups):
-    train, val, _ = sets_of(graded, ScBMLPRegressor)
-    labels = {"one": ["a"] * len(val), "missing": [None, *"ab" * len(val)][: len(val)]}.get(str(groups), groups)
-    with pytest.raises(ValueError, match="groups has .* validation cells; pass one a cell of two groups or more"):
-        solve(ScBMLPRegressor, train, val, groups=labels, progress=False)
+    for groups in (["a"], ["a"] * len(val), [None, *"ab" * len(val)][: len(val)]):
+        with pytest.raises(ValueError, match="groups has .* validation cells; pass one a cell of two groups or more"):
+            solve(ScBMLPRegressor, train, val, groups=groups, progress=False)
 
 
 # -------------------------------------------------------------------------------------------------- class balance
 
 
-def rare(share=0.03, n_cells=1200, seed=0):
+def rare(share=0.03, n_cells=1200):
     """Three sets with a few cells of a class that overlaps: two of its genes go together, in the others apart."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     y = rng.choice(3, n_cells, p=[0.6, 0.4 - share, share])
     x = rng.normal(size=(n_cells, 10)) + 1.2 * np.eye(10)[y]
     x[:, 3] += np.where(y == 2, 1, -1) * x[:, 4]
@@ -514,22 +500,23 @@ def rare(share=0.03, n_cells=1200, seed=0):
     return [ExpressionDataset(x[a:b], y[a:b], *names) for a, b in zip(edges, edges[1:], strict=False)]
 
 
-RARE = {"d_input": 10, "d_hidden": 6, "d_output": 3, "n_epochs": 8, "lr": 0.01, "device": "cpu"}
+def rare_model(class_weight="balanced", **changes):
+    sizes = {"d_input": 10, "d_hidden": 6, "d_output": 3, "n_epochs": 8, "lr": 0.01, "device": "cpu"}
+    return ScBMLPClassifier(Config(**sizes | changes, class_weight=class_weight))
 
 
 def test_a_balanced_loss_is_torchs_and_adds_up_over_batches():
-    train, val, _ = rare()
-    model = ScBMLPClassifier(Config(**RARE, class_weight="balanced"))
-    model.fit(train, baseline=False, **QUIET)
-    weight, slopes = balance(train.y), []
+    train, _, _ = rare()
+    model = rare_model()
+    model.fit(train, **ALONE)
+    weight = balance(train.y)
     np.testing.assert_allclose(model.class_weight, weight, rtol=1e-6)
     outputs = [torch.as_tensor(model.outputs(train)).requires_grad_() for _ in range(3)]
     losses = cross_entropy(outputs[0], train.y, weight), model.loss(outputs[1], train.y)
     # Of 70 cells each, the last of fewer; a mean over a batch's weights would not add up to that over all.
     batches = zip(outputs[2].split(70), train.y.split(70), strict=True)
     losses += (sum(model.loss(y, target) * len(target) for y, target in batches) / len(train),)
-    for loss, y in zip(losses, outputs, strict=True):
-        slopes.append(torch.autograd.grad(loss, y)[0])
+    slopes = [torch.autograd.grad(loss, y)[0] for loss, y in zip(losses, outputs, strict=True)]
     for loss, slope in zip(losses[1:], slopes[1:], strict=True):
         torch.testing.assert_close(loss, losses[0])
         torch.testing.assert_close(slope, slopes[0], atol=1e-9, rtol=1e-4)
@@ -538,9 +525,8 @@ def test_a_balanced_loss_is_torchs_and_adds_up_over_batches():
 @pytest.mark.parametrize("linear", [False, True])
 def test_classes_of_one_size_are_fitted_to_the_bit_as_without_balance(linear):
     train, val, _ = rare(share=0.2)
-    even = np.sort(np.concatenate([np.flatnonzero(train.y == i)[:100] for i in range(3)]))
-    train = ExpressionDataset(train.x[even], train.y[even], train.gene_names, train.output_names)
-    fits = [ScBMLPClassifier(Config(**RARE, linear=linear, class_weight=kind)) for kind in (None, "balanced")]
+    train = train.load(np.sort(np.concatenate([np.flatnonzero(train.y == i)[:100] for i in range(3)])))
+    fits = [rare_model(kind, linear=linear) for kind in (None, "balanced")]
     histories = [fit.fit(train, val, **QUIET)[["train_loss", "val_loss"]] for fit in fits]
     pd.testing.assert_frame_equal(*histories, check_exact=True)
     assert fits[0].best_epoch == fits[1].best_epoch
@@ -550,13 +536,13 @@ def test_classes_of_one_size_are_fitted_to_the_bit_as_without_balance(linear):
 @pytest.mark.parametrize("linear", [False, True])
 def test_history_baseline_and_best_epoch_are_of_the_weighted_loss(linear):
     train, val, test = rare()
-    cfg = Config(**RARE | {"lr": 0.03, "n_epochs": 15}, linear=linear, class_weight="balanced")
-    model, linear_model = ScBMLPClassifier(cfg), linear_baseline(train, val, exact=False, class_weight="balanced")
+    model = rare_model(linear=linear, lr=0.03, n_epochs=15)
+    linear_model = linear_baseline(train, val, exact=False, class_weight="balanced")
     history = model.fit(train, val, **QUIET)
     assert list(history) == ["train_loss", "train_balanced_accuracy", "val_loss", "val_balanced_accuracy"]
-    weight = balance(train.y).numpy()
+    weight, target = balance(train.y).numpy(), val.y.numpy()
     for epoch, outputs in ((0, linear_model.outputs(val)), (model.best_epoch, model.outputs(val))):
-        loss, target = -np.log(softmax(outputs, axis=1))[np.arange(len(val)), val.y], val.y.numpy()
+        loss = -np.log(softmax(outputs, axis=1))[np.arange(len(val)), target]
         assert history.loc[epoch, "val_loss"] == pytest.approx((weight[target] * loss).mean(), rel=1e-4)
         assert abs(history.loc[epoch, "val_loss"] - loss.mean()) > 0.01  # another number
         balanced = balanced_accuracy_score(target, outputs.argmax(axis=1))
@@ -567,20 +553,25 @@ def test_history_baseline_and_best_epoch_are_of_the_weighted_loss(linear):
 
 
 def test_a_rare_class_is_found_where_classes_are_balanced():
+    def recall(model, test):
+        return recall_score(test.y, model.outputs(test).argmax(axis=1), average=None)[2]
+
+    kinds = (None, "balanced")
     train, val, test = rare(n_cells=4000)
-    recall = {}
-    for kind in (None, "balanced"):
-        model = ScBMLPClassifier(Config(**RARE, linear=True, class_weight=kind))
+    trained = [rare_model(kind, linear=True) for kind in kinds]
+    for model in trained:
         model.fit(train, val, **QUIET)
-        recall[kind] = recall_score(test.y, model.outputs(test).argmax(axis=1), labels=[2], average=None)[0]
-    assert recall["balanced"] > recall[None] + 0.3
+    assert recall(trained[1], test) > recall(trained[0], test) + 0.3
+    train, val, test = rare()
+    solved = [solve(ScBMLPClassifier, train, val, device="cpu", class_weight=kind) for kind in kinds]
+    assert recall(solved[1], test) > recall(solved[0], test) and solved[1].cfg.class_weight == "balanced"
 
 
 def test_one_cell_of_the_rarest_class_is_no_reason_to_warn(monkeypatch):
     train, val, _ = rare()
     one = 1 / (3 * np.bincount(val.y).min())
-    assert one > models.MARGIN
-    model, least = ScBMLPClassifier(Config(**RARE | {"n_epochs": 1}, class_weight="balanced")), "val_balanced_accuracy"
+    assert one > training.MARGIN
+    model, least = rare_model(n_epochs=1), "val_balanced_accuracy"
     for cells, caught in ((1, False), (3, True)):
         monkeypatch.setattr(ScBMLPClassifier, "score", lambda self, _, lost=cells * one: self._baseline[least] - lost)
         with warnings.catch_warnings(record=True) as record:
@@ -589,18 +580,9 @@ def test_one_cell_of_the_rarest_class_is_no_reason_to_warn(monkeypatch):
         assert any("ends below a linear one" in str(warning.message) for warning in record) == caught
 
 
-def test_solve_weighs_classes():
-    train, val, test = rare()
-    fits = [solve(ScBMLPClassifier, train, val, device="cpu", class_weight=one) for one in (None, "balanced")]
-    recalls = [recall_score(test.y, one.outputs(test).argmax(axis=1), average=None)[2] for one in fits]
-    assert recalls[1] > recalls[0] and fits[1].cfg.class_weight == "balanced"
-
-
 def test_a_class_that_is_nowhere_in_training_counts_as_a_cell_does():
     train, val, _ = rare()
-    seen = np.flatnonzero(train.y != 2)
-    train = ExpressionDataset(train.x[seen], train.y[seen], train.gene_names, train.output_names)
-    model = ScBMLPClassifier(Config(**RARE, linear=True, class_weight="balanced"))
+    train, model = train.load(np.flatnonzero(train.y != 2)), rare_model(linear=True)
     history = model.fit(train, val, **QUIET)
     np.testing.assert_allclose(model.class_weight, [*balance(train.y), 1], rtol=1e-6)
     assert np.isfinite(history.to_numpy()).all()
@@ -673,32 +655,32 @@ class _CtrlC(lightning.Callback):
 
 @pytest.mark.parametrize("patience", [None, 50])
 def test_ctrl_c_is_a_keyboard_interrupt_and_keeps_weights_and_rows(tmp_path, patience):
-    cfg = Config(**(TOY | {"n_epochs": 50, "lr": 0.03, "patience": patience, "batch_size": 8}))
-    model, three, press = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg), _CtrlC()
+    changes = {"n_epochs": 50, "lr": 0.03, "patience": patience, "batch_size": 8}
+    model, three, press = toy_model(**changes), toy_model(**changes), _CtrlC()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
     try:
         with pytest.raises(KeyboardInterrupt):
-            model.fit(toy(), toy(), callbacks=[press], baseline=False, **QUIET)
+            model.fit(toy(), toy(), callbacks=[press], **ALONE)
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, handler)
     assert press.after == 0 and not model.training
     # The same fit up to there: stopped before the fourth epoch.
-    history = three.fit(toy(), toy(), callbacks=[stop_after(2)], baseline=False, **QUIET)
+    history = three.fit(toy(), toy(), callbacks=[stop_after(2)], **ALONE)
     pd.testing.assert_frame_equal(model.history, history)
     assert model.best_epoch == three.best_epoch
     if patience:  # the best are kept, else the last, of a step later
         assert_same_weights(model, three)
     else:
-        assert not torch.equal(model.w_l, ScBMLPClassifier(cfg).w_l)
+        assert not torch.equal(model.w_l, toy_model(**changes).w_l)
     model.save(tmp_path / "model.pt")
     assert_same_weights(ScBMLPClassifier.load(tmp_path / "model.pt"), model)
 
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
-    changes = {"n_epochs": 4, "batch_size": 8, "lr": 0.03, "dropout_rate": 0.3}
-    whole, stopped, full, resumed = (ScBMLPClassifier(Config(**TOY | changes, linear=linear)) for _ in range(4))
+    changes = {"n_epochs": 4, "batch_size": 8, "lr": 0.03, "dropout_rate": 0.3, "linear": linear}
+    whole, stopped, full, resumed = (toy_model(**changes) for _ in range(4))
     kept, epochs = {"default_root_dir": tmp_path, **QUIET}, []
     whole.fit(toy(), toy(), **QUIET)
     stopped.fit(toy(), toy(), callbacks=[stop_after(1)], **kept)
@@ -720,19 +702,19 @@ def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
     assert_same_weights(resumed, whole)
 
 
+KILLED = TOY | {"n_epochs": 60, "batch_size": 8, "lr": 0.01, "dropout_rate": 0.3, "linear": True}
+
+
 def _fit_in(folder):
     """Fit, or go on; in a process of its own, so that it can be killed."""
     torch.set_num_threads(1)
-    model = ScBMLPClassifier(Config(**KILLED))
+    model = toy_model(**KILLED)
     model.fit(toy(), toy(), default_root_dir=folder, ckpt_path="last", **QUIET)
     model.save(Path(folder, "model.pt"))
 
 
-KILLED = TOY | {"n_epochs": 100, "batch_size": 8, "lr": 0.01, "dropout_rate": 0.3, "linear": True}
-
-
-def test_a_fit_killed_six_times_ends_where_the_others_do(tmp_path):
-    whole = ScBMLPClassifier(Config(**KILLED))
+def test_a_fit_killed_four_times_ends_where_the_others_do(tmp_path):
+    whole = toy_model(**KILLED)
     whole.fit(toy(), toy(), **QUIET)
     processes, rng, killed = multiprocessing.get_context("forkserver"), np.random.default_rng(0), 0
     processes.set_forkserver_preload(["tests.test_models"])
@@ -740,7 +722,7 @@ def test_a_fit_killed_six_times_ends_where_the_others_do(tmp_path):
         before = {*tmp_path.rglob("*.ckpt")}
         process = processes.Process(target=_fit_in, args=(str(tmp_path),))
         process.start()
-        if killed < 6:  # at a random step, an epoch or more after the last time
+        if killed < 4:  # at a random step, an epoch or more after the last time
             while {*tmp_path.rglob("*.ckpt")} <= before:
                 assert process.is_alive()
                 time.sleep(0.002)
@@ -749,7 +731,7 @@ def test_a_fit_killed_six_times_ends_where_the_others_do(tmp_path):
             killed += 1
         process.join()
     resumed = ScBMLPClassifier.load(tmp_path / "model.pt")
-    assert killed == 6
+    assert killed == 4
     assert_same_weights(resumed, whole)
     pd.testing.assert_frame_equal(resumed.history, whole.history)
 
@@ -759,12 +741,12 @@ def test_a_fit_killed_six_times_ends_where_the_others_do(tmp_path):
 
 def test_predictions_are_the_names_of_the_most_probable_classes(classifier, cells, sets):
     test = sets[2]
-    outputs = classifier.outputs(test)
-    np.testing.assert_array_equal(classifier.predict(test), test.output_names[outputs.argmax(axis=1)])
+    outputs, predicted = classifier.outputs(test), classifier.predict(test)
+    np.testing.assert_array_equal(predicted, test.output_names[outputs.argmax(axis=1)])
     np.testing.assert_allclose(classifier.predict_proba(test), softmax(outputs, axis=1), rtol=1e-4, atol=1e-6)
     true = cells.obs["clusters"].iloc[test.indices].astype(str)
-    assert classifier.score(test) == pytest.approx((classifier.predict(test) == true).mean())
-    recalls = recall_score(true, classifier.predict(test), labels=list(test.output_names), average=None)
+    assert classifier.score(test) == pytest.approx((predicted == true).mean())
+    recalls = recall_score(true, predicted, labels=list(test.output_names), average=None)
     np.testing.assert_allclose(classifier._measure_each(outputs, test.y.numpy()), recalls)
     assert classifier.score(test) > true.value_counts(normalize=True).max()
 
@@ -792,11 +774,11 @@ def test_neither_order_of_cells_nor_noise_of_rounding_nor_threads_change_an_answ
     np.testing.assert_allclose(nudged, outputs, rtol=1e-4, atol=1e-4)
     assert (nudged.argmax(axis=1) == outputs.argmax(axis=1)).mean() > 0.99
     one, two = (ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 2}))) for _ in range(2))
-    one.fit(sets[0], baseline=False, **QUIET)
+    one.fit(sets[0], **ALONE)
     torch.set_num_threads(2)
     try:
         np.testing.assert_allclose(classifier.outputs(cells), outputs, rtol=1e-5, atol=1e-5)
-        two.fit(sets[0], baseline=False, **QUIET)
+        two.fit(sets[0], **ALONE)
     finally:
         torch.set_num_threads(1)
     assert_same_weights(one, two, rtol=1e-3, atol=1e-5)
@@ -804,10 +786,9 @@ def test_neither_order_of_cells_nor_noise_of_rounding_nor_threads_change_an_answ
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 def test_precisions_that_are_allowed_learn_the_same_and_keep_float32(precision):
-    cfg = Config(**(TOY | {"n_epochs": 20, "lr": 0.01}))
-    plain, model = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg)
-    plain.fit(toy(), toy(), baseline=False, **QUIET)
-    history = model.fit(toy(), toy(), baseline=False, precision=precision, **QUIET)
+    plain, model = (toy_model(n_epochs=20, lr=0.01) for _ in range(2))
+    plain.fit(toy(), toy(), **ALONE)
+    history = model.fit(toy(), toy(), precision=precision, **ALONE)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     np.testing.assert_allclose(history, plain.history, atol=0.1)
     assert model.score(toy()) == pytest.approx(plain.score(toy()), abs=0.05)
@@ -817,13 +798,11 @@ def test_precisions_that_are_allowed_learn_the_same_and_keep_float32(precision):
     ("options", "rows"), [({"check_val_every_n_epoch": 2}, [2, 4]), ({"val_check_interval": 0.5}, [1, 2, 3, 4])]
 )
 def test_history_has_the_last_validation_of_an_epoch_and_callbacks_find_it(tmp_path, options, rows):
-    stop = lightning.pytorch.callbacks.EarlyStopping("val_loss", patience=9)
-    best = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, monitor="val_loss")
-    cfg = Config(**(TOY | {"n_epochs": 4, "batch_size": 10}))  # four steps an epoch
-    model, plain = ScBMLPClassifier(cfg), ScBMLPClassifier(cfg)
-    options = options | {"callbacks": [stop, best], "enable_checkpointing": True, "num_sanity_val_steps": 2}
-    history = model.fit(toy(), toy(), baseline=False, **options, **QUIET)
-    plain.fit(toy(), toy(), baseline=False, **QUIET)
+    callbacks = [EarlyStopping("val_loss", patience=9), ModelCheckpoint(tmp_path, monitor="val_loss")]
+    model, plain = (toy_model(n_epochs=4, batch_size=10) for _ in range(2))  # four steps an epoch
+    options = options | {"callbacks": callbacks, "enable_checkpointing": True, "num_sanity_val_steps": 2}
+    history = model.fit(toy(), toy(), **options, **ALONE)
+    plain.fit(toy(), toy(), **ALONE)
     assert history.index[history["val_loss"].notna()].tolist() == rows and list(tmp_path.glob("*.ckpt"))
     np.testing.assert_allclose(history.loc[rows], plain.history.loc[rows], rtol=1e-5)
 
@@ -848,20 +827,16 @@ def test_a_drug_is_told_in_the_tumour_of_a_patient_that_was_left_out(monkeypatch
         model = ScBMLPClassifier(cfg)
         model.fit(train, val, **QUIET)
         linear = LogisticRegression(C=0.01, max_iter=2000).fit(train.x, train.y).decision_function(test.x)
-        treated = test.y.numpy()
-        areas.append([roc_auc_score(treated, s) for s in (model.predict_proba(test)[:, 1], linear)])
+        areas.append([roc_auc_score(test.y, one) for one in (model.predict_proba(test)[:, 1], linear)])
     full, logistic = np.mean(areas, axis=0)
     assert full >= 0.87 and full > logistic - 0.01, areas
 
 
 def test_models_print_themselves_in_a_line_and_as_a_table():
     size = "size 6 genes, 5 hidden units, 3 outputs"
-    assert repr(ScBMLPClassifier(Config(**TOY))) == (
-        f"ScBMLPClassifier: form plain; {size}; outputs without names; training not fitted"
-    )
-    cfg, data = Config(**TOY | {"linear": True, "bias": True}), toy()
+    assert repr(toy_model()) == f"ScBMLPClassifier: form plain; {size}; outputs without names; training not fitted"
+    model, data = toy_model(linear=True, bias=True), toy()
     data.output_names = pd.Index(["<a>", "b", "c"])
-    model = ScBMLPClassifier(cfg)
     model.fit(data, data, **QUIET)
     score, linear = (model.history.loc[epoch, "val_accuracy"] for epoch in (model.best_epoch, 0))
     assert repr(model) == (

@@ -146,50 +146,22 @@ def test_pair_of_modules_is_the_product_of_its_factors(fitted, metric):
 def test_factors_of_one_hidden_unit_are_its_two_maps(fitted):
     model, cells = regression(fitted, hid=1)
     modules = gene_modules(model, 0, None, "identity", dataset=cells)
-    factors = (modules.loadings @ modules.factors()).to_numpy()
-    maps = np.stack([model.w_l.numpy()[0], model.w_r.numpy()[0]], axis=1)
-    factors, maps = factors / np.linalg.norm(factors, axis=0), maps / np.linalg.norm(maps, axis=0)
-    for axis in (0, 1):
-        np.testing.assert_allclose(np.abs(factors.T @ maps).max(axis=axis), 1, atol=1e-5)
+    factors, maps = (modules.loadings @ modules.factors()).to_numpy(), torch.cat([model.w_l, model.w_r]).numpy().T
+    cosines = np.abs((factors / np.linalg.norm(factors, axis=0)).T @ (maps / np.linalg.norm(maps, axis=0)))
+    np.testing.assert_allclose([cosines.max(axis=0), cosines.max(axis=1)], 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("turn", [1, -1])
-def test_factor_along_is_the_factor_that_follows_and_rises_with_it(fitted, turn):
-    model, dataset = fitted
-    modules = gene_modules(model, 0, None, "covariance", dataset=dataset)
-    pair = of_both_signs(modules)
-    # The definition: the roots of the eigenvalues weigh the scores; plus or minus, whichever correlates more.
-    scores = modules.scores(dataset)[pair].to_numpy() * np.sqrt(modules.eigenvalues[pair].abs().to_numpy())
-    noise = np.random.default_rng(0).normal(size=len(dataset)) * 0.1
-    for wanted in (scores.sum(axis=1), scores[:, 0] - scores[:, 1]):
-        factor = modules.factor_along(dataset, turn * wanted + noise, *pair)
-        found = modules.scores(dataset) @ factor
-        np.testing.assert_allclose(found, turn * wanted, atol=1e-8)
-        r = np.corrcoef(found, turn * wanted + noise)[0, 1]
-        assert factor.attrs["correlation"] == pytest.approx(r) and r > 0
-    values = dataset.x.toarray()[:, 0]
-    pd.testing.assert_series_equal(modules.factor_along(dataset, values), modules.factor_along(dataset, values, 0, 1))
-
-
-def test_modules_of_one_sign_are_no_product_and_one_of_them_follows(fitted):
-    model, dataset = fitted
-    modules = gene_modules(model, 0, None, dataset=dataset)
+def test_modules_of_one_sign_are_no_product(fitted):
+    modules = gene_modules(fitted[0], 0, None, dataset=fitted[1])
     rising = modules.eigenvalues[modules.eigenvalues > 0]
     same = list(rising.index[:2])
-    values = -modules.scores(dataset)[same[1]]
-    factor = modules.factor_along(dataset, values, *same)
-    assert factor.to_dict() == dict.fromkeys(modules.eigenvalues.index, 0.0) | {same[1]: -1.0}
     of_one_sign = replace(modules, eigenvalues=rising, loadings=modules.loadings[rising.index])
-    for error, match, call in (
-        (ValueError, "values has 3 numbers from 1 to 3 for 60 cells", lambda: modules.factor_along(dataset, [1, 2, 3])),
-        (ValueError, "not the same in all", lambda: modules.factor_along(dataset, np.ones(60))),
-        (KeyError, "module=99 is unknown", lambda: modules.factor_along(dataset, values, 0, 99)),
-        (KeyError, "module=99 is unknown", lambda: modules.factors(0, 99)),
-        (ValueError, f"{' and '.join(same)} have eigenvalues .* one positive", lambda: modules.factors(*same)),
-        (ValueError, "needs one positive and one negative, see eigenvalues, or take more", of_one_sign.factors),
-    ):
-        with pytest.raises(error, match=match):
-            call()
+    with pytest.raises(KeyError, match="module=99 is unknown"):
+        modules.factors(0, 99)
+    with pytest.raises(ValueError, match=f"{' and '.join(same)} have eigenvalues .* one positive"):
+        modules.factors(*same)
+    with pytest.raises(ValueError, match="needs one positive and one negative, see eigenvalues, or take more"):
+        of_one_sign.factors()
 
 
 def test_modules_in_anndata_survive_a_file_and_can_be_drawn(fitted, tmp_path):
@@ -329,7 +301,7 @@ def solved(train):
 
 def test_consensus_of_one_function_is_that_function(replicas):
     model = replicas[0]
-    once, same = gene_modules(model, 0, 3, "covariance"), consensus([model] * 3, 0, 3)
+    once, same = gene_modules(model, 0, 3, "covariance"), consensus([model] * 2, 0, 3)
     np.testing.assert_allclose(same.eigenvalues, once.eigenvalues, rtol=1e-6)
     np.testing.assert_allclose(same.loadings, once.loadings, atol=1e-6)
     np.testing.assert_allclose(same.weights, once.weights, atol=1e-5)
@@ -451,19 +423,12 @@ def test_saved_modules_of_unnamed_genes_take_unnamed_genes(tmp_path):
 
 def test_files_that_hold_no_whole_modules_are_refused(fitted, tmp_path):
     model, dataset = fitted
-    path, rng = tmp_path / "modules", np.random.default_rng(0)
-    modules = gene_modules(model, "out1", 3, dataset=dataset)
-    modules.save(path)
+    path = tmp_path / "modules"
+    gene_modules(model, "out1", 3, dataset=dataset).save(path)
     whole = path.read_bytes()
-    for trial in range(80):  # cut short, or one bit flipped
-        spoiled = bytearray(whole)
-        if trial % 4 == 0:
-            spoiled = spoiled[: rng.integers(len(whole))]
-        else:
-            spoiled[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
-        path.write_bytes(spoiled)
-        with pytest.raises(ValueError, match=r"modules (is damaged: save the modules|holds no scbmlp modules)"):
-            GeneModules.load(path)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ValueError, match="modules is damaged: save the modules"):
+        GeneModules.load(path)
     # A whole file whose parts do not fit.
     for changes in ({"modules": ["module_1"]}, {"genes": ["a"]}, {"trust": 7}, {"genes": ["a"] * 12}):
         path.write_bytes(whole)

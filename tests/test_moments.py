@@ -15,6 +15,7 @@ from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor, solve, solve_replic
 from scbmlp.stores import StoredMatrix
 
 N, G = 500, 30
+COUNTS = np.random.default_rng(1).integers(1, 4, N).astype(float)
 PRODUCTS = exact.Mixture((("genes", 1.0), ("components", 5.0), ("products", 2.0)), rank=8)
 LINEAR = exact.Mixture((("genes", 1.0), ("components", 3.0)), rank=5)
 TARGETS, CLASSES = ([PRODUCTS, LINEAR], [1e-3, 1e-2]), ([PRODUCTS], [1e-3])
@@ -49,43 +50,44 @@ def outputs(found, x):
     return found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
 
 
-@pytest.fixture(scope="module")
-def counts():
-    return np.random.default_rng(1).integers(1, 4, N).astype(float)
-
-
 @pytest.mark.parametrize("classes", [False, True])
-@pytest.mark.parametrize("weighted", [False, True])
-def test_solutions_are_those_of_products_of_cells(x, counts, weighted, classes, monkeypatch):
+@pytest.mark.parametrize("counts", [None, COUNTS])
+def test_solutions_are_those_of_products_of_cells(x, counts, classes, monkeypatch):
     """Both end where a step gains next to nothing, here far below what is compared."""
     solve_ = exact.softmax
     for module in (exact, moments):
         monkeypatch.setattr(module, "softmax", lambda *a, **k: solve_(*a, **k | {"tol": 1e-13}))
-    counts, data, recipe = counts if weighted else None, dataset(x, classes), CLASSES if classes else TARGETS
+    data, recipe = dataset(x, classes), CLASSES if classes else TARGETS
     there, here = (one.solution(data, *recipe, counts=counts) for one in (exact, moments))
     np.testing.assert_allclose(outputs(here, x), outputs(there, x), atol=1e-4 if classes else 1e-6)
     if not classes:
         np.testing.assert_allclose(here.direct, there.direct, atol=1e-6)
 
 
-def test_ridge_is_the_least_of_its_loss(x, counts):
+def test_a_constant_gene_and_copies_do_no_harm(x):
+    same = np.hstack([x, x[:, :3], np.ones((N, 1), np.float32)])
+    there, here = (one.solution(dataset(same), [PRODUCTS] * 2, [1e-3] * 2) for one in (exact, moments))
+    np.testing.assert_allclose(outputs(here, same), outputs(there, same), atol=1e-6)
+
+
+def test_ridge_is_the_least_of_its_loss_in_double_precision_and_near_it_in_single(x):
     """By least squares on features that are written out."""
-    known = moments.Moments(dataset(x), counts)
-    share = counts / counts.sum()
+    data, share = dataset(x), COUNTS / COUNTS.sum()
     d = x - share @ x
     scores = d @ np.linalg.svd(d * np.sqrt(share)[:, None], full_matrices=False)[2][:8].T
     i, j = np.triu_indices(8)
     products = scores[:, i] * scores[:, j] * np.where(i == j, 1, np.sqrt(2))
-    parts = []
-    for block, weight in ((d, 1.0), (scores, 5.0), (products - share @ products, 2.0)):
-        parts.append(block * np.sqrt(weight / (share @ (block**2).sum(axis=1))))
-    features, y = np.hstack(parts), dataset(x).y.numpy().astype(float)
+    blocks = ((d, 1.0), (scores, 5.0), (products - share @ products, 2.0))
+    parts = [block * np.sqrt(weight / (share @ (block**2).sum(axis=1))) for block, weight in blocks]
+    features, y = np.hstack(parts), data.y.numpy().astype(float)
     root = np.sqrt(share)[:, None]
     system = np.vstack([features * root, np.sqrt(1e-2) * np.eye(features.shape[1])])
     left = np.vstack([(y - share @ y) * root, np.zeros((features.shape[1], 2))])
     expected = share @ y + features @ np.linalg.lstsq(system, left, rcond=None)[0]
-    found = moments.solution(dataset(x), [PRODUCTS] * 2, [1e-2] * 2, known=known)
-    np.testing.assert_allclose(outputs(found, x), expected, atol=1e-6)
+    for dtype, atol in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
+        known = moments.Moments(data, COUNTS, dtype=dtype)
+        found = moments.solution(data, [PRODUCTS] * 2, [1e-2] * 2, known=known)
+        np.testing.assert_allclose(outputs(found, x), expected, atol=atol)
 
 
 @pytest.mark.parametrize("classes", [False, True])
@@ -102,38 +104,20 @@ def test_blocks_order_and_place_change_nothing(x, classes, monkeypatch, tmp_path
     np.testing.assert_allclose(outputs(there, x), known, atol=1e-3 if classes else 1e-6)
 
 
-def test_single_precision_is_near(x):
-    data = dataset(x)
-    near, known = (
-        moments.solution(data, [PRODUCTS] * 2, [1e-2] * 2, known=moments.Moments(data, dtype=dtype))
-        for dtype in (torch.float32, torch.float64)
-    )
-    np.testing.assert_allclose(outputs(near, x), outputs(known, x), atol=1e-3)
-
-
-def test_two_processes_are_one(x, tmp_path, monkeypatch):
+def test_processes_and_a_cluster_are_one_process(x, tmp_path, monkeypatch):
+    """Of the cluster's two workers one dies meanwhile: what it had is done again."""
     data = stored(dataset(x), tmp_path)
     monkeypatch.setattr(moments, "SPAN", 120)
-    known = moments.solution(data, *TARGETS)
+    known = outputs(moments.solution(data, *TARGETS), x)
     with joblib.parallel_config("loky", n_jobs=2):
-        found = moments.solution(data, *TARGETS)
-    np.testing.assert_allclose(outputs(found, x), outputs(known, x), atol=1e-6)
-
-
-def test_dask_is_one_process(x, tmp_path, monkeypatch):
-    """Two workers, one of which dies meanwhile: what it had is done again."""
+        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
     distributed = pytest.importorskip("distributed")
-    data = stored(dataset(x), tmp_path)
-    monkeypatch.setattr(moments, "SPAN", 120)
-    known = moments.solution(data, *TARGETS)
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         pids = client.run(os.getpid)
-        found = moments.solution(data, *TARGETS)
+        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
         os.kill(next(iter(pids.values())), signal.SIGKILL)
-        again = moments.solution(data, *TARGETS)
-    for one in (found, again):
-        np.testing.assert_allclose(outputs(one, x), outputs(known, x), atol=1e-6)
+        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
 
 
 def test_solve_takes_sums_of_many_cells(x, tmp_path, monkeypatch):
@@ -176,20 +160,11 @@ def test_classes_on_disk_are_linear_in_what_memory_holds(x, tmp_path, monkeypatc
     assert trials[0].form == "linear in genes, by 30 leading components" and trials[-1].loss < trials[0].loss
 
 
-def test_too_many_genes_are_refused(x, monkeypatch):
+def test_too_many_genes_and_products_that_are_in_no_sum_are_refused(x, monkeypatch):
+    known = moments.Moments(dataset(x), rank=10)
+    for changes in ({"rank": 25}, {"space": "sd"}):
+        with pytest.raises(ValueError, match="is not solved with more than 5,000 cells.*up to 10 components"):
+            known.ridge(PRODUCTS._replace(**changes), 1e-2)
     monkeypatch.setattr(moments, "MOST_GENES", 20)
     with pytest.raises(ValueError, match="train has 30 genes in 500 cells.*at most 20 genes.*highly_variable_genes"):
         moments.Moments(dataset(x))
-
-
-@pytest.mark.parametrize("changes", [{"rank": 25}, {"space": "sd"}])
-def test_products_that_are_in_no_sum_are_refused(x, changes):
-    known = moments.Moments(dataset(x), rank=10)
-    with pytest.raises(ValueError, match="is not solved with more than 5,000 cells.*up to 10 components"):
-        known.ridge(PRODUCTS._replace(**changes), 1e-2)
-
-
-def test_a_constant_gene_and_copies_do_no_harm(x):
-    same = np.hstack([x, x[:, :3], np.ones((N, 1), np.float32)])
-    there, here = (one.solution(dataset(same), [PRODUCTS] * 2, [1e-3] * 2) for one in (exact, moments))
-    np.testing.assert_allclose(outputs(here, same), outputs(there, same), atol=1e-6)

@@ -13,29 +13,17 @@ from matplotlib.figure import Figure
 
 from scbmlp import plotting
 
-GENES = [f"Gene{i}" for i in range(30)]
-LOADINGS = pd.Series(np.random.default_rng(0).permutation(np.linspace(-1, 1, 30)), GENES)
-STAGES = {"train_loss": [3.0, 2, 1], "val_loss": [4.0, 3, 2], "train_accuracy": [0.2, 0.5, 0.6]}
-HISTORY = pd.DataFrame(STAGES, index=pd.RangeIndex(1, 4, name="epoch"))
+LOADINGS = pd.Series(np.random.default_rng(0).permutation(np.linspace(-1, 1, 30)), [f"Gene{i}" for i in range(30)])
 COUNTS = pd.DataFrame([[5, 0, 1], [2, 7, 0], [0, 3, 11]], list("abc"), list("abc"))
 EIGENVALUES = pd.Series([2.0, -1.5, 1.0, -0.2])
 LABELS = pd.Series(np.repeat(["Alpha", "Beta"], [40, 60]))
 SCORES = pd.Series(np.random.default_rng(1).normal(size=100) + 2 * (LABELS == "Beta"))
-COLORS = {"Alpha": "#117733", "Beta": "#332288"}
+COLORS = {"Alpha": "#117733", "Beta": "#332288", "No cells": "#88ccee"}
 SHARES = pd.DataFrame(
     {"linear": [0.9, 0.5, 0.99], "quadratic": [0.05, 0.4, 0.001], "interaction": [0.01, 0.04, 1e-4]}, list("abc")
 )
 POINTS = np.random.default_rng(2).normal(size=(100, 2))
-SPLITS = {
-    "one": pd.DataFrame([[0.9, 0.5], [0.7, 0.3]], columns=pd.Index(["x", "y"], name="frequency")),
-    "other": pd.DataFrame([[0.2, 0.1], [0.2, 0.3]], columns=pd.Index(["x", "y"], name="frequency")),
-}
 BETWEEN = pd.DataFrame([[0.5, -2.0], [1.0, 0.0], [0.1, 0.2]], list("abc"), list("xy"))
-LONG = "a set whose name is far too long to be put beside a bar of the figure"
-ENRICHED = pd.DataFrame({
-    "term": ["insulin secretion (GO:0030073)", LONG, "third"], "pole": ["+", "-", "+"],
-    "overlap": [8, 4, 1], "size": [12, 30, 9], "p": [1e-6, 1e-3, 0.5], "q": [3e-6, 1.5e-3, 0.5],
-})  # fmt: skip
 MISSING = pd.DataFrame({"one": [0.1, 0.5, np.nan], "other": [0.3, 0.2, 0.4]}, list("abc"))
 CURVES = pd.DataFrame(
     {"effect": [0.1, 1.0, 0.2, 2.0], "error": [0.1, 0.2, 0.1, 0.3]},
@@ -43,15 +31,12 @@ CURVES = pd.DataFrame(
 )
 GROUPS = {"acts": [3.0, -4.0], "silent": np.array([0.5, -0.2, 1.0])}
 DRAW = {
-    "learning_curve": (HISTORY, "loss"),
     "confusion": (COUNTS,),
     "spectrum": (EIGENVALUES,),
     "loadings": (LOADINGS,),
     "score_histogram": (SCORES, LABELS, COLORS),
-    "enrichment": (ENRICHED,),
     "shares": (SHARES,),
     "embedding": (POINTS, LABELS, COLORS),
-    "by_output": (SPLITS,),
     "interactions": (BETWEEN,),
     "dots": (MISSING,),
     "dose_response": (CURVES,),
@@ -71,20 +56,8 @@ def names(axis):
     return dict(zip(axis.get_ticklocs(), (label.get_text() for label in axis.get_ticklabels()), strict=True))
 
 
-def middles(ax):
-    return [bar.get_y() + bar.get_height() / 2 for bar in ax.patches]
-
-
-def colors(artists):
-    return [to_hex(artist.get_facecolor()) for artist in artists]
-
-
-def colors_of(artist):
-    return {to_hex(color) for color in artist.get_facecolor()}
-
-
-def legend(ax):
-    return {text.get_text() for text in ax.get_legend().get_texts()}
+def colors_of(*artists):
+    return [to_hex(color) for artist in artists for color in np.atleast_2d(artist.get_facecolor())]
 
 
 def signed(values):
@@ -118,20 +91,6 @@ def test_every_category_has_a_colour_of_its_own(n):
     assert distance.min() > 0.04
 
 
-def test_learning_curve_has_a_line_a_stage_and_the_linear_baseline_dotted(ax):
-    start = pd.DataFrame({"train_loss": [2.5], "val_loss": [2.6]}, index=[0])
-    plotting.learning_curve(pd.concat([start, HISTORY[["train_loss", "val_loss"]]]), "loss", ax=ax)
-    lines = {line.get_label(): line.get_xydata() for line in ax.lines}
-    np.testing.assert_array_equal(lines["training"], np.c_[[1, 2, 3], [3, 2, 1]])
-    np.testing.assert_array_equal(lines["validation"], np.c_[[1, 2, 3], [4, 3, 2]])
-    assert sorted(line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":") == [2.5, 2.6]
-
-
-def test_learning_curve_does_without_validation_and_baseline(ax):
-    plotting.learning_curve(HISTORY, "accuracy", ax=ax)
-    assert [line.get_label() for line in ax.lines] == ["training"] and ax.get_ylabel() == "accuracy"
-
-
 def test_confusion_annotates_counts_and_shades_shares_of_the_true_class(ax):
     plotting.confusion(COUNTS, ax=ax)
     assert [text.get_text() for text in ax.texts] == [str(count) for count in COUNTS.to_numpy().ravel()]
@@ -143,9 +102,9 @@ def test_confusion_annotates_counts_and_shades_shares_of_the_true_class(ax):
 
 def test_spectrum_has_a_bar_an_eigenvalue_coloured_by_sign(ax):
     plotting.spectrum(EIGENVALUES, ax=ax)
-    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], EIGENVALUES)
-    np.testing.assert_allclose([bar.get_x() + bar.get_width() / 2 for bar in ax.patches], [1, 2, 3, 4])
-    assert colors(ax.patches) == signed(EIGENVALUES)
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in ax.patches]
+    np.testing.assert_allclose(bars, np.c_[[1, 2, 3, 4], EIGENVALUES])
+    assert colors_of(*ax.patches) == signed(EIGENVALUES)
 
 
 @pytest.mark.parametrize("n", [1, 15, 20])
@@ -154,38 +113,19 @@ def test_loadings_shows_the_strongest_genes_of_both_poles_each_once(ax, n):
     ordered = LOADINGS.sort_values()
     shown = pd.concat([ordered[:n], ordered[n:][-n:]])
     labels = names(ax.yaxis)
-    drawn = [(labels[round(y)], bar.get_width()) for y, bar in zip(middles(ax), ax.patches, strict=True)]
-    assert drawn == list(shown.items())
-    assert colors(ax.patches) == signed(shown)
+    assert [(labels[round(bar.get_y() + 0.4)], bar.get_width()) for bar in ax.patches] == list(shown.items())
+    assert colors_of(*ax.patches) == signed(shown)
 
 
 def test_score_histogram_has_a_row_a_class_of_one_height_from_the_top(ax):
-    plotting.score_histogram(SCORES, LABELS, COLORS | {"No cells": "#88ccee"}, ax=ax)
+    plotting.score_histogram(SCORES, LABELS, COLORS, ax=ax)
     assert names(ax.yaxis) == {0: "Alpha", -1: "Beta", -2: "No cells"}
-    assert colors(ax.patches) == [*COLORS.values(), "#88ccee"]
-    for row, (name, patch) in enumerate(zip([*COLORS, "No cells"], ax.patches, strict=True)):
+    assert colors_of(*ax.patches) == [*COLORS.values()]
+    for row, (name, patch) in enumerate(zip(COLORS, ax.patches, strict=True)):
         tops, edges, base = patch.get_data()
         assert base == -row and (edges[0], edges[-1]) == (SCORES.min(), SCORES.max())
         expected, _ = np.histogram(SCORES[LABELS == name], edges)
         np.testing.assert_allclose((tops - base) * max(expected.max(), 1), 0.9 * expected, atol=1e-12)
-
-
-def test_enrichment_draws_the_most_significant_sets_first_from_the_top(ax):
-    plotting.enrichment(ENRICHED.sample(frac=1, random_state=0), 2, ax=ax)
-    ax.figure.canvas.draw()
-    widths = dict(zip(middles(ax), [bar.get_width() for bar in ax.patches], strict=True))
-    labels = {y: " ".join(name.split()) for y, name in names(ax.yaxis).items()}  # long ones are broken into lines
-    lower, upper = sorted(widths)
-    assert widths[upper] == pytest.approx(-np.log10(3e-6)) and labels[round(upper)] == "insulin secretion"
-    assert widths[lower] == pytest.approx(-np.log10(1.5e-3)) and labels[round(lower)] == ENRICHED["term"][1]
-    assert {round(text.xy[1]): text.get_text().strip() for text in ax.texts} == {0: "4 of 30", 1: "8 of 12"}
-    assert colors(sorted(ax.patches, key=lambda bar: bar.get_y())) == signed([-1, 1])
-
-
-def test_enrichment_keeps_two_rows_of_one_set_apart(ax):
-    plotting.enrichment(pd.concat([ENRICHED[:1], ENRICHED[:1].assign(pole="-")]), ax=ax)
-    np.testing.assert_allclose(sorted(middles(ax)), [0, 1], atol=1e-9)
-    np.testing.assert_allclose(sorted(text.xy[1] for text in ax.texts), [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -207,48 +147,35 @@ def test_every_column_has_its_marker_on_the_line_of_each_row(ax, draw, given, sh
     assert names(ax.yaxis) == {0: "a", 1: "b", 2: "c"} and ax.yaxis_inverted()  # the first row is on top
     ends = [shown.loc["b"].min(), shown.loc["b"].max()]
     np.testing.assert_allclose(lines.get_segments()[1], np.c_[ends, [1, 1]])
-    assert len({to_hex(artist.get_facecolor()[0]) for artist in points}) == shown.shape[1]
+    assert len({colors_of(artist)[0] for artist in points}) == shown.shape[1]
     assert (ax.get_xscale() == "log") == (draw is plotting.shares)
 
 
 def test_embedding_draws_every_cell_in_the_colour_of_its_label(ax):
     plotting.embedding(POINTS, LABELS, COLORS, ax=ax)
-    for name, color in COLORS.items():
-        cells, entry = (artist for artist in ax.collections if colors_of(artist) == {color})
+    for cells, entry, (name, color) in zip(ax.collections[::2], ax.collections[1::2], COLORS.items(), strict=True):
         np.testing.assert_allclose(cells.get_offsets(), POINTS[LABELS == name])
         assert entry.get_label() == name and len(entry.get_offsets()) == 0
+        assert {*colors_of(cells, entry)} == {color}
 
 
-@pytest.mark.parametrize("name", ["by_output", "dose_response"])
-def test_error_bars_are_standard_deviations_or_95_percent_intervals(ax, name):
-    getattr(plotting, name)(*DRAW[name], ax=ax)
-    if name == "by_output":
-        expected = {label: (np.c_[[0, 1], table.mean()], 2 * table.std()) for label, table in SPLITS.items()}
-        assert list(names(ax.xaxis).values()) == ["x", "y"] and ax.get_xlabel() == "frequency"
-    else:
-        curves = {label: CURVES.loc[label] for label in ("drug", "other")}
-        expected = {label: (np.c_[[10, 1000], c["effect"]], 2 * 1.96 * c["error"]) for label, c in curves.items()}
-        assert ax.get_xscale() == "log"
-    assert legend(ax) == set(expected) == {container.get_label() for container in ax.containers}
-    for container in ax.containers:
-        line, _, (bars,) = container
-        points, lengths = expected[container.get_label()]
-        np.testing.assert_allclose(line.get_xydata(), points)
-        np.testing.assert_allclose([np.ptp(segment[:, 1]) for segment in bars.get_segments()], lengths)
+def test_dose_response_has_error_bars_of_95_percent(ax):
+    plotting.dose_response(CURVES, ax=ax)
+    assert ax.get_xscale() == "log"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["drug", "other"]
+    for name, (line, _, (bars,)) in zip(["drug", "other"], ax.containers, strict=True):
+        np.testing.assert_allclose(line.get_xydata(), np.c_[[10, 1000], CURVES.loc[name, "effect"]])
+        lengths = [np.ptp(segment[:, 1]) for segment in bars.get_segments()]
+        np.testing.assert_allclose(lengths, 2 * 1.96 * CURVES.loc[name, "error"])
 
 
-def test_interactions_are_shaded_around_zero(ax):
-    plotting.interactions(BETWEEN, ax=ax)
-    mesh = ax.collections[0]
+def test_heatmaps_are_shaded_around_zero_and_leave_missing_numbers_out(ax):
+    mesh = plotting.interactions(BETWEEN, ax=ax).collections[0]
     np.testing.assert_allclose(np.ravel(mesh.get_array()), BETWEEN.to_numpy().ravel())
-    assert mesh.get_clim() == (-2, 2)
     red, blue = mesh.cmap(1.0), mesh.cmap(0.0)
-    assert red[0] > red[2] and blue[2] > blue[0]
+    assert red[0] > red[2] and blue[2] > blue[0] and mesh.get_clim() == (-2, 2)
     assert list(names(ax.yaxis).values()) == list("abc") and list(names(ax.xaxis).values()) == list("xy")
-
-
-def test_heatmap_is_shaded_around_zero_and_leaves_missing_numbers_out(ax):
-    plotting.heatmap(BETWEEN.mask(BETWEEN == 1.0).replace(0.0, -0.01), ax=ax)
+    ax = plotting.heatmap(BETWEEN.mask(BETWEEN == 1.0).replace(0.0, -0.01), ax=Figure().add_subplot())
     assert ax.collections[0].get_clim() == (-2, 2)
     assert [text.get_text() for text in ax.texts] == ["0.5", "-2.0", "0.0", "0.1", "0.2"]  # and no "-0.0"
     assert plotting.heatmap(BETWEEN, 5, ax=Figure().add_subplot()).collections[0].get_clim() == (-5, 5)
@@ -256,11 +183,11 @@ def test_heatmap_is_shaded_around_zero_and_leaves_missing_numbers_out(ax):
 
 def test_strip_puts_every_value_on_the_line_of_its_group_and_colours_those_outside_the_band(ax):
     plotting.strip(GROUPS, 2.0, ax=ax)
-    acts, silent = ax.collections[:2]
-    for row, (artist, values) in enumerate(zip((acts, silent), GROUPS.values(), strict=True)):
+    expected = zip(ax.collections[:2], GROUPS.values(), (plotting.POSITIVE, plotting.NEUTRAL), strict=True)
+    for row, (artist, values, color) in enumerate(expected):
         np.testing.assert_allclose(artist.get_offsets()[:, 0], values)
         assert np.abs(artist.get_offsets()[:, 1] - row).max() <= 0.2
-    assert colors_of(acts) == {plotting.POSITIVE.lower()} and colors_of(silent) == {plotting.NEUTRAL.lower()}
+        assert {*colors_of(artist)} == {color.lower()}
     box = ax.patches[0].get_extents().transformed(ax.transData.inverted())
     assert (box.x0, box.x1) == pytest.approx((-2, 2)) and list(names(ax.yaxis).values()) == list(GROUPS)
 
@@ -275,13 +202,22 @@ def test_modules_that_are_not_trusted_are_grey_and_names_are_text():
     assert "&lt;b&gt;" in html and "<b>" not in html
 
 
-def test_colours_of_a_column_are_those_that_the_cells_have():
+OWN = ["#000000", "#111111", "#222222", "#333333"]
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"),
+    [
+        (None, plotting.MUTED),
+        (np.array(OWN), OWN),
+        (np.array([[0, 0, 0, 1], [0, 0, 1, 1], [0, 1, 0, 1.0], [1, 1, 1, 1]]), ("#000000", "#0000ff", "#00ff00")),
+        (OWN[:1], plotting.MUTED),  # of other categories
+        (dict.fromkeys("abcd", "red"), plotting.MUTED),
+    ],
+)
+def test_colours_of_a_column_are_those_that_the_cells_have(kept, expected):
     obs = pd.DataFrame({"kind": pd.Categorical(list("abca"), categories=list("abcd"))}, list("1234"))
-    adata = AnnData(np.ones((4, 2)), obs)
-    assert plotting.category_colors(adata, "kind") == dict(zip("abc", plotting.MUTED, strict=False))
-    adata.uns["kind_colors"] = np.array(["#000000", "#111111", "#222222", "#333333"])
-    assert plotting.category_colors(adata, "kind") == {"a": "#000000", "b": "#111111", "c": "#222222"}
-    adata.uns["kind_colors"] = ["#000000"]  # of other categories
-    assert plotting.category_colors(adata, "kind")["b"] == plotting.MUTED[1]
+    adata = AnnData(np.ones((4, 2)), obs, uns={} if kept is None else {"kind_colors": kept})
+    assert plotting.category_colors(adata, "kind") == dict(zip("abc", expected, strict=False))
     with pytest.raises(KeyError, match="key='kin' is not a column"):
         plotting.category_colors(adata, "kin")

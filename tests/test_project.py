@@ -17,107 +17,70 @@ import yaml
 import scbmlp
 
 ROOT = Path(__file__).parent.parent
-CONFIG = yaml.safe_load((ROOT / "_config.yml").read_text())
+CONFIG, CITATION = (yaml.safe_load((ROOT / name).read_text()) for name in ("_config.yml", "CITATION.cff"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
-ORDER = [
-    "checks", "display", "simulate", "sources", "stores", "datasets", "targets", "effects", "baselines", "exact",
-    "nested", "moments", "training", "storage", "models", "solving", "sklearn", "interactions", "audit", "knockoffs",
-    "modules", "stability", "evidence", "enrichment", "plotting", "explorer", "report",
-]  # fmt: skip
+API = (ROOT / "api.md").read_text()
+ORDER = (
+    "checks display simulate sources stores datasets targets effects baselines exact nested moments training storage "
+    "models solving sklearn interactions audit knockoffs modules stability evidence enrichment plotting explorer report"
+).split()
 PUBLIC = {
-    "sources": ["pancreas", "sciplex3", "dexamethasone", "norman", "glioblastoma", "data_card", "run_card"],
-    "simulate": ["pancreas", "sciplex3", "planted_interactions"],
-    "stores": ["StoredMatrix"],
-    "datasets": ["get_classification_datasets", "get_regression_datasets"],
-    "targets": ["laplacian_frequencies", "perturbation_response", "noise_ceiling"],
-    "baselines": ["linear_baseline", "LinearModel"],
-    "exact": ["Mixture", "Kernels", "ridge", "softmax", "Solution", "solution"],
-    "nested": ["Trial", "Search", "search", "choose"],
-    "moments": ["Moments", "solution"],
-    "models": [
-        "Config",
-        "ScBMLPClassifier",
-        "ScBMLPRegressor",
-        "solve",
-        "solve_replicas",
-        "tune",
-        "statistics",
-    ],
-    "interactions": [
-        "gain",
-        "interaction_matrix",
-        "InteractionMatrix",
-        "decompose",
-        "audit",
-        "similarity",
-        "attributions",
-        "pair_effects",
-        "group_means",
-    ],
-    "knockoffs": ["knockoffs", "pair_discoveries"],
-    "modules": [
-        "gene_modules",
-        "all_gene_modules",
-        "GeneModules",
-        "consensus",
-        "stability",
-        "permutation_null",
-        "truncation_curve",
-    ],
-    "evidence": ["trust", "ablation", "without_pairs", "random_directions"],
-    "enrichment": ["enrich", "gsea", "read_gene_sets"],
-    "plotting": ["palette", "category_colors", "trust"],
-    "explorer": ["explorer", "Explorer"],
-    "report": ["report", "prepare"],
-    "sklearn": ["BilinearClassifier", "BilinearRegressor"],
+    "sources": "pancreas sciplex3 dexamethasone norman glioblastoma data_card run_card",
+    "simulate": "pancreas sciplex3 planted_interactions",
+    "stores": "StoredMatrix",
+    "datasets": "get_classification_datasets get_regression_datasets",
+    "targets": "laplacian_frequencies perturbation_response noise_ceiling",
+    "baselines": "linear_baseline LinearModel",
+    "exact": "Mixture Kernels ridge softmax Solution solution",
+    "nested": "Trial Search search choose",
+    "moments": "Moments solution",
+    "models": "Config ScBMLPClassifier ScBMLPRegressor solve solve_replicas tune statistics",
+    "interactions": "gain interaction_matrix InteractionMatrix decompose audit similarity attributions pair_effects "
+    "group_means",
+    "knockoffs": "knockoffs pair_discoveries",
+    "modules": "gene_modules all_gene_modules GeneModules consensus stability permutation_null truncation_curve",
+    "evidence": "trust ablation without_pairs random_directions",
+    "enrichment": "enrich gsea read_gene_sets",
+    "plotting": "palette category_colors trust",
+    "explorer": "explorer Explorer",
+    "report": "report prepare",
+    "sklearn": "BilinearClassifier BilinearRegressor",
 }
 
 
-def test_binder_has_the_versions_of_the_constraints():
+def test_versions_are_those_of_the_constraints_here_and_on_binder():
+    assert {name: version(name).split("+")[0] for name in PINS} == PINS
     text = (ROOT / "environment.yml").read_text()
     pip = dict(re.findall(r"^      - ([\w.-]+)==(\S+)$", text, flags=re.M))
     conda = dict(re.findall(r"^  - ([\w.-]+)=(\S+)$", text, flags=re.M))
     assert conda == {"python": "3.11", "numpy": PINS["numpy"]} and "  - pytorch-cpu>=2.6\n" in text
     assert pip == {name: pin for name, pin in PINS.items() if name != "torch"}
+    declared = [*PROJECT["dependencies"], *sum(PROJECT["optional-dependencies"].values(), [])]
+    assert {re.match(r"[\w.-]+", line)[0].lower() for line in declared} <= PINS.keys()
 
 
-def test_these_tests_run_with_the_versions_of_the_constraints():
-    installed = {name: version(name).split("+")[0] for name in PINS}
-    assert installed == PINS
+def test_imports_run_one_way():
+    assert set(ORDER) == {path.stem for path in (ROOT / "scbmlp").glob("[a-z]*.py")}
+    for i, module in enumerate(ORDER):
+        tree = ast.parse((ROOT / "scbmlp" / f"{module}.py").read_text())
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+        imported = {alias.name for node in found if node.module == "scbmlp" for alias in node.names}
+        imported |= {node.module.split(".")[1] for node in found if node.module.startswith("scbmlp.")}
+        assert imported <= set(ORDER[:i]), module
 
 
-def test_every_declared_dependency_is_pinned():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = [*project["dependencies"], *sum(project["optional-dependencies"].values(), [])]
-    names = {re.match(r"[\w.-]+", line)[0].lower() for line in declared}
-    assert names <= PINS.keys()
-
-
-@pytest.mark.parametrize("module", ORDER)
-def test_imports_run_one_way(module):
-    tree = ast.parse((ROOT / "scbmlp" / f"{module}.py").read_text())
-    imported = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "scbmlp":
-            imported |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("scbmlp."):
-            imported.add(node.module.split(".")[1])
-    assert imported <= set(ORDER[: ORDER.index(module)])
-
-
-@pytest.mark.parametrize(("module", "names"), PUBLIC.items(), ids=PUBLIC)
-def test_public_names_exist_and_are_documented(module, names):
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_exist_and_are_documented(module):
     loaded = importlib.import_module(f"scbmlp.{module}")
-    for name in names:
-        assert getattr(loaded, name).__doc__
-    assert f"scbmlp.{module}" in (ROOT / "api.md").read_text()
+    assert all(getattr(loaded, name).__doc__ for name in PUBLIC[module].split()) and f"scbmlp.{module}" in API
 
 
 def test_modules_are_found_by_completion_and_imported_when_asked_for():
     code = "import scbmlp, sys; print(*dir(scbmlp), 'torch' in sys.modules, scbmlp.models.Config.__name__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     *names, before, loaded = run.stdout.split()
-    documented = set(re.findall(r"^\.\. auto\w+:: scbmlp\.(\w+)", (ROOT / "api.md").read_text(), flags=re.M))
+    documented = set(re.findall(r"^\.\. auto\w+:: scbmlp\.(\w+)", API, flags=re.M))
     assert set(scbmlp.__all__) == documented <= set(names) and (before, loaded) == ("False", "Config")
     with pytest.raises(AttributeError, match="module 'scbmlp' has no attribute 'nothing'"):
         scbmlp.nothing  # noqa: B018
@@ -131,8 +94,7 @@ def test_validation_is_never_by_assert():
 def test_every_equation_of_the_method_is_named_by_a_test():
     labels = re.findall(r"^\$\$ \((eq-[\w-]+)\)", (ROOT / "method.md").read_text(), flags=re.M)
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    assert len(labels) >= 8
-    assert [label for label in labels if label not in tests] == []
+    assert len(labels) >= 8 and [label for label in labels if label not in tests] == []
 
 
 def wrong_addresses(text):
@@ -144,18 +106,13 @@ def wrong_addresses(text):
 
 
 def test_configuration_alone_says_where_the_repository_is():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     url = CONFIG["repository"]["url"]
-    assert citation.get("repository-code", url) == url
-    assert {*project.get("urls", {}).values()} <= {url}
+    assert {CITATION.get("repository-code", url), *PROJECT.get("urls", {}).values()} == {url}
     for path in [ROOT / "CITATION.cff", ROOT / "pyproject.toml", *ROOT.glob("*.md"), *ROOT.glob("chapters/*.ipynb")]:
         assert wrong_addresses(path.read_text()) == [], path.name
-
-
-@pytest.mark.parametrize("text", ["https://github.com/a/scbmlp", "git clone https://b.org/c", "git@d.org:e/scbmlp.git"])
-def test_other_addresses_are_wrong(text):
-    assert wrong_addresses(text) and not wrong_addresses("https://github.com/a/b and git clone {url}")
+    for other in ("https://github.com/a/scbmlp", "git clone https://b.org/c", "git@d.org:e/scbmlp.git"):
+        assert wrong_addresses(other)
+    assert not wrong_addresses("https://github.com/a/b and git clone {url}")
 
 
 def test_landing_page_runs_and_shows_numbers_that_chapters_glue(monkeypatch):
@@ -175,10 +132,9 @@ def test_landing_page_runs_and_shows_numbers_that_chapters_glue(monkeypatch):
 
 
 def test_one_version_and_no_date_before_its_release():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     number, date = re.search(r"^## \[(.+?)\] - (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M).groups()
-    assert scbmlp.__version__ == citation["version"] == number
-    assert citation.get("date-released", "unreleased") == date
+    assert scbmlp.__version__ == CITATION["version"] == number
+    assert CITATION.get("date-released", "unreleased") == date
 
 
 def test_a_commit_and_make_lint_are_held_to_the_same_pinned_tools():
@@ -192,7 +148,6 @@ def test_what_others_ask_for_is_where_the_table_says():
     page = (ROOT / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| (.+) \| ([spj ]+) \| (.+) \|$", page, flags=re.M)
     assert len(rows) >= 20
-    for what, _, state in rows:
-        assert state.startswith("open") or state == "this page" or "](" in state, what
+    assert [what for what, _, state in rows if not (state.startswith(("open", "this page")) or "](" in state)] == []
     for path in re.findall(r"\]\(([\w./]+)\)", page):
         assert (ROOT / path).exists(), path

@@ -124,6 +124,10 @@ CHANGED = {
     "a missing label": (lambda a: a.obs.__setitem__("type", MISSING), "has no label for 1 of 240 cells"),
     "a small class": (lambda a: a.obs.__setitem__("type", RARE), "class 'rare' has 3 cells"),
     "nothing": (lambda a: setattr(a, "X", a.X * 0), "is 0 everywhere"),
+    "no h5ad": (
+        lambda a: a.obs.__setitem__("note", pd.array(a.obs_names, dtype="string")),
+        "cannot be written as h5ad",
+    ),
     "a NaN": (lambda a: a.X.data.__setitem__(0, np.nan), "holds NaN or infinite values in 1 of 240 cells"),
 }
 BAD = {name: (lambda a: None, *case) for name, case in OPTIONS.items()}
@@ -204,6 +208,15 @@ def test_targets_are_numbers_of_obsm_or_responses_on_components_of_training_cell
     assert not np.allclose(cells.test.y, again.test.y)
 
 
+def test_folder_that_cannot_be_made_is_refused_before_training(tmp_path, never_trains):
+    (tmp_path / "file").write_text("no folder")
+    for out in ("file", "file/report"):
+        with pytest.raises(ValueError, match="cannot be written to .* name another folder"):
+            report(own_cells(), tmp_path / out, class_key="type")
+    with pytest.raises(TypeError, match="cells is of type DataFrame; pass AnnData, or the path of an h5ad file"):
+        prepare(own_cells().to_df(), class_key="type")
+
+
 def test_nothing_is_left_of_a_report_that_fails(tmp_path, monkeypatch):
     def half(folder, *arguments):
         (folder / "report.html").write_text("half")
@@ -242,7 +255,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", program], env=HERE, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
-        if list(tmp_path.glob("out/.report-*/begun")) or process.poll() is not None:
+        if list(tmp_path.glob("out/report/.report-*/begun")) or process.poll() is not None:
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
