@@ -407,8 +407,9 @@ def test_audit_without_training_cells_leaves_out_what_needs_them():
     needs = ["interaction", "interaction_curved", "gain", "gain_curved", "score_additive"]
     assert alone[needs].isna().all(axis=None) and whole[needs].notna().all(axis=None)
     pd.testing.assert_frame_equal(alone.drop(columns=needs), whole.drop(columns=needs))
-    with pytest.raises(ValueError, match="audit has validation alone; interaction and gain need train="):
-        audit(model, test, validation=val)
+    for one in ({"train": train}, {"validation": val}):
+        with pytest.raises(ValueError, match=rf"audit has {next(iter(one))} alone; interaction and gain need train="):
+            audit(model, test, **one)
 
 
 def test_audit_of_a_model_that_says_nothing():
