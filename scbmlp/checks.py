@@ -18,6 +18,8 @@ from anndata import AnnData
 from scipy import sparse
 
 REMEDY = "pass log-normalised values, scanpy.pp.normalize_total then scanpy.pp.log1p"
+LARGEST = 20  # a natural logarithm of more counts than a cell has
+MISSING = {"", "na", "n/a", "nan", "none", "null", "<na>"}  # words for a missing label, in any case
 
 
 def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix | np.ndarray:
@@ -102,11 +104,11 @@ def warn(message: str) -> None:
 def check_log_normalised(
     x: sparse.csr_matrix | np.ndarray, where: str, adata: AnnData, *, counts: bool = False
 ) -> None:
-    """Raise an error for values that are negative, NaN or infinite, and warn of counts unless they are meant."""
+    """Raise an error for negative, NaN or infinite values; warn if no logarithm was taken, unless counts are meant."""
     check_finite(x, where)
     check_not_negative(x, where, REMEDY if adata.raw is None else "adata.raw may have them: adata.raw.to_adata()")
-    if not counts and looks_like_counts(x):
-        warn_of_counts(where)
+    if not counts:
+        check_scale(*scale_of(x), where)
 
 
 def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = REMEDY) -> None:
@@ -119,15 +121,38 @@ def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: st
         )
 
 
-def looks_like_counts(x: sparse.csr_matrix | np.ndarray) -> bool:
-    """Say whether expression (cell x gene) holds whole numbers alone, above 1 too."""
+def scale_of(x: sparse.csr_matrix | np.ndarray) -> tuple[float, bool]:
+    """Return the largest value of expression (cell x gene), and whether all values are whole numbers."""
     values = entries(x)
-    return bool(values.max(initial=0) > 1 and np.array_equal(values, np.round(values)))
+    return float(values.max(initial=0)), np.array_equal(values, np.round(values))
 
 
-def warn_of_counts(where: str) -> None:
-    """Warn that expression looks like counts."""
-    warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
+def check_scale(most: float, whole: bool, where: str) -> None:
+    """Warn of expression without its logarithm: whole numbers, or values that no logarithm of counts reaches."""
+    if whole and most > 1:
+        warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
+    elif most > LARGEST:
+        warn(
+            f"{where} holds values up to {most:,.0f}, too large for logarithms: counts that are fractional, or "
+            f"normalised and not logged; {REMEDY}."
+        )
+
+
+def check_cells(cells: Any) -> None:
+    """Raise an error for what is neither AnnData in memory or backed, nor a path."""
+    if isinstance(cells, str | Path) or (isinstance(cells, AnnData) and isinstance(cells.obs, pd.DataFrame)):
+        return
+    kind = type(cells).__name__
+    hint = {
+        "MuData": "pass one modality, such as mdata['rna']",
+        "AnnCollection": "take its cells into memory: collection[:].to_adata()",
+        "AnnData": "it was read lazily: take it into memory, adata.to_memory()",
+        "list": "join its parts: anndata.concat",
+        "tuple": "join its parts: anndata.concat",
+    }.get(kind, "make one: anndata.AnnData(X, obs=labels)")
+    raise ValueError(
+        f"adata is of type {kind}; AnnData, or the path of an .h5ad file or zarr store, is needed: {hint}."
+    )
 
 
 def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.Index:

@@ -18,16 +18,18 @@ from sklearn.preprocessing import StandardScaler
 from torch.utils.data import Dataset
 
 from scbmlp.checks import (
+    MISSING,
+    check_cells,
     check_finite,
     check_log_normalised,
+    check_scale,
     expression,
-    looks_like_counts,
     numeric_matrix,
     obs_column,
     obs_labels,
     plain_names,
+    scale_of,
     warn,
-    warn_of_counts,
     whole_number,
 )
 from scbmlp.display import as_html, listed
@@ -255,12 +257,14 @@ def match_genes(
 ) -> Matrix:
     """Return expression with exactly these genes, in this order: matched by name where `x` has names."""
     names, where, adata = getattr(x, "gene_names", None), "x", None
+    if hasattr(x, "obs"):
+        check_cells(x)
     if isinstance(x, AnnData | str | Path):
         adata, stored = open_cells(x, layer)
         names = adata.var_names
         x, where = expression(adata, layer) if stored is None else (stored, stored.where)
-        if stored is not None and looks_like_counts(x[:1000]):
-            warn_of_counts(f"the first block of {where}")
+        if stored is not None:
+            check_scale(*scale_of(x[:1000]), f"the first block of {where}")
     elif isinstance(x, ExpressionDataset):
         x = x.x
     elif isinstance(x, pd.DataFrame):
@@ -366,6 +370,7 @@ def get_classification_datasets(
     >>> list(train.output_names)
     ['off', 'on']
     """
+    check_cells(adata)
     adata, stored = open_cells(adata, layer)
     labels = obs_labels(adata, class_key, "class_key").astype("category").cat.remove_unused_categories()
     codes, classes = labels.cat.codes.to_numpy(np.int64), labels.cat.categories
@@ -373,6 +378,11 @@ def get_classification_datasets(
         raise ValueError(
             f"class_key={class_key!r} has the class {', '.join(map(repr, classes)) or 'of no cell'} alone, and nothing "
             f"to tell it from; add cells of other classes, or name another column."
+        )
+    for name in (name for name in classes if str(name).strip().lower() in MISSING):
+        warn(
+            f"class_key={class_key!r} has {(labels == name).sum()} cells of the label {str(name)!r}. It looks like a "
+            f"missing label, and is taken for a class; leave them out: adata[adata.obs[{class_key!r}] != {name!r}]."
         )
     rows = _rows(adata, labels, train_split, val_split, random_state, split_key)
     x = _checked(adata, stored, layer, normalize_total, log1p)
@@ -422,9 +432,16 @@ def get_regression_datasets(
     >>> list(train.output_names[:2])
     ['program_01', 'program_02']
     """
+    check_cells(adata)
     adata, stored = open_cells(adata, layer)
     if not isinstance(target_key, str) or target_key not in adata.obsm:
-        raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}.")
+        hint = ""
+        if isinstance(target_key, str) and target_key in adata.obs:
+            hint = (
+                f" It is a column of obs: adata.obsm[{target_key!r}] = adata.obs[[{target_key!r}]] makes it a target."
+            )
+        there = ", ".join(adata.obsm) or "none"
+        raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {there}.{hint}")
     target, where, names = adata.obsm[target_key], f"adata.obsm[{target_key!r}]", None
     if isinstance(target, pd.DataFrame):
         names = plain_names(target.columns, where)
@@ -502,8 +519,10 @@ def _checked(
     counts = bool(normalize_total or log1p)
     if x is not None:
         # The median of totals walks all cells, so that they are checked there.
-        if normalize_total is not True and x.totals()[1] and not counts:
-            warn_of_counts(x.where)
+        if normalize_total is not True:
+            _, most, whole = x.totals()
+            if not counts:
+                check_scale(most, whole, x.where)
         return x.scaled(normalize_total, log1p)
     x, where = expression(adata, layer, np.float32)
     check_log_normalised(x, where, adata, counts=counts)

@@ -19,7 +19,7 @@ from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
-from scbmlp.checks import REMEDY, check_finite, check_not_negative, entries, numeric_matrix
+from scbmlp.checks import REMEDY, check_finite, check_not_negative, entries, numeric_matrix, scale_of
 
 # Up to so many cells between two that are wanted, to read and drop them is up to 50 times quicker than a jump.
 GAP = 32
@@ -70,6 +70,10 @@ class StoredMatrix:
         self._key = "X" if layer is None else f"layers/{layer}"
         with open_store(self.path) as file:
             layers = list(file["layers"]) if "layers" in file else []
+            if "mod" in file and "X" not in file:
+                raise ValueError(
+                    f"{self.path} holds MuData; AnnData is needed: write one modality, mdata['rna'].write_h5ad(...)."
+                )
             if layer not in layers and (layer is not None or "X" not in file):
                 what = "the file has no X" if layer is None else f"layer={layer!r} is not in the file"
                 raise KeyError(f"{what} {self.path}; its layers are: {', '.join(layers) or 'none'}. Name one of them.")
@@ -222,15 +226,14 @@ class StoredMatrix:
         """Return how many cells fit into that many bytes."""
         return int(size // max(self.cell_bytes, 1))
 
-    def totals(self) -> tuple[np.ndarray, bool]:
-        """Check every cell, and return the totals of the file (cell), and whether values look like counts."""
+    def totals(self) -> tuple[np.ndarray, float, bool]:
+        """Check every cell, and return the file's totals (cell), largest value, and whether all values are whole."""
         found, whole, most = [np.empty(0)], True, 0.0
         for _, block in self._like(target_sum=None, log1p=False, _columns=None).blocks(BLOCK_CELLS):
             found.append(row_totals(block))
-            values = entries(block)
-            whole = whole and np.array_equal(values, np.round(values))
-            most = max(most, values.max(initial=0))
-        return np.concatenate(found), bool(whole and most > 1)
+            own, all_whole = scale_of(block)
+            most, whole = max(most, own), whole and all_whole
+        return np.concatenate(found), most, whole
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of every gene (gene), from one walk over the cells, and keep them."""

@@ -7,11 +7,13 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from anndata import AnnData, read_h5ad
+from anndata.io import write_elem
 from anndata.tests.helpers import assert_adata_equal
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -232,6 +234,10 @@ BAD = {
     "columns of one name": (lambda a, w: cut(put(a, "obs", pd.concat([a.obs, a.obs[["type"]]], axis=1))), ValueError, "class_key='type': adata.obs has 2 columns"),
     "labels missing": (lambda a, w: cut(a, "holes"), ValueError, "class_key='holes' has no label for 14 of 120 cells"),
     "nullable labels missing": (lambda a, w: cut(put(a, "obs type", pd.array([True, pd.NA, False] * 40, dtype="boolean"))), ValueError, "class_key='type'"),
+    "MuData": (lambda a, w: cut(SimpleNamespace(obs=a.obs, mod={})), ValueError, "adata is of type SimpleNamespace; AnnData, or the path"),
+    "a list of AnnData": (lambda a, w: cut([a, a]), ValueError, "join its parts: anndata.concat"),
+    "AnnData's cousin at prediction": (lambda a, w: w.classifier.predict(SimpleNamespace(obs=a.obs)), ValueError, "AnnData, or the path"),
+    "a target in obs": (lambda a, w: get_regression_datasets(put(a, "obs time", 1.0), "time"), KeyError, "It is a column of obs"),
     "one class": (lambda a, w: cut(put(a, "obs type", "T0")), ValueError, "class_key='type' has the class 'T0' alone"),
     "a class of one cell": (lambda a, w: cut(put(a, "obs type", ["rare", *["T"] * 119])), ValueError, "class 'rare' has 1 cells, but 7 are needed"),
     "no cells": (lambda a, w: cut(a[:0].copy()), ValueError, "class_key='type'"),
@@ -508,12 +514,38 @@ def test_a_model_reads_the_layer_that_it_was_trained_on(fitted, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["classification", "predict", "responses"])
-def test_counts_are_warned_of_where_they_are_read(fitted, name):
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda x: x.ceil(), "only whole numbers, like raw counts"),
+        (lambda x: x * (30.5 / x.max()), "values up to 30, too large for logarithms"),
+    ],
+)
+def test_expression_without_its_logarithm_is_warned_of_where_it_is_read(fitted, name, change, match):
     adata = small_cells()
-    adata.X = adata.X.ceil()
-    with pytest.warns(UserWarning, match="only whole numbers, like raw counts") as record:
+    adata.X = change(adata.X)
+    with pytest.warns(UserWarning, match=match) as record:
         READERS[name](adata, fitted)
     assert record[0].filename == __file__
+    if name != "responses":
+        with pytest.warns(UserWarning, match=match):
+            READERS[name](fitted.disk(adata), fitted)
+
+
+@pytest.mark.parametrize("word", ["nan", "", "<NA>"])
+def test_a_class_that_looks_like_a_missing_label_is_warned_of(word):
+    adata = small_cells()
+    adata.obs["type"] = adata.obs["type"].astype(str).where(np.arange(adata.n_obs) % 5 > 0, word)
+    with pytest.warns(UserWarning, match=f"class_key='type' has {-(-adata.n_obs // 5)} cells of the label '{word}'"):
+        cut(adata)
+
+
+def test_a_file_of_mudata_is_refused_in_words(tmp_path):
+    with h5py.File(tmp_path / "cite.h5mu", "w") as file:
+        file.create_group("mod")
+        write_elem(file, "obs", small_cells().obs[["type"]])
+    with pytest.raises(ValueError, match="cite.h5mu holds MuData; AnnData is needed: write one modality"):
+        cut(tmp_path / "cite.h5mu")
 
 
 def test_a_class_that_a_set_lacks_is_warned_of():
