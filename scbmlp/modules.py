@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -192,7 +193,13 @@ class GeneModules:
                 f"adata is of type {type(adata).__name__}; modules are written to AnnData: open a file by "
                 f"anndata.read_h5ad(path, backed='r')."
             )
-        key = (key or f"modules_{self.output}").replace("/", "_")  # a slash would open a folder in an h5ad file
+        if key is None:
+            # A slash would open a folder in an h5ad file; without it two outputs may meet in one key.
+            key = base = f"modules_{self.output}".replace("/", "_")
+            others = (f"{base}_{i}" for i in count(2))
+            while adata.uns.get(key, {}).get("output", str(self.output)) != str(self.output):
+                key = next(others)
+        key = key.replace("/", "_")
         scores = self.scores(adata, layer=layer).to_numpy()
         at = self.loadings.index.get_indexer(plain_names(adata.var_names, "genes", unique=False))
         loadings = np.where((at >= 0)[:, None], self.loadings.to_numpy()[at], np.nan)

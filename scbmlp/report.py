@@ -22,7 +22,7 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm import tqdm
 
-from scbmlp.checks import REMEDY, check_finite, control_labels, entries, expression, whole_number
+from scbmlp.checks import LARGEST, REMEDY, check_finite, control_labels, entries, expression, whole_number
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
@@ -30,7 +30,6 @@ from scbmlp.targets import perturbation_response
 
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
-LARGEST_LOG = 30  # e^30 counts of a gene in a cell there are not
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = ("report.html", "report.ipynb", "cells.h5ad")
 HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
@@ -77,6 +76,7 @@ def prepare(
     gene_sets: str | Path | Sequence[str | Path] | None = None,
     layer: str | None = None,
     n_genes: int | None = None,
+    min_cells: int | None = None,
     seed: int = 0,
 ) -> Cells:
     """Check the cells of a report and split them; where ``X`` is scaled, ``raw`` is read, of the genes of ``X``.
@@ -97,6 +97,8 @@ def prepare(
         Layer to read instead of ``X``.
     n_genes
         Most variable genes to take; if None all, or 2,000 of more than 5,000.
+    min_cells
+        Fewest cells of a class; smaller classes are left out, as are cells without a label.
     seed
         Seed of the split.
 
@@ -118,6 +120,8 @@ def prepare(
         )
     seed, notes = whole_number(seed, "seed", 0, 2**32 - 1), []
     adata, source = _read(cells)
+    if class_key in adata.obs:
+        adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
     adata, x = _log_normalised(adata, layer, notes)
     names = adata.var_names
     kept = _most_variable(x, names, n_genes, notes)
@@ -125,7 +129,10 @@ def prepare(
     where = {"X": x[:, kept]} if layer is None else {"layers": {layer: x[:, kept]}}
     seen = AnnData(**where, obs=adata.obs, var=pd.DataFrame(index=names[kept]), obsm=dict(adata.obsm))
     if class_key is not None:
-        split = get_classification_datasets(seen, class_key, random_state=seed, layer=layer)
+        try:
+            split = get_classification_datasets(seen, class_key, random_state=seed, layer=layer)
+        except ValueError as error:
+            raise ValueError(f"{error} Small classes are left out by min_cells (--min-cells).") from None
         target = f"the {len(split[0].output_names)} classes of `{class_key}`"
     elif target_key is not None:
         split = get_regression_datasets(seen, target_key, random_state=seed, layer=layer)
@@ -161,6 +168,20 @@ def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
     return cells, {"scbmlp_source": dict(before) if before.get("kind") == "simulated" else known}
 
 
+def _labelled(adata: AnnData, key: str, least: int, notes: list[str]) -> AnnData:
+    """Return the cells that have a label, of classes of so many cells at least."""
+    labels = adata.obs[key]
+    sizes = labels.value_counts()
+    small = sizes.index[(sizes > 0) & (sizes < least)]
+    kept = (labels.notna() & ~labels.isin(small)).to_numpy()
+    if lacking := int(labels.isna().sum()):
+        notes.append(f"{lacking:,} of {len(labels):,} cells have no label in `{key}`, and are left out.")
+    if len(small):
+        names = ", ".join(f"`{name}`" for name in small)
+        notes.append(f"Classes of fewer than {least} cells are left out (`--min-cells`): {names}.")
+    return adata if kept.all() else adata[kept].copy()
+
+
 def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
     """Return why values are not those of log-normalised expression, or nothing."""
     values = entries(x)
@@ -170,7 +191,7 @@ def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
         return f"holds negative values (minimum {values.min():.3g}), as scaled expression does"
     if np.array_equal(values, np.round(values)):
         return "holds only whole numbers, like raw counts"
-    return f"holds values up to {values.max():.3g}, too large for logarithms" if values.max() > LARGEST_LOG else ""
+    return f"holds values up to {values.max():.3g}, too large for logarithms" if values.max() > LARGEST else ""
 
 
 def _log_normalised(adata: AnnData, layer: str | None, notes: list[str]) -> tuple[AnnData, Any]:
@@ -270,6 +291,7 @@ def report(
     gene_sets: str | Path | Sequence[str | Path] | None = None,
     layer: str | None = None,
     n_genes: int | None = None,
+    min_cells: int | None = None,
     seed: int = 0,
     force: bool = False,
     progress: bool = True,
@@ -282,7 +304,7 @@ def report(
         Path of an h5ad file, or AnnData, which is not changed.
     out
         Folder to write the page to, its notebook, and ``cells.h5ad``, the cells with their modules.
-    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes
+    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes, min_cells
         As in :func:`prepare`; one of the three keys is needed.
     seed
         Seed of the split and of all fits.
@@ -316,6 +338,7 @@ def report(
         "gene_sets": [str(path.expanduser().resolve()) for path in _paths(gene_sets)] or None,
         "layer": layer,
         "n_genes": n_genes,
+        "min_cells": min_cells,
         "seed": seed,
     }
     adata = prepare(cells, **options).adata
@@ -407,7 +430,8 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             # One thread: on a busy machine threads that wait for each other make small fits many times slower. And the
             # paths of this interpreter, which may have been told by hand where the package is.
             paths = os.pathsep.join(filter(None, sys.path))
-            client.execute(env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths})
+            own = {"PYTHONPATH": paths, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+            client.execute(env={"OMP_NUM_THREADS": "1"} | os.environ | own)
         except (CellExecutionError, DeadKernelError) as error:
             died = "its process ended, perhaps for want of memory"
             reason = died if isinstance(error, DeadKernelError) else f"{error.ename}: {error.evalue}"
@@ -415,6 +439,10 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
         except AssertionError:
             # nbclient takes Ctrl-C for itself: it ends the kernel, and then asserts that there is one to end.
             raise KeyboardInterrupt from None
+    # A figure that fails while it is drawn is no error of its cell.
+    for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
+        if output.output_type == "error":
+            raise RuntimeError(f"a figure of the report cannot be drawn: {output.ename}: {output.evalue}")
     nbformat.write(notebook, folder / "report.ipynb")
     (folder / "report.html").write_text(_page(notebook), "utf-8")
 
@@ -455,6 +483,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--gene-sets", nargs="+", metavar="GMT", help="files of gene sets")
     one.add_argument("--layer", help="layer with the expression; X if not given")
     one.add_argument("--n-genes", type=int, help=f"most variable genes to take; {N_GENES} of more than {MOST_GENES}")
+    one.add_argument("--min-cells", type=int, help="fewest cells of a class; smaller ones are left out")
     one.add_argument("--seed", type=int, default=0, help="seed of the split and of all fits")
     one.add_argument("--out", default="report", help="folder to write (report)")
     one.add_argument("--force", action="store_true", help="replace a report that is there")

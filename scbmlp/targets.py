@@ -82,6 +82,7 @@ def laplacian_frequencies(
         check_log_normalised(x, where, adata)
         graph = _with_neighbors(x[chosen], _highly_variable(adata.var), n_neighbors, n_pcs, random_state)
         weights = graph.obsp["connectivities"]
+        made_with = {"n_neighbors": min(n_neighbors, len(chosen)), "n_pcs": graph.varm["PCs"].shape[1]}
     elif neighbors_key not in adata.uns:
         raise KeyError(f"neighbors_key={neighbors_key!r} is not in adata.uns; call scanpy.pp.neighbors(adata) first.")
     elif cells is not None:
@@ -91,6 +92,8 @@ def laplacian_frequencies(
         if key not in adata.obsp:
             raise KeyError(f"neighbors_key={neighbors_key!r} names {key!r}, which is not in adata.obsp; make it anew.")
         weights = adata.obsp[key]
+        known = adata.uns[neighbors_key].get("params", {})
+        made_with = {name: known[name] for name in ("n_neighbors", "n_pcs") if known.get(name) is not None}
     weights = sparse.csr_matrix((weights + weights.T) / 2, dtype=np.float64)
     _check_connected(weights, adata.obs_names[chosen])
     values, frequencies = _lowest(weights, n_frequencies, normalized)
@@ -106,8 +109,7 @@ def laplacian_frequencies(
         nearest = KNeighborsRegressor(min(n_neighbors, len(chosen))).fit(graph.obsm["X_pca"], frequencies)
         result[others] = nearest.predict(new) * degree / (degree - values)
     adata.obsm[key_added] = result
-    options = {"n_neighbors": n_neighbors, "n_pcs": n_pcs, "normalized": normalized, "n_cells": len(chosen)}
-    adata.uns[key_added] = {"eigenvalues": values} | options
+    adata.uns[key_added] = {"eigenvalues": values, "normalized": normalized, "n_cells": len(chosen)} | made_with
 
 
 def _highly_variable(var: pd.DataFrame) -> np.ndarray:

@@ -455,3 +455,15 @@ def test_modules_print_themselves_in_a_line_and_as_a_table(fitted):
     assert "<i>" not in html and f"&lt;i&gt;{modules.top_genes(0, 1).index[0][3:]}" in html and "trusted" not in html
     trusted = replace(modules, trust=pd.DataFrame({"trusted": [True, False, False]}, modules.eigenvalues.index))
     assert "trusted 1;" in repr(trusted) and trusted._repr_html_().count("<td>no</td>") == 2
+
+
+def test_outputs_whose_keys_would_meet_keep_their_own(fitted):
+    model, dataset = fitted
+    model.output_names = dataset.output_names = pd.Index(["B/T", "B_T", "other"])
+    adata = AnnData(dataset.x, var=pd.DataFrame(index=model.gene_names))
+    for _ in range(2):  # again is over its own
+        for name in model.output_names:
+            gene_modules(model, name, 2, dataset=dataset).to_adata(adata)
+    assert {key: adata.uns[key]["output"] for key in adata.uns} == {
+        "modules_B_T": "B/T", "modules_B_T_2": "B_T", "modules_other": "other"
+    }  # fmt: skip

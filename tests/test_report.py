@@ -116,12 +116,11 @@ OPTIONS = {
     "half a gene": (CLASSES | {"n_genes": 0.5}, ValueError, "n_genes=0.5: a whole number of at least 2"),
     "negative seed": (CLASSES | {"seed": -1}, ValueError, "seed=-1: a whole number of at least 0"),
 }
-MISSING, RARE = [None] + list("ab" * 119) + ["a"], ["rare"] * 3 + ["b"] * (N - 3)
+RARE = ["rare"] * 3 + ["b"] * (N - 3)
 CHANGED = {
     "counts": (lambda a: setattr(a, "X", a.X.rint()), r"holds only whole numbers, like raw counts; .*normalize_total"),
     "no logarithm": (lambda a: setattr(a, "X", 90.5 * a.X), r"holds values up to \d+, too large for logarithms"),
     "scaled, no raw": (lambda a: setattr(a, "X", a.X.toarray() - 1), r"negative values .*; log-normalised values are"),
-    "a missing label": (lambda a: a.obs.__setitem__("type", MISSING), "has no label for 1 of 240 cells"),
     "a small class": (lambda a: a.obs.__setitem__("type", RARE), "class 'rare' has 3 cells"),
     "nothing": (lambda a: setattr(a, "X", a.X * 0), "is 0 everywhere"),
     "no h5ad": (
@@ -314,3 +313,15 @@ def test_page_folds_code_and_leaves_out_what_is_of_the_book(tmp_path):
     (image,) = BeautifulSoup(html, "html.parser").find_all("img")
     assert image["src"] == "data:image/png;base64,AAAA" and image["alt"] == 'a "line"'
     assert re.search(r"<figcaption>\s*<p>What is drawn\.</p>\s*</figcaption>", html)
+
+
+def test_small_classes_and_cells_without_a_label_are_left_out_and_said():
+    adata = scbmlp.simulate.planted_interactions(n_cells=300, n_genes=40, n_programs=4, genes_per_program=10)
+    labels = adata.obs["label"].astype(object)
+    labels.iloc[:10], labels.iloc[10:13] = None, "rare"
+    adata.obs["label"] = labels
+    with pytest.raises(ValueError, match="--min-cells"):
+        prepare(adata, class_key="label")
+    found = prepare(adata, class_key="label", min_cells=4)
+    assert list(found.train.output_names) == ["off", "on"] and found.adata.n_obs == 287
+    assert "10 of 300 cells have no label in `label`" in found.notes[0] and found.notes[1].endswith(": `rare`.")
