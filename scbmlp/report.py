@@ -26,6 +26,7 @@ from scbmlp.checks import LARGEST, REMEDY, check_finite, control_labels, entries
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
+from scbmlp.stores import normalised
 from scbmlp.targets import perturbation_response
 
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
@@ -77,6 +78,7 @@ def prepare(
     layer: str | None = None,
     n_genes: int | None = None,
     min_cells: int | None = None,
+    no_normalize: bool = False,
     seed: int = 0,
 ) -> Cells:
     """Check the cells of a report and split them; where ``X`` is scaled, ``raw`` is read, of the genes of ``X``.
@@ -99,6 +101,8 @@ def prepare(
         Most variable genes to take; if None all, or 2,000 of more than 5,000.
     min_cells
         Fewest cells of a class; smaller classes are left out, as are cells without a label.
+    no_normalize
+        Refuse counts, which are else scaled to 10,000 a cell, and log1p is taken.
     seed
         Seed of the split.
 
@@ -122,7 +126,7 @@ def prepare(
     adata, source = _read(cells)
     if class_key in adata.obs:
         adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
-    adata, x = _log_normalised(adata, layer, notes)
+    adata, x = _log_normalised(adata, layer, notes, no_normalize)
     names = adata.var_names
     kept = _most_variable(x, names, n_genes, notes)
     sets = _gene_sets(gene_sets, names[kept], notes)
@@ -194,12 +198,20 @@ def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
     return f"holds values up to {values.max():.3g}, too large for logarithms" if values.max() > LARGEST else ""
 
 
-def _log_normalised(adata: AnnData, layer: str | None, notes: list[str]) -> tuple[AnnData, Any]:
-    """Return the cells with the expression to use: that asked for, or that of ``raw`` where ``X`` is scaled."""
+def _log_normalised(adata: AnnData, layer: str | None, notes: list[str], as_it_is: bool) -> tuple[AnnData, Any]:
+    """Return the cells with the expression to use: that asked for, of counts the logarithm, or ``raw`` of scaled."""
     x, where = expression(adata, layer)
     check_finite(x, where)
     fault = _fault(x)
     if not fault:
+        return adata, x
+    if "whole numbers" in fault and not as_it_is:
+        notes.append(f"`{layer or 'X'}` has counts. They were scaled to 10,000 a cell, and log1p was taken.")
+        adata, x = adata.copy(), normalised(sparse.csr_matrix(x, dtype=np.float32), 1e4, log1p=True)
+        if layer is None:
+            adata.X = x
+        else:
+            adata.layers[layer] = x
         return adata, x
     raw = None if adata.raw is None else adata.raw.to_adata()
     raw_fits = raw is not None and not _fault(expression(raw, None)[0])
@@ -292,6 +304,7 @@ def report(
     layer: str | None = None,
     n_genes: int | None = None,
     min_cells: int | None = None,
+    no_normalize: bool = False,
     seed: int = 0,
     force: bool = False,
     progress: bool = True,
@@ -304,7 +317,7 @@ def report(
         Path of an h5ad file, or AnnData, which is not changed.
     out
         Folder to write the page to, its notebook, and ``cells.h5ad``, the cells with their modules.
-    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes, min_cells
+    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes, min_cells, no_normalize
         As in :func:`prepare`; one of the three keys is needed.
     seed
         Seed of the split and of all fits.
@@ -339,6 +352,7 @@ def report(
         "layer": layer,
         "n_genes": n_genes,
         "min_cells": min_cells,
+        "no_normalize": no_normalize or None,
         "seed": seed,
     }
     adata = prepare(cells, **options).adata
@@ -381,6 +395,7 @@ def _command(name: str, options: dict[str, Any]) -> str:
     for key, value in options.items():
         if value is not None:
             values = [Path(part).name for part in value] if key == "gene_sets" else [str(value)]
+            values = [] if value is True else values
             words += [f"--{key.replace('_', '-')}", *values]
     return shlex.join(words)
 
@@ -474,7 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     words = "make a page on cells of your own, the book's chapter with them"
     one = commands.add_parser("report", help=words, description=words)
-    one.add_argument("cells", help="an h5ad file with log-normalised expression")
+    one.add_argument("cells", help="an h5ad file with log-normalised expression, or counts")
     target = one.add_mutually_exclusive_group(required=True)
     target.add_argument("--class-key", help="column of obs with classes to tell apart")
     target.add_argument("--target-key", help="key of obsm with numbers to predict")
@@ -484,6 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--layer", help="layer with the expression; X if not given")
     one.add_argument("--n-genes", type=int, help=f"most variable genes to take; {N_GENES} of more than {MOST_GENES}")
     one.add_argument("--min-cells", type=int, help="fewest cells of a class; smaller ones are left out")
+    one.add_argument("--no-normalize", action="store_true", help="refuse counts, in place of their logarithms")
     one.add_argument("--seed", type=int, default=0, help="seed of the split and of all fits")
     one.add_argument("--out", default="report", help="folder to write (report)")
     one.add_argument("--force", action="store_true", help="replace a report that is there")

@@ -118,7 +118,6 @@ OPTIONS = {
 }
 RARE = ["rare"] * 3 + ["b"] * (N - 3)
 CHANGED = {
-    "counts": (lambda a: setattr(a, "X", a.X.rint()), r"holds only whole numbers, like raw counts; .*normalize_total"),
     "no logarithm": (lambda a: setattr(a, "X", 90.5 * a.X), r"holds values up to \d+, too large for logarithms"),
     "scaled, no raw": (lambda a: setattr(a, "X", a.X.toarray() - 1), r"negative values .*; log-normalised values are"),
     "a small class": (lambda a: a.obs.__setitem__("type", RARE), "class 'rare' has 3 cells"),
@@ -130,6 +129,10 @@ CHANGED = {
     "a NaN": (lambda a: a.X.data.__setitem__(0, np.nan), "holds NaN or infinite values in 1 of 240 cells"),
 }
 BAD = {name: (lambda a: None, *case) for name, case in OPTIONS.items()}
+BAD["counts"] = (
+    lambda a: setattr(a, "X", a.X.rint()), CLASSES | {"no_normalize": True}, ValueError,
+    r"holds only whole numbers, like raw counts; .*normalize_total",
+)  # fmt: skip
 BAD |= {name: (change, CLASSES, ValueError, match) for name, (change, match) in CHANGED.items()}
 
 
@@ -148,7 +151,7 @@ def test_remedy_names_where_log_normalised_values_are():
     adata = own_cells()
     adata.layers["logs"], adata.X = adata.X.copy(), adata.X.rint()
     with pytest.raises(ValueError, match=r"name a layer that has them: 'logs'"):
-        prepare(adata, class_key="type")
+        prepare(adata, class_key="type", no_normalize=True)
     np.testing.assert_array_equal(
         prepare(adata, class_key="type", layer="logs").train.x.toarray(),
         prepare(own_cells(), class_key="type").train.x.toarray(),
@@ -156,7 +159,25 @@ def test_remedy_names_where_log_normalised_values_are():
     counts = own_cells()
     counts.raw, counts.X = counts.copy(), counts.X.rint()
     with pytest.raises(ValueError, match=r"adata\.raw has them: adata\.raw\.to_adata\(\)"):
-        prepare(counts, class_key="type")
+        prepare(counts, class_key="type", no_normalize=True)
+
+
+@pytest.mark.parametrize("layer", [None, "counts"])
+def test_counts_become_logarithms_and_the_page_says_so(layer):
+    adata = own_cells()
+    adata.layers["counts"] = adata.X.rint()
+    if layer is None:
+        adata.X = adata.layers["counts"].copy()
+    known = AnnData(adata.layers["counts"].copy())
+    sc.pp.normalize_total(known, target_sum=1e4)
+    sc.pp.log1p(known)
+    before = adata.copy()
+    found = prepare(adata, class_key="type", layer=layer)
+    assert_adata_equal(adata, before)
+    np.testing.assert_allclose(found.train.x.toarray(), known.X.toarray()[found.train.indices], rtol=1e-5)
+    assert f"`{layer or 'X'}` has counts. They were scaled to 10,000 a cell" in found.notes[0]
+    kept = found.adata.X if layer is None else found.adata.layers[layer]
+    np.testing.assert_allclose(kept.toarray(), known.X.toarray(), rtol=1e-5)
 
 
 def test_gene_sets_of_other_genes_or_in_two_files_are_refused(tmp_path):
