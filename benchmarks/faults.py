@@ -1,6 +1,6 @@
-"""What an independent check found, measured on what stands: python benchmarks/faults.py, a minute or two.
+"""What an independent check found, measured on what stands: python benchmarks/faults.py, some minutes.
 
-Each line is a figure that was wrong once. Its tests are named beside it; the change log says what it was before. Pairs
+Each line is a figure that was wrong once. The number is that of the finding. Pairs
 of genes have a benchmark of their own: python benchmarks/pairs.py 20 real "real, more noise".
 """
 
@@ -17,8 +17,8 @@ from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.effects import additivity
 from scbmlp.interactions import audit
-from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor, solve, solve_replicas
-from scbmlp.modules import permutation_null, stability
+from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor, solve
+from scbmlp.modules import permutation_null
 
 QUIET = {"progress": False}
 
@@ -118,25 +118,7 @@ def slopes():
     yield "6 slope and ceiling of a double that does nothing", [table["slope"].item(), table["ceiling"].item()]
 
 
-def steadiness():
-    """8. How well the module of a class comes back over halves, of the logit less the plain and the weighted mean."""
-    rng = np.random.default_rng(0)
-    x = rng.gamma(1.0, size=(900, 30)).astype(np.float32)
-    y = np.digitize(x[:, 0] * x[:, 1] + 0.3 * rng.normal(size=900), [1.0, 2.5])
-    names = pd.RangeIndex(30), pd.Index(["low", "mid", "high"])
-    train, val = (ExpressionDataset(x[i], y[i], *names) for i in np.split(np.arange(900), [700]))
-    model = solve(ScBMLPClassifier, train, val, form="products of components", **QUIET)
-    halves = solve_replicas(model, train, 10, "half", **QUIET)
-    shares = np.bincount(y) / len(y)
-    for name, mean in (("plain", np.full(3, 1 / 3)), ("share-weighted", shares)):
-        output = {k: float((k == "high") - m) for k, m in zip(names[1], mean, strict=True)}
-        yield (
-            f"8 steadiness of the leading module less the {name} mean",
-            [float(np.min(stability(halves, output, 1).iloc[0]))],
-        )
-
-
 if __name__ == "__main__":
-    for part in (curved_gains, p_values, batches, easy_classes, slopes, steadiness):
+    for part in (curved_gains, p_values, batches, easy_classes, slopes):
         for line, figures in part():
             print(f"{line}: {' '.join(f'{figure:.4f}' for figure in figures)}", flush=True)
