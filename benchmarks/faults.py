@@ -17,7 +17,7 @@ from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset
 from scbmlp.effects import additivity
 from scbmlp.interactions import audit
-from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor, solve
+from scbmlp.models import ScBMLPRegressor, solve
 from scbmlp.modules import permutation_null
 
 QUIET = {"progress": False}
@@ -69,27 +69,6 @@ def p_values():
     yield "4 share of such sets in which solve has no products, and so no modules", [empty / 10]
 
 
-def batches():
-    """4. Modules believed of an exclusive-or with the batch, which the label follows: none, with strata, is right."""
-    for with_strata in (False, True):
-        passed = 0
-        for seed in range(8):
-            rng = np.random.default_rng(seed)
-            batch = rng.random(600) < 0.5
-            x = rng.gamma(1.0, size=(600, 30)).astype(np.float32)
-            x[:, :6] += 1.5 * batch[:, None]
-            x[:, 6:12] += 1.5 * (rng.random(600) < 0.5)[:, None]
-            y = (batch ^ (rng.random(600) < 0.2)).astype(int)
-            y = y ^ (x[:, 6:12].mean(axis=1) > np.median(x[:, 6:12].mean(axis=1))) if seed % 2 else y
-            names = pd.RangeIndex(30), pd.Index(["off", "on"])
-            train, val = (ExpressionDataset(x[i], y[i], *names, i) for i in np.split(np.arange(600), [400]))
-            model = solve(ScBMLPClassifier, train, val, form="products of components", **QUIET)
-            strata = batch.astype(str) if with_strata else None
-            null = permutation_null(model, train, val, "on", 99, strata, n_modules=2, **QUIET)
-            passed += bool((null["p"] < 0.05).any())
-        yield f"4 sets of 8 with a module of p < 0.05, {'with' if with_strata else 'without'} strata", [passed]
-
-
 def easy_classes():
     """5. Validation loss of classes that are easy, beside that of the best of a far wider grid: equal is right."""
     for seed in range(3):
@@ -119,6 +98,6 @@ def slopes():
 
 
 if __name__ == "__main__":
-    for part in (curved_gains, p_values, batches, easy_classes, slopes):
+    for part in (curved_gains, p_values, easy_classes, slopes):
         for line, figures in part():
             print(f"{line}: {' '.join(f'{figure:.4f}' for figure in figures)}", flush=True)
