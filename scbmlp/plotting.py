@@ -56,6 +56,17 @@ def category_colors(adata: AnnData, key: str) -> dict[str, str]:
     return {name: color for name, color in colors.items() if name in there}
 
 
+def plain(name: Any) -> str:
+    r"""Return a name that matplotlib shows as it is: a dollar sign starts no formula.
+
+    Examples
+    --------
+    >>> print(plotting.plain("T$reg$"))
+    T\$reg\$
+    """
+    return str(name).replace("$", r"\$")
+
+
 def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw the counts of cells by true class (rows) and predicted class, shaded by the share of the true class.
 
@@ -96,7 +107,7 @@ def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
     """
     ordered = values.sort_values()
     shown = pd.concat([ordered[:n], ordered[n:][-n:]])
-    ax.barh([*map(_plain, shown.index)], shown, color=np.where(shown > 0, POSITIVE, NEGATIVE))
+    ax.barh([*map(plain, shown.index)], shown, color=np.where(shown > 0, POSITIVE, NEGATIVE))
     ax.axvline(0, color="black", linewidth=0.8)
     ax.set(xlabel="loading", ylabel="", ymargin=0.01)
     ax.locator_params(axis="x", nbins=4)
@@ -127,7 +138,7 @@ def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, s
     ax.set(
         xlabel="module score",
         yticks=-np.arange(len(colors)),
-        yticklabels=map(_plain, colors),
+        yticklabels=map(plain, colors),
         xlim=(edges[0], edges[-1]),
     )
     ax.tick_params(axis="y", length=0)
@@ -278,18 +289,13 @@ def trust(table: pd.DataFrame) -> Styler:
     return style.apply(lambda _: grey, axis=0)
 
 
-def _plain(name: Any) -> str:
-    """Return a name that matplotlib shows as it is, and does not take for mathematics."""
-    return str(name).replace("$", r"\$")
-
-
 def _points(table: pd.DataFrame, colors: Iterable[str], markers: str, sizes: Iterable[float | None], ax: Axes) -> None:
     """Draw a line a row, over its range, and a point a column, each in a colour, a marker and a size."""
     y = np.arange(len(table))
     ax.hlines(y, table.min(axis=1), table.max(axis=1), color=PALE, zorder=0)
     for (name, column), color, marker, size in zip(table.items(), colors, markers, sizes, strict=False):
         ax.scatter(column, y, color=color, marker=marker, s=size, label=name)
-    ax.set(yticks=y, yticklabels=map(_plain, table.index))
+    ax.set(yticks=y, yticklabels=map(plain, table.index))
     ax.invert_yaxis()
 
 

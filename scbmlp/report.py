@@ -22,7 +22,7 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm import tqdm
 
-from scbmlp.checks import LARGEST, REMEDY, check_finite, control_labels, entries, expression, whole_number
+from scbmlp.checks import LARGEST, REMEDY, check_finite, control_labels, entries, expression, scale_of, whole_number
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
@@ -193,9 +193,10 @@ def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
         return "is 0 everywhere"
     if values.min() < 0:
         return f"holds negative values (minimum {values.min():.3g}), as scaled expression does"
-    if np.array_equal(values, np.round(values)):
+    most, whole = scale_of(x)
+    if whole:
         return "holds only whole numbers, like raw counts"
-    return f"holds values up to {values.max():.3g}, too large for logarithms" if values.max() > LARGEST else ""
+    return f"holds values up to {most:.3g}, too large for logarithms" if most > LARGEST else ""
 
 
 def _log_normalised(adata: AnnData, layer: str | None, notes: list[str], as_it_is: bool) -> tuple[AnnData, Any]:

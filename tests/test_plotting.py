@@ -78,7 +78,19 @@ def test_figure_is_drawn_on_the_given_axes_alone(name, ax):
 def test_every_public_function_of_figures_is_tested():
     own = {name for name, value in vars(plotting).items() if getattr(value, "__module__", "") == plotting.__name__}
     public = {name for name in own if not name.startswith("_")}
-    assert public - {"palette", "category_colors", "trust"} == set(DRAW)  # no figures, tested by themselves
+    assert public - {"palette", "category_colors", "plain", "trust"} == set(DRAW)  # no figures, tested by themselves
+
+
+def test_names_with_dollar_signs_are_drawn_as_they_are(ax):
+    """Mathematics that is broken would stop the figure when it is drawn."""
+    names = ["drug_$5_$x_y_z$", "a$b_c_d$", "B"]
+    plotting.loadings(pd.Series([1.0, -1.0, 0.5], names), ax=ax)
+    ax.figure.canvas.draw()
+    shown = {label.get_text() for label in ax.get_yticklabels()}
+    assert shown == {name.replace("$", r"\$") for name in names}
+    ax.set_title(names[1])  # not by plain
+    with pytest.raises(ValueError, match="subscript"):
+        ax.figure.canvas.draw()
 
 
 @pytest.mark.parametrize("n", [1, 9, 10, 25])
