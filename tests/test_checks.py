@@ -259,7 +259,7 @@ BAD = {
     "cells by name": (lambda a, w: respond(a, cells=["c1", "c2"]), ValueError, "cells has values of"),
     "cells out of range": (lambda a, w: mean_effects(np.ones((N, 1)), a, "drug", "DMSO", cells=[3, N]), ValueError, "cells has 1 positions"),
     "report on nothing": (lambda a, w: prepare(a), ValueError, "class_key=None, target_key=None, perturbation_key=None"),
-    "report on counts": (lambda a, w: prepare(put(a, "X", np.round(9 * a.X)), class_key="type"), ValueError, "layer that has them: 'log'"),
+    "report on counts": (lambda a, w: prepare(put(a, "X", np.round(9 * a.X)), class_key="type", no_normalize=True), ValueError, "layer that has them: 'log'"),
     "highly variable of words": (lambda a, w: respond(put(a, "var highly_variable", ["yes", "no"] * 10)), ValueError, "adata.var['highly_variable'] is neither true nor false in 20 of 20"),
     "highly variable nowhere": (lambda a, w: respond(put(a, "var highly_variable", [False] * G)), ValueError, "adata.var['highly_variable'] marks no gene"),
     # statistics
