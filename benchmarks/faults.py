@@ -12,13 +12,13 @@ from anndata import AnnData
 from scipy.special import softmax
 from scipy.stats import kstest
 
-from scbmlp import exact, nested
+from scbmlp import exact, nested, sources
 from scbmlp.baselines import linear_baseline
-from scbmlp.datasets import ExpressionDataset
+from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.effects import additivity
-from scbmlp.interactions import audit
-from scbmlp.models import ScBMLPRegressor, solve
-from scbmlp.modules import permutation_null
+from scbmlp.interactions import audit, contrast
+from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor, solve, solve_replicas
+from scbmlp.modules import permutation_null, stability
 
 QUIET = {"progress": False}
 
@@ -97,7 +97,44 @@ def slopes():
     yield "6 slope and ceiling of a double that does nothing", [table["slope"].item(), table["ceiling"].item()]
 
 
+def steadiness():
+    """8. Worst and mean stability of a class's leading module: its logit less the plain mean, less that by shares."""
+    train, val, _ = get_classification_datasets(sources.pancreas(), "clusters")
+    model = solve(ScBMLPClassifier, train, val, form="products of components", **QUIET)
+    halves = solve_replicas(model, train, 6, "half", **QUIET)
+    names = train.output_names
+    plain = [stability(halves, name, n_modules=1)["stability"].iloc[0] for name in names]
+    shared = [stability(halves, contrast(name, train), n_modules=1)["stability"].iloc[0] for name in names]
+    for name, found in (("plain mean", plain), ("mean by shares", shared)):
+        yield f"8 stability of a class's leading module, its logit less the {name}: worst, mean", [
+            np.min(found), np.mean(found)
+        ]  # fmt: skip
+
+
+def batches():
+    """4. Sets in which a module has p of at most 0.05, where batches alone are alike: 0.05 of them is right."""
+    found = {"without strata": [], "with strata": []}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        x = rng.gamma(1.0, size=(600, 30)).astype(np.float32)
+        batch = ((x[:, 0] > 0.7) ^ (x[:, 1] > 0.7)).astype(int)
+        y = (4 * batch + rng.normal(size=600))[:, None].astype(np.float32)
+        part = np.split(rng.permutation(600), [400])
+        train, val = (
+            ExpressionDataset(x[rows], y[rows], pd.RangeIndex(30), pd.Index(["y"]), indices=rows) for rows in part
+        )
+        model = solve(ScBMLPRegressor, train, val, form="products of components", **QUIET)
+        for name, strata in zip(found, (None, batch), strict=True):
+            table = permutation_null(model, train, val, "y", 99, strata, n_modules=1, **QUIET)
+            found[name].append(table["p"].min() <= 0.05)
+    for name, each in found.items():
+        yield (
+            f"4 share of sets with a module where batches differ in products and nothing else, {name}",
+            [np.mean(each)],
+        )
+
+
 if __name__ == "__main__":
-    for part in (curved_gains, p_values, easy_classes, slopes):
+    for part in (curved_gains, p_values, batches, easy_classes, slopes, steadiness):
         for line, figures in part():
             print(f"{line}: {' '.join(f'{figure:.4f}' for figure in figures)}", flush=True)

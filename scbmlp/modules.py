@@ -23,7 +23,7 @@ from scbmlp.storage import read_file, write_file
 
 __all__ = [
     "GeneModules", "agreement", "all_gene_modules", "consensus", "gene_modules", "permutation_null",
-    "principal_angles", "stability", "truncation_curve",
+    "stability", "truncation_curve",
 ]  # fmt: skip
 
 Metric = Literal["sd", "identity", "covariance"]

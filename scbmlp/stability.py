@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from scipy.linalg import subspace_angles
 from scipy.optimize import linear_sum_assignment
 from scipy.sparse.linalg import LinearOperator, eigsh
 from tqdm.auto import tqdm
@@ -177,27 +176,6 @@ def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Out
     values, in_basis = _uncorrelated(core, *_whitened(basis.T @ covariance), n_modules)
     parts = values, basis @ in_basis, covariance @ in_basis
     return _signed(models[0], output, models[0].statistics, unit, parts, "covariance")
-
-
-def principal_angles(a: GeneModules, b: GeneModules, dataset: ExpressionDataset) -> np.ndarray:
-    """Return the angles between what two sets of modules span, in degrees, rising (comp of the smaller set).
-
-    The cosine of the first is the largest correlation that mixes of the scores of either set can have
-    :cite:p:`knyazev2002`.
-
-    Parameters
-    ----------
-    a, b, dataset
-        Modules of the same genes, and cells over which scores are correlated.
-
-    Examples
-    --------
-    >>> a, b = (modules.gene_modules(one, "on", 2) for one in replicas[:2])
-    >>> modules.principal_angles(a, b, train).round(1)
-    array([2.7, 3.5])
-    """
-    scores = (np.asarray(one.scores(dataset), dtype=np.float64) for one in (a, b))
-    return np.degrees(subspace_angles(*(part - part.mean(axis=0) for part in scores)))[::-1]
 
 
 def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDataset) -> np.ndarray:

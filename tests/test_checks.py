@@ -300,7 +300,7 @@ BAD = {
     "strata of few": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1, ["a"]), ValueError, "strata has"),
     "stratum of one cell": (lambda a, w: permutation_null(w.solved, *w.sets[:2], "T0", 1, np.arange(N)), ValueError, "strata has 84 labels with a single cell"),
     "null of a network": (lambda a, w: permutation_null(w.classifier, *w.sets[:2], "T0", 1), ValueError, "trained, not solved"),
-    "pair of one gene": (lambda a, w: interactions.pair_effects(w.classifier, "T0", a, [("G1", "G1")], np.zeros(G)), ValueError, "pairs has"),
+    "contrast of no class": (lambda a, w: interactions.contrast("T9", w.sets[0]), KeyError, "not one of the classes of dataset: T0, T1, T2"),
     "donors of few cells": (lambda a, w: interactions.group_means(w.classifier, "T0", a, ["d"], np.zeros(G)), ValueError, "groups has"),
     "halves of no counts": (lambda a, w: noise_ceiling(a, lambda half: half.X), ValueError, "layer="),
     "knock-offs of AnnData": (lambda a, w: knockoffs(a), ValueError, "train is"),

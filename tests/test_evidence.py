@@ -16,7 +16,7 @@ from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.enrichment import enrich, gsea
 from scbmlp.evidence import ablation, random_directions, trust, without_pairs
 from scbmlp.exact import Mixture, solution
-from scbmlp.interactions import attributions, audit, decompose, group_means, interaction_matrix, pair_effects
+from scbmlp.interactions import attributions, audit, decompose, group_means, interaction_matrix
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.modules import consensus, gene_modules, permutation_null, stability
 from scbmlp.solving import _solved, solve, solve_replicas
@@ -33,26 +33,20 @@ def cells_of(model, n=9, seed=0):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_attributions_and_pairs_are_shapley_values_counted_over_all_sets_of_genes(linear):
+def test_attributions_are_shapley_values_counted_over_all_sets_of_genes(linear):
     """eq-attributions, on eight genes and 256 sets: the count knows nothing of weights."""
     n = 8
     model = random_model(n, 4, 2, seed=1, bias=True, linear=linear).double()
     x, reference = cells_of(model, 2), cells_of(model, 1, seed=5)[0].astype(np.float64)
-    codes, pairs = np.arange(2**n), [(0, 1), (7, 3)]
+    codes = np.arange(2**n)
     sets = (codes[:, None] >> np.arange(n)) % 2 == 1
-    size, names = sets.sum(axis=1), [(f"gene{a}", f"gene{b}") for a, b in pairs]
-    found, both = attributions(model, "out1", x, reference), pair_effects(model, "out1", x, names, reference)
+    size, found = sets.sum(axis=1), attributions(model, "out1", x, reference)
     for cell, own in enumerate(x.astype(np.float64)):
         value = model(torch.as_tensor(np.where(sets, own, reference))).detach().numpy()[:, 1]
         for i in range(n):
             out = codes[~sets[:, i]]
             expected = (value[out + 2**i] - value[out]) @ (1 / (n * comb(n - 1, size[out])))
             np.testing.assert_allclose(found.iloc[cell, i], expected, rtol=1e-6, atol=1e-8)
-        for column, (a, b) in enumerate(pairs):
-            out = codes[~sets[:, a] & ~sets[:, b]]
-            together = value[out + 2**a + 2**b] + value[out] - value[out + 2**a] - value[out + 2**b]
-            expected = together @ (1 / ((n - 1) * comb(n - 2, size[out])))
-            np.testing.assert_allclose(both.iloc[cell, column], expected, rtol=1e-6, atol=1e-8)
 
 
 def test_attributions_are_integrated_gradients():
@@ -72,16 +66,6 @@ def test_attributions_keep_the_names_of_cells_and_match_genes():
     pd.testing.assert_frame_equal(whole, attributions(model, "out0", adata[:, ::-1], np.zeros(6)))
     assert list(whole.index) == list(adata.obs_names)
     np.testing.assert_allclose(whole.sum(axis=1), model.outputs(adata)[:, 0], rtol=1e-4, atol=1e-5)
-    table = interaction_matrix(model, "out0").top_pairs(4)
-    effects = pair_effects(model, "out0", adata, table, np.zeros(6))
-    assert list(effects.columns) == list(zip(table["gene_a"], table["gene_b"], strict=True))
-    a, b = table.loc[0, ["gene_a", "gene_b"]]
-    by_hand = 2 * table.loc[0, "interaction"] * adata[:, a].X.ravel() * adata[:, b].X.ravel()
-    np.testing.assert_allclose(effects.iloc[:, 0], by_hand, rtol=1e-5)
-    with pytest.raises(ValueError, match="'gene1' with itself; name two different genes"):
-        pair_effects(model, "out0", adata, [("gene1", "gene1")], np.zeros(6))
-    with pytest.raises(KeyError, match="1 of 1 genes are not the model's: Gcg"):
-        pair_effects(model, "out0", adata, [("Gcg", "gene1")], np.zeros(6))
 
 
 @pytest.mark.parametrize("linear", [False, True])

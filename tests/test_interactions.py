@@ -18,6 +18,7 @@ from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_
 from scbmlp.interactions import (
     InteractionMatrix,
     audit,
+    contrast,
     decompose,
     direction,
     interaction_matrices,
@@ -134,6 +135,14 @@ def test_directions():
         (regressor, {0: 0.5, "out0": 0.5}, [1, 0, 0]),
     ):
         np.testing.assert_allclose(direction(model, output), expected)
+
+
+def test_a_contrast_is_blind_to_what_all_logits_share_and_weighs_classes_by_their_cells():
+    dataset = ExpressionDataset(np.zeros((4, 4)), np.array([0, 1, 1, 2]), list("abcd"), ["out0", "out1", "out2"])
+    weights = contrast("out1", dataset)
+    assert weights == {"out0": -0.25, "out1": 0.5, "out2": -0.25}
+    model = random_model(4, 2, 3, seed=0, kind=ScBMLPClassifier)
+    np.testing.assert_allclose(direction(model, weights), list(weights.values()))
 
 
 @settings(max_examples=15)

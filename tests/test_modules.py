@@ -20,7 +20,6 @@ from scbmlp.modules import (
     all_gene_modules,
     consensus,
     gene_modules,
-    principal_angles,
     stability,
     truncation_curve,
 )
@@ -267,19 +266,6 @@ def test_agreement_is_the_closest_module_of_every_other_fit():
         agreement(fits[:1])
     with pytest.raises(ValueError, match="different genes"):
         agreement([fits[0], fits[0].iloc[::-1]])
-
-
-def test_principal_angles_are_canonical_correlations(fitted):
-    model, dataset = fitted
-    a, b = gene_modules(model, 0, 3, dataset=dataset), gene_modules(model, 1, 2, dataset=dataset)
-    angles = principal_angles(a, b, dataset)
-    together = np.cov(np.hstack([a.scores(dataset), b.scores(dataset)]).T.astype(np.float64))
-    of_a, between, of_b = together[:3, :3], together[:3, 3:], together[3:, 3:]
-    squared = np.linalg.eigvals(np.linalg.solve(of_b, between.T @ np.linalg.solve(of_a, between))).real
-    np.testing.assert_allclose(np.cos(np.radians(angles)) ** 2, np.sort(squared)[::-1], atol=1e-5)
-    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((3, 3)))[0]
-    turned = replace(a, weights=a.weights.dot(pd.DataFrame(turn, a.weights.columns, a.weights.columns)))
-    np.testing.assert_allclose(principal_angles(a, turned, dataset), 0, atol=1e-2)
 
 
 # ------------------------------------------------------------------------------------------------------- replicas

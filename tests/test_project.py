@@ -36,7 +36,7 @@ PUBLIC = {
     "nested": "Trial Search search choose",
     "moments": "Moments solution",
     "models": "Config ScBMLPClassifier ScBMLPRegressor solve solve_replicas tune statistics",
-    "interactions": "gain interaction_matrix InteractionMatrix decompose audit similarity attributions pair_effects "
+    "interactions": "gain interaction_matrix InteractionMatrix decompose audit similarity attributions contrast "
     "group_means",
     "knockoffs": "knockoffs pair_discoveries",
     "modules": "gene_modules all_gene_modules GeneModules consensus stability permutation_null truncation_curve",
