@@ -32,7 +32,8 @@ from scbmlp.storage import read_file, write_file
 from scbmlp.training import Training, check_sets, check_trainer, compare, seeded
 
 __all__ = [
-    "Config", "ScBMLPClassifier", "ScBMLPRegressor", "Statistics", "solve", "solve_replicas", "statistics", "tune",
+    "Config", "ScBMLPClassifier", "ScBMLPRegressor", "Statistics", "solve", "solve_pairs", "solve_replicas",
+    "statistics", "tune",
 ]  # fmt: skip
 
 # What a field is where it is not given: in the plain form, and with a linear part.

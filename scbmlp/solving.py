@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 import torch
+from scipy import sparse
 from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
@@ -21,6 +23,7 @@ from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics,
 from scbmlp.training import kind_of
 
 # Weight decay, dropout rate and weight decay of the linear part that `tune` tries, from strong to weak.
+SHARES = np.geomspace(0.5, 0.06, 11)  # thresholds of measured pairs, as shares of the largest eigenvalue
 SETTINGS = [(3e-2, 0.4, 0.03), (1e-2, 0.4, 0.1), (3e-3, 0.2, 0.1)]
 
 
@@ -179,6 +182,95 @@ def solve_replicas(
         replicas.append(_solved(type(model), model.cfg, found, train, **model._options))
         replicas[-1].recipe = model.recipe
     return replicas
+
+
+def solve_pairs(
+    ModelClass: type[ScBMLPRegressor], train: ExpressionDataset, *, n_folds: int = 10, **options: Any
+) -> ScBMLPRegressor:
+    """Solve y = c + w_i + w_j + Q_ij for measured pairs of genes, with Q of low rank and without a seed.
+
+    Least squares for w and shrunken eigenvalues of what is left take turns. Pairs that were not measured keep what the
+    model says of them. An eigenvalue e is 0 up to a threshold t, which folds of the pairs choose. Above, it loses
+    t (t / e)^(1/2). The nuclear norm :cite:p:`mazumder2010` would take t of each, which is too much of the large ones.
+
+    Parameters
+    ----------
+    ModelClass, options
+        ``ScBMLPRegressor``, and what is handed to it.
+    train
+        A row a pair, with 1 for its two genes and 0 for all others; one target.
+    n_folds
+        Number of folds.
+
+    Returns
+    -------
+    The model in the linear form, so that its interaction matrix and its modules are read as those of any other.
+    ``trials`` has for each t, as a share of the largest eigenvalue, the squared error in the folds and the rank.
+
+    Examples
+    --------
+    >>> x = np.array(
+    ...     [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]]
+    ... )
+    >>> y = np.array([0.9, 0.1, 0.2, -0.1, 0.0])
+    >>> pairs = datasets.ExpressionDataset(x, y, ["A", "B", "C", "D"], ["fitness"])
+    >>> len(models.solve_pairs(ScBMLPRegressor, pairs, n_folds=2).trials)
+    11
+    """
+    check_dataset(train, "train")
+    cells = held(train)
+    x = sparse.csr_matrix(cells.x)
+    if cells.y.ndim != 2 or cells.y.shape[1] > 1 or (np.diff(x.indptr) != 2).any() or (x.data != 1).any():
+        raise ValueError(
+            f"train has {len(cells)} rows of {len(cells.output_names)} outputs, and a row is to have 1 for two genes, "
+            f"0 for all others and one target; measured pairs are needed. For cells use solve."
+        )
+    n_folds = whole_number(n_folds, "n_folds", 2, len(cells))
+    n, pairs, y = x.shape[1], np.sort(x.indices.reshape(-1, 2), axis=1), cells.y.numpy()[:, 0].astype(np.float64)
+    codes = np.unique(pairs @ [n, 1], return_inverse=True)[1]  # in any order of the rows the same
+    fold = np.random.default_rng(0).permutation(codes.max() + 1)[codes] % n_folds
+    trials, solutions = [], []
+    parts = [_completed(pairs[fold != i], y[fold != i], n) for i in range(n_folds)]
+    for (share, *found), *others in zip(_completed(pairs, y, n), *parts, strict=True):
+        squares = 0.0
+        for i, (_, constant, w, q) in enumerate(others):
+            a, b = pairs[fold == i].T
+            squares += np.sum((y[fold == i] - constant - w[a] - w[b] - q[a, b]) ** 2)
+        solutions.append(found)
+        rank = np.linalg.matrix_rank(found[2], 1e-9)
+        trials.append({"threshold": share, "val_loss": squares / len(y), "rank": rank})
+    best = int(np.argmin([trial["val_loss"] for trial in trials]))
+    constant, w, q = solutions[best]
+    values, vectors = np.linalg.eigh(q / 2)  # x'(Q / 2)x has Q_ij, and half of both squares, which w gives back
+    kept = np.argsort(-np.abs(values), kind="stable")[: max(trials[best]["rank"], 1)]
+    direct = (w - q.diagonal() / 2)[None]
+    found = exact.Solution(np.zeros(n), np.array([constant]), direct, vectors[:, kept].T, values[None, kept])
+    model = _solved(ModelClass, Config(n, 1, 1, linear=True, device="cpu"), found, train, **options)
+    model.trials = pd.DataFrame(trials).assign(chosen=np.arange(len(trials)) == best)
+    return model
+
+
+def _completed(pairs: np.ndarray, y: np.ndarray, n: int) -> Iterator[tuple[float, float, np.ndarray, np.ndarray]]:
+    """Yield for falling thresholds their share of the largest eigenvalue, the constant, w (gene), Q (gene x gene)."""
+    (a, b), rows = pairs.T, np.arange(len(y))
+    design = np.zeros((len(y), n + 1))
+    design[rows, a] = design[rows, b] = design[:, n] = 1
+    fit = np.linalg.solve(design.T @ design + 1e-3 * np.eye(n + 1), design.T)
+    times = sparse.coo_matrix((np.ones(len(y)), (a, b)), (n, n)).toarray()
+    times = np.maximum(times + times.T, 1)
+    q, largest = np.zeros((n, n)), 0.0
+    for share in SHARES:
+        for _ in range(300):
+            w = fit @ (y - q[a, b])
+            left = sparse.coo_matrix((y - design @ w - q[a, b], (a, b)), (n, n)).toarray()
+            values, vectors = np.linalg.eigh(q + (left + left.T) / times)
+            size = np.abs(values)
+            largest = largest or size.max()  # of what single genes leave
+            lost = share * largest * (share * largest / np.maximum(size, 1e-300)) ** 0.5
+            before, q = q, (vectors * np.sign(values) * np.maximum(size - lost, 0)) @ vectors.T
+            if np.abs(q - before).max() <= 2e-5 * np.abs(y).max():
+                break
+        yield share, w[n], w[:n], q
 
 
 def _groups(groups: Any, val: ExpressionDataset | None) -> np.ndarray | None:
