@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
@@ -218,6 +218,24 @@ def nearest(name: Any, names: Iterable[Any]) -> str:
     lower = {str(candidate).lower(): str(candidate) for candidate in names}
     matches = [lower[match] for match in get_close_matches(str(name).lower(), lower, n=3)]
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def matched(sets: Mapping[str, Iterable[str]], genes: Iterable[str]) -> dict[str, set[str]]:
+    """Return what each set has of genes: those of its very names, or in any case where one gene alone has the name."""
+    exact, same = set(genes), {}
+    for gene in exact:
+        same.setdefault(gene.upper(), []).append(gene)
+    alone = {name: found[0] for name, found in same.items() if len(found) == 1}
+    found = {term: {gene if gene in exact else alone.get(gene.upper()) for gene in of} for term, of in sets.items()}
+    return {term: members - {None} for term, members in found.items()}
+
+
+def by_case_alone(genes: Iterable[Any]) -> str:
+    """Return how many genes differ from another by case alone, in words, or nothing."""
+    genes = set(map(str, genes))
+    n_same = len(genes) - len({gene.upper() for gene in genes})
+    words = f"{n_same} genes differ from another by case alone; gene sets match those by their exact names."
+    return words if n_same else ""
 
 
 def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:

@@ -22,7 +22,18 @@ from anndata import AnnData
 from scipy import sparse
 from tqdm import tqdm
 
-from scbmlp.checks import LARGEST, REMEDY, check_finite, control_labels, entries, expression, scale_of, whole_number
+from scbmlp.checks import (
+    LARGEST,
+    REMEDY,
+    by_case_alone,
+    check_finite,
+    control_labels,
+    entries,
+    expression,
+    matched,
+    scale_of,
+    whole_number,
+)
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
@@ -256,15 +267,15 @@ def _gene_sets(paths: Any, names: pd.Index, notes: list[str]) -> dict[str, list[
         sets |= found
     if not _paths(paths):
         return sets
-    genes = {str(name).upper() for name in names}
-    members = [{gene.upper() for gene in one} for one in sets.values()]
-    if not any(5 <= len(genes & one) <= 500 for one in members):
+    found, among = matched(sets, map(str, names)), set().union(*sets.values())
+    if not any(5 <= len(one) <= 500 for one in found.values()):
         raise ValueError(
-            f"none of {len(sets)} gene sets has 5 to 500 of the {len(genes)} genes, such as {', '.join(names[:3])}; "
+            f"none of {len(sets)} gene sets has 5 to 500 of the {len(names)} genes, such as {', '.join(names[:3])}; "
             f"give gene sets of the same organism and kind of name."
         )
-    known = set().union(*members)
-    notes.append(f"Of {len(known):,} genes in the gene sets, {len(known & genes):,} match one of the model's.")
+    n_met = len(set().union(*found.values()))
+    notes.append(f"Of {len(among):,} genes in the gene sets, {n_met:,} match one of the model's.")
+    notes.extend(filter(None, [by_case_alone(names)]))
     return sets
 
 

@@ -564,16 +564,6 @@ def test_fractions_do_not_count_beside_a_split_and_missing_labels_are_in_no_set(
     assert 5 not in np.concatenate([part.indices for part in sets]) and sum(map(len, sets)) == N - 1
 
 
-def test_genes_that_differ_by_case_alone_are_one_symbol(fitted):
-    modules = fitted.modules
-    genes = pd.Index(["Abc", "ABC", *modules.loadings.index[2:]])
-    changed = type(modules)(modules.eigenvalues, modules.loadings.set_axis(genes), modules.weights.set_axis(genes),
-                            modules.origin, modules.unit, "T0")  # fmt: skip
-    with pytest.warns(UserWarning, match="1 genes of T0 differ from another by case alone"):
-        found = enrich(changed, {"set": ["abc", *genes[2:7]]}, min_size=1)
-    assert set(found["size"]) == {6} and found.attrs["n_unmatched"] == G - 1 - 6
-
-
 def test_each_output_is_held_against_the_genes_of_its_own_model(fitted):
     modules, genes = fitted.modules, [f"G{i}" for i in range(12)]
     narrow = type(modules)(modules.eigenvalues, modules.loadings.loc[genes], modules.weights.loc[genes],
