@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from scbmlp.checks import (
     LARGEST,
+    MANY,
     REMEDY,
     by_case_alone,
     check_finite,
@@ -49,6 +50,7 @@ N_GENES = 2000
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = ("report.html", "report.ipynb", "cells.h5ad", "model.safetensors")
 SAID = "scbmlp_notes"  # in uns, of cells in memory on their way to the notebook
+COUNTS = "holds only whole numbers, like raw counts", "holds counts that were scaled and not logged"
 HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
 
 
@@ -202,7 +204,8 @@ def _labelled(adata: AnnData, key: str, least: int, notes: list[str]) -> AnnData
     if len(small):
         names = ", ".join(f"`{name}`" for name in small)
         notes.append(f"Classes of fewer than {least} cells are left out (`--min-cells`): {names}.")
-    return adata if kept.all() else adata[kept].copy()
+    # Of colours that are none, a subset makes what no file can hold.
+    return adata if kept.all() else writable(adata[kept].copy())[0]
 
 
 def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
@@ -212,9 +215,11 @@ def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
         return "is 0 everywhere"
     if values.min() < 0:
         return f"holds negative values (minimum {values.min():.3g}), as scaled expression does"
-    most, whole = scale_of(x)
-    if whole:
-        return "holds only whole numbers, like raw counts"
+    most, whole, share = scale_of(x)
+    if whole or share == 1:
+        return COUNTS[not whole]
+    if share > MANY:
+        return f"holds multiples of one number, like counts, in {share:.0%} of its cells, and others in the rest"
     return f"holds values up to {most:.3g}, too large for logarithms" if most > LARGEST else ""
 
 
@@ -225,8 +230,9 @@ def _log_normalised(adata: AnnData, layer: str | None, notes: list[str], as_it_i
     fault = _fault(x)
     if not fault:
         return adata, x
-    if "whole numbers" in fault and not as_it_is:
-        notes.append(f"`{layer or 'X'}` has counts. They were scaled to 10,000 a cell, and log1p was taken.")
+    if fault in COUNTS and not as_it_is:
+        kind = "scaled counts" if fault == COUNTS[1] else "counts"
+        notes.append(f"`{layer or 'X'}` has {kind}. They were scaled to 10,000 a cell, and log1p was taken.")
         adata, x = adata.copy(), normalised(sparse.csr_matrix(x, dtype=np.float32), 1e4, log1p=True)
         if layer is None:
             adata.X = x

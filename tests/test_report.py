@@ -1,5 +1,6 @@
 """Does one command make a page of anybody's cells, and refuse those that do not fit before it trains anything?"""
 
+import importlib.util
 import os
 import re
 import signal
@@ -25,6 +26,9 @@ from scbmlp.storage import writable
 nbformat = pytest.importorskip("nbformat", reason="it comes with the report extra")
 pytest.importorskip("nbconvert", reason="it comes with the report extra")
 BeautifulSoup = pytest.importorskip("bs4").BeautifulSoup
+SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parent.parent / "benchmarks" / "fuzz.py")
+fuzz = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(fuzz)
 N, G = 240, 40
 HERE = os.environ | {"PYTHONPATH": str(Path(scbmlp.__file__).parent.parent)}
 
@@ -178,6 +182,23 @@ def test_counts_become_logarithms_and_the_page_says_so(layer):
     assert f"`{layer or 'X'}` has counts. They were scaled to 10,000 a cell" in found.notes[0]
     kept = found.adata.X if layer is None else found.adata.layers[layer]
     np.testing.assert_allclose(kept.toarray(), known.X.toarray(), rtol=1e-5)
+
+
+def test_scaled_counts_become_logarithms_and_half_logged_cells_are_refused():
+    adata = own_cells()
+    counts = (6 * adata.X).rint()
+    adata.X = counts * 0.5
+    found = prepare(adata, class_key="type")
+    known = AnnData(counts.copy())
+    sc.pp.normalize_total(known, target_sum=1e4)
+    sc.pp.log1p(known)
+    np.testing.assert_allclose(found.train.x.toarray(), known.X.toarray()[found.train.indices], rtol=1e-4)
+    assert "`X` has scaled counts. They were scaled to 10,000 a cell" in found.notes[0]
+    with pytest.raises(ValueError, match="holds counts that were scaled and not logged; log-normalised"):
+        prepare(adata, class_key="type", no_normalize=True)
+    adata.X = sparse.vstack([known.X[:120], counts[120:] * 0.5]).tocsr()
+    with pytest.raises(ValueError, match=r"multiples of one number, like counts, in \d+% of its cells"):
+        prepare(adata, class_key="type")
 
 
 def test_gene_sets_of_other_genes_or_in_two_files_are_refused(tmp_path):
@@ -422,3 +443,10 @@ def test_small_classes_and_cells_without_a_label_are_left_out_and_said():
     found = prepare(adata, class_key="label", min_cells=4)
     assert list(found.train.output_names) == ["off", "on"] and found.adata.n_obs == 287
     assert "10 of 300 cells have no label in `label`" in found.notes[0] and found.notes[1].endswith(": `rare`.")
+
+
+@pytest.mark.parametrize("seed", [3, 137, 201, 7, 8])  # the first three once ended after the last fit
+def test_random_files_end_with_a_page_or_a_sentence(seed, tmp_path):
+    words = fuzz.random_file(seed, tmp_path / "cells.h5ad")
+    wrong, said = fuzz.ends(tmp_path / "cells.h5ad", words, tmp_path / "out", whole=False)
+    assert (wrong, said) == ("", "")
