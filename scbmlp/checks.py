@@ -130,8 +130,8 @@ def scale_of(x: sparse.csr_matrix | np.ndarray) -> tuple[float, bool, float]:
         steps = np.unique(entries(x[[i]]).astype(np.float64))
         steps = steps[steps > 0]
         if len(steps) >= 4 and steps[-1] < 1e4 * steps[0]:  # of fewer, or of wider, any may be multiples
-            ratio = steps / steps[0]
-            seen.append((np.abs(ratio - ratio.round()) < 1e-6 * ratio).all())
+            ratio = steps / steps[0] * np.arange(1, 7)[:, None]  # the least count is 1, 2, ... or 6
+            seen.append((np.abs(ratio - ratio.round()) < 1e-6 * ratio).all(axis=1).any())
     share = float(np.mean(seen)) if len(seen) >= 10 else 0.0
     return float(values.max(initial=0)), np.array_equal(values, np.round(values)), share
 
