@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
@@ -19,6 +19,7 @@ from scipy import sparse
 
 REMEDY = "pass log-normalised values, scanpy.pp.normalize_total then scanpy.pp.log1p"
 LARGEST = 20  # a natural logarithm of more counts than a cell has
+MANY = 0.1  # a share of cells with multiples of one number, as counts are, that is no chance
 MISSING = {"", "na", "n/a", "nan", "none", "null", "<na>"}  # words for a missing label, in any case
 
 
@@ -121,14 +122,22 @@ def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: st
         )
 
 
-def scale_of(x: sparse.csr_matrix | np.ndarray) -> tuple[float, bool]:
-    """Return the largest value of expression (cell x gene), and whether all values are whole numbers."""
+def scale_of(x: sparse.csr_matrix | np.ndarray) -> tuple[float, bool, float]:
+    """Return the largest value (cell x gene), whether all are whole, and the share of 100 cells of scaled counts."""
     values = entries(x)
-    return float(values.max(initial=0)), np.array_equal(values, np.round(values))
+    seen = []
+    for i in np.unique(np.linspace(0, max(x.shape[0] - 1, 0), 100, dtype=int))[: x.shape[0]]:
+        steps = np.unique(entries(x[[i]]).astype(np.float64))
+        steps = steps[steps > 0]
+        if len(steps) >= 4 and steps[-1] < 1e4 * steps[0]:  # of fewer, or of wider, any may be multiples
+            ratio = steps / steps[0] * np.arange(1, 7)[:, None]  # the least count is 1, 2, ... or 6
+            seen.append((np.abs(ratio - ratio.round()) < 1e-6 * ratio).all(axis=1).any())
+    share = float(np.mean(seen)) if len(seen) >= 10 else 0.0
+    return float(values.max(initial=0)), np.array_equal(values, np.round(values)), share
 
 
-def check_scale(most: float, whole: bool, where: str) -> None:
-    """Warn of expression without its logarithm: whole numbers, or values that no logarithm of counts reaches."""
+def check_scale(most: float, whole: bool, share: float, where: str) -> None:
+    """Warn of expression without its logarithm: whole numbers, multiples of one, or values no logarithm reaches."""
     if whole and most > 1:
         warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
     elif most > LARGEST:
@@ -136,6 +145,8 @@ def check_scale(most: float, whole: bool, where: str) -> None:
             f"{where} holds values up to {most:,.0f}, too large for logarithms: counts that are fractional, or "
             f"normalised and not logged; {REMEDY}."
         )
+    elif share > MANY and not whole:
+        warn(f"{where} holds multiples of one number, as counts without logarithm, in {share:.0%} of cells; {REMEDY}.")
 
 
 def check_cells(cells: Any) -> None:
@@ -218,6 +229,24 @@ def nearest(name: Any, names: Iterable[Any]) -> str:
     lower = {str(candidate).lower(): str(candidate) for candidate in names}
     matches = [lower[match] for match in get_close_matches(str(name).lower(), lower, n=3)]
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def matched(sets: Mapping[str, Iterable[str]], genes: Iterable[str]) -> dict[str, set[str]]:
+    """Return what each set has of genes: those of its very names, or in any case where one gene alone has the name."""
+    exact, same = set(genes), {}
+    for gene in exact:
+        same.setdefault(gene.upper(), []).append(gene)
+    alone = {name: found[0] for name, found in same.items() if len(found) == 1}
+    found = {term: {gene if gene in exact else alone.get(gene.upper()) for gene in of} for term, of in sets.items()}
+    return {term: members - {None} for term, members in found.items()}
+
+
+def by_case_alone(genes: Iterable[Any]) -> str:
+    """Return how many genes differ from another by case alone, in words, or nothing."""
+    genes = set(map(str, genes))
+    n_same = len(genes) - len({gene.upper() for gene in genes})
+    words = f"{n_same} genes differ from another by case alone; gene sets match those by their exact names."
+    return words if n_same else ""
 
 
 def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:

@@ -520,9 +520,9 @@ def _checked(
     if x is not None:
         # The median of totals walks all cells, so that they are checked there.
         if normalize_total is not True:
-            _, most, whole = x.totals()
+            _, *scale = x.totals()
             if not counts:
-                check_scale(most, whole, x.where)
+                check_scale(*scale, x.where)
         return x.scaled(normalize_total, log1p)
     x, where = expression(adata, layer, np.float32)
     check_log_normalised(x, where, adata, counts=counts)

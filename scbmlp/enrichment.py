@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import false_discovery_control, hypergeom
 
-from scbmlp.checks import data_file, warn, whole_number
+from scbmlp.checks import by_case_alone, data_file, matched, warn, whole_number
 from scbmlp.modules import GeneModules
 
 GeneSets = str | Path | Mapping[str, Iterable[str]]
@@ -81,7 +81,7 @@ def enrich(
     """Test gene sets for over-representation among the top genes of each pole of each module.
 
     One Benjamini-Hochberg correction :cite:p:`benjamini1995` covers all hypergeometric tests of the call. Symbols match
-    whatever their case, so that mouse genes meet human sets.
+    whatever their case, so that mouse genes meet human sets; of those that differ by case alone by exact name.
 
     Parameters
     ----------
@@ -112,19 +112,18 @@ def enrich(
         raise ValueError(f"background is one name, {background!r}; pass a list of genes.")
     background = None if background is None else [str(gene).strip() for gene in background]
     named, sets = _given(modules, gene_sets)
-    rows, terms, background_genes = [], set(), set()
+    rows, terms, unmatched = [], set(), set()
     for output, module_set in named.items():
         # Each output is held against the genes that its own model could have found.
-        genes = module_set.loadings.index if background is None else background
-        symbol, tested = _tested(sets, genes, output, min_size, max_size)
+        genes, tested = _tested(sets, module_set.loadings.index, background, min_size, max_size)
         terms |= tested.keys()
-        background_genes |= symbol.keys()
+        unmatched |= genes.difference(*matched(sets, genes).values())
         for module, pole in product(module_set.loadings, "+-"):
-            top = symbol.keys() & {str(gene).upper() for gene in module_set.top_genes(module, n_top, pole=pole).index}
+            top = genes & set(map(str, module_set.top_genes(module, n_top, pole=pole).index))
             for term, members in tested.items():
-                hits = [symbol[gene] for gene in sorted(members & top)]
+                hits = sorted(members & top)
                 rows.append(
-                    (output, module, pole, term, ", ".join(hits), len(hits), len(members), len(top), len(symbol))
+                    (output, module, pole, term, ", ".join(hits), len(hits), len(members), len(top), len(genes))
                 )
     columns = ["output", "module", "pole", "term", "genes", "overlap", "size", "top", "all"]
     table = pd.DataFrame(rows, columns=columns)
@@ -132,7 +131,7 @@ def enrich(
     odds = (x + 0.5) * (n - m - k + x + 0.5) / ((m - x + 0.5) * (k - x + 0.5))  # 0.5 keeps it finite, as in gseapy
     table = table.assign(odds_ratio=np.where(x > 0, odds, 0.0), p=hypergeom.sf(x - 1, n, m, k))
     table = _corrected(table, ["output", "module", "pole", "term", "overlap", "size", "odds_ratio", "p", "q", "genes"])
-    table.attrs = {"n_terms": len(terms), "n_unmatched": len(background_genes.difference(*sets.values()))}
+    table.attrs = {"n_terms": len(terms), "n_unmatched": len(unmatched)}
     return table
 
 
@@ -178,12 +177,15 @@ def gsea(
     tables = []
     for output, module_set in named.items():
         varied = module_set.loadings[(module_set.loadings != 0).any(axis=1)]  # the others have no place in an order
-        symbol, tested = _tested(sets, varied.index, output, min_size, max_size)
-        lists = {term: sorted(members) for term, members in tested.items()}
-        varied = varied.set_axis(varied.index.map(str)).loc[list(symbol.values())].set_axis(list(symbol))
+        _, tested = _tested(sets, varied.index, None, min_size, max_size)
+        # By place, for gseapy turns names to capitals and joins them by semicolons.
+        place = {str(gene): str(i) for i, gene in enumerate(varied.index)}
+        lists = {term: sorted(place[gene] for gene in members) for term, members in tested.items()}
+        names = list(place)
+        varied = varied.set_axis(list(place.values()))
         for module, loading in varied.items():
             ranked = loading.sort_values(ascending=False, kind="stable")
-            found = gseapy.prerank(ranked, lists, max_size=len(symbol), **options).res2d
+            found = gseapy.prerank(ranked, lists, max_size=len(names), **options).res2d
             columns = {
                 "output": output,
                 "module": module,
@@ -192,18 +194,20 @@ def gsea(
                 "nes": found["NES"].astype(float),
                 # A p of 0 means that no permutation of that many was as good.
                 "p": found["NOM p-val"].astype(float).clip(lower=1 / (1 + n_permutations)),
-                "genes": [", ".join(symbol[gene] for gene in edge.split(";") if gene) for edge in found["Lead_genes"]],
+                "genes": [", ".join(names[int(i)] for i in edge.split(";") if i) for edge in found["Lead_genes"]],
             }
             tables.append(pd.DataFrame(columns))
     return _corrected(pd.concat(tables), ["output", "module", "term", "size", "nes", "p", "q", "genes"])
 
 
-def _given(modules: Any, gene_sets: GeneSets) -> tuple[Mapping[str, GeneModules], dict[str, set[str]]]:
-    """Return modules by output, and gene sets in capitals."""
+def _given(modules: Any, gene_sets: GeneSets) -> tuple[Mapping[str, GeneModules], dict[str, list[str]]]:
+    """Return modules by output, and gene sets."""
     named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
     if not named:
         raise ValueError("modules is empty; pass those of one output, or a dictionary of several by name.")
-    return named, {term: {gene.upper() for gene in genes} for term, genes in read_gene_sets(gene_sets).items()}
+    if words := next(filter(None, (by_case_alone(module_set.loadings.index) for module_set in named.values())), ""):
+        warn(words)
+    return named, read_gene_sets(gene_sets)
 
 
 def _corrected(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -214,19 +218,18 @@ def _corrected(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def _tested(
-    sets: Mapping[str, set[str]], genes: Iterable[str], output: str, min_size: int, max_size: int
-) -> tuple[dict[str, str], dict[str, set[str]]]:
-    """Return the symbols of genes, in capitals and as they are, and the genes of each set that is not too small."""
-    genes = [str(gene) for gene in genes]
-    symbol = {gene.upper(): gene for gene in genes}
-    if len(symbol) < len(genes):
-        n_same = len(genes) - len(symbol)
-        warn(f"{n_same} genes of {output} differ from another by case alone, and count as one symbol.")
-    seen = {term: members & symbol.keys() for term, members in sets.items()}
+    sets: Mapping[str, list[str]], genes: Iterable[Any], background: list[str] | None, min_size: int, max_size: int
+) -> tuple[set[str], dict[str, set[str]]]:
+    """Return the background, in the names of the genes, and what it has of each set that is not too small."""
+    genes = among = set(map(str, genes))
+    if background is not None:
+        found = matched({gene: [gene] for gene in background}, genes)
+        among = {next(iter(found[gene]), gene) for gene in background}
+    seen = {term: members & among for term, members in matched(sets, genes | among).items()}
     tested = {term: members for term, members in seen.items() if min_size <= len(members) <= max_size}
     if not tested:
         raise ValueError(
-            f"none of {len(sets)} gene sets has {min_size} to {max_size} of the {len(symbol)} background genes; "
+            f"none of {len(sets)} gene sets has {min_size} to {max_size} of the {len(among)} background genes; "
             f"check the organism of the symbols, or lower min_size={min_size}."
         )
-    return symbol, tested
+    return among, tested

@@ -51,7 +51,7 @@ def category_colors(adata: AnnData, key: str) -> dict[str, str]:
     labels = obs_labels(adata, key, "key").astype("category")
     names, there = list(map(str, labels.cat.categories)), set(labels.astype(str))
     own = adata.uns.get(f"{key}_colors", ())
-    usable = len(own) == len(names) and all(map(is_color_like, own))
+    usable = hasattr(own, "__len__") and len(own) == len(names) and all(map(is_color_like, own))
     colors = dict(zip(names, map(to_hex, own), strict=True)) if usable else palette(names)
     return {name: color for name, color in colors.items() if name in there}
 

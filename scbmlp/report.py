@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import os
 import shlex
 import sys
@@ -19,20 +20,37 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from anndata import AnnData
+from matplotlib.figure import Figure
 from scipy import sparse
 from tqdm import tqdm
 
-from scbmlp.checks import LARGEST, REMEDY, check_finite, control_labels, entries, expression, scale_of, whole_number
+from scbmlp.checks import (
+    LARGEST,
+    MANY,
+    REMEDY,
+    by_case_alone,
+    check_finite,
+    control_labels,
+    entries,
+    expression,
+    matched,
+    scale_of,
+    whole_number,
+)
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.enrichment import read_gene_sets
+from scbmlp.plotting import category_colors, plain, score_histogram
 from scbmlp.sources import DataCard, data_card
+from scbmlp.storage import writable
 from scbmlp.stores import normalised
 from scbmlp.targets import perturbation_response
 
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
 TEMPLATES = Path(__file__).with_name("templates")
-FILES = ("report.html", "report.ipynb", "cells.h5ad")
+FILES = ("report.html", "report.ipynb", "cells.h5ad", "model.safetensors")
+SAID = "scbmlp_notes"  # in uns, of cells in memory on their way to the notebook
+COUNTS = "holds only whole numbers, like raw counts", "holds counts that were scaled and not logged"
 HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
 
 
@@ -124,6 +142,9 @@ def prepare(
         )
     seed, notes = whole_number(seed, "seed", 0, 2**32 - 1), []
     adata, source = _read(cells)
+    if not adata.isbacked:  # which is refused below
+        adata, words = writable(adata)
+        notes.extend([*adata.uns.pop(SAID, []), *words])
     if class_key in adata.obs:
         adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
     adata, x = _log_normalised(adata, layer, notes, no_normalize)
@@ -183,7 +204,8 @@ def _labelled(adata: AnnData, key: str, least: int, notes: list[str]) -> AnnData
     if len(small):
         names = ", ".join(f"`{name}`" for name in small)
         notes.append(f"Classes of fewer than {least} cells are left out (`--min-cells`): {names}.")
-    return adata if kept.all() else adata[kept].copy()
+    # Of colours that are none, a subset makes what no file can hold.
+    return adata if kept.all() else writable(adata[kept].copy())[0]
 
 
 def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
@@ -193,9 +215,11 @@ def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
         return "is 0 everywhere"
     if values.min() < 0:
         return f"holds negative values (minimum {values.min():.3g}), as scaled expression does"
-    most, whole = scale_of(x)
-    if whole:
-        return "holds only whole numbers, like raw counts"
+    most, whole, share = scale_of(x)
+    if whole or share == 1:
+        return COUNTS[not whole]
+    if share > MANY:
+        return f"holds multiples of one number, like counts, in {share:.0%} of its cells, and others in the rest"
     return f"holds values up to {most:.3g}, too large for logarithms" if most > LARGEST else ""
 
 
@@ -206,8 +230,9 @@ def _log_normalised(adata: AnnData, layer: str | None, notes: list[str], as_it_i
     fault = _fault(x)
     if not fault:
         return adata, x
-    if "whole numbers" in fault and not as_it_is:
-        notes.append(f"`{layer or 'X'}` has counts. They were scaled to 10,000 a cell, and log1p was taken.")
+    if fault in COUNTS and not as_it_is:
+        kind = "scaled counts" if fault == COUNTS[1] else "counts"
+        notes.append(f"`{layer or 'X'}` has {kind}. They were scaled to 10,000 a cell, and log1p was taken.")
         adata, x = adata.copy(), normalised(sparse.csr_matrix(x, dtype=np.float32), 1e4, log1p=True)
         if layer is None:
             adata.X = x
@@ -256,15 +281,15 @@ def _gene_sets(paths: Any, names: pd.Index, notes: list[str]) -> dict[str, list[
         sets |= found
     if not _paths(paths):
         return sets
-    genes = {str(name).upper() for name in names}
-    members = [{gene.upper() for gene in one} for one in sets.values()]
-    if not any(5 <= len(genes & one) <= 500 for one in members):
+    found, among = matched(sets, map(str, names)), set().union(*sets.values())
+    if not any(5 <= len(one) <= 500 for one in found.values()):
         raise ValueError(
-            f"none of {len(sets)} gene sets has 5 to 500 of the {len(genes)} genes, such as {', '.join(names[:3])}; "
+            f"none of {len(sets)} gene sets has 5 to 500 of the {len(names)} genes, such as {', '.join(names[:3])}; "
             f"give gene sets of the same organism and kind of name."
         )
-    known = set().union(*members)
-    notes.append(f"Of {len(known):,} genes in the gene sets, {len(known & genes):,} match one of the model's.")
+    n_met = len(set().union(*found.values()))
+    notes.append(f"Of {len(among):,} genes in the gene sets, {n_met:,} match one of the model's.")
+    notes.extend(filter(None, [by_case_alone(names)]))
     return sets
 
 
@@ -306,6 +331,7 @@ def report(
     n_genes: int | None = None,
     min_cells: int | None = None,
     no_normalize: bool = False,
+    quick: bool = False,
     seed: int = 0,
     force: bool = False,
     progress: bool = True,
@@ -317,9 +343,11 @@ def report(
     cells
         Path of an h5ad file, or AnnData, which is not changed.
     out
-        Folder to write the page to, its notebook, and ``cells.h5ad``, the cells with their modules.
+        Folder to write the page to, its notebook, the model, and ``cells.h5ad``, the cells with their modules.
     class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes, min_cells, no_normalize
         As in :func:`prepare`; one of the three keys is needed.
+    quick
+        Two replicas and 99 permutations, for a first look, in place of 8 and 999.
     seed
         Seed of the split and of all fits.
     force
@@ -330,7 +358,7 @@ def report(
     Raises
     ------
     RuntimeError
-        A step of the notebook failed.
+        A step of the notebook failed; what was complete by then is kept in the folder, and named.
 
     Examples
     --------
@@ -356,21 +384,57 @@ def report(
         "no_normalize": no_normalize or None,
         "seed": seed,
     }
-    adata = prepare(cells, **options).adata
+    found = prepare(cells, **options)
     in_memory = isinstance(cells, AnnData)
     name = "AnnData in memory" if in_memory else Path(cells).name
+    options["quick"] = quick or None
     with _workshop(out) as folder:
         path = folder / "in_memory.h5ad" if in_memory else Path(cells).expanduser().resolve()
         try:  # now, and not after all fits
-            (cells if in_memory else adata).write_h5ad(path if in_memory else folder / "cells.h5ad")
-        except Exception as error:  # h5py and anndata raise many kinds
-            raise ValueError(f"cells={name!r} cannot be written as h5ad; mend what is named: {error}") from error
-        del adata  # the notebook reads it again
+            _rehearse(found, folder)
+            if in_memory:
+                cells, words = writable(cells)
+                if words:
+                    cells.uns[SAID] = words
+                cells.write_h5ad(path)
+        except Exception as error:  # h5py, anndata and matplotlib raise many kinds
+            raise ValueError(f"cells={name!r} cannot be written or drawn; mend what is named: {error}") from error
+        del found  # the notebook reads the cells again
         parameters = {"path": str(path), **options, "folder": str(folder), "command": _command(name, options)}
-        _run(folder, parameters, f"{name}: {class_key or target_key or perturbation_key}", progress)
-        for file in FILES:
-            (folder / file).replace(out / file)
+        try:
+            _run(folder, parameters, f"{name}: {class_key or target_key or perturbation_key}", progress)
+        except (RuntimeError, OSError) as error:
+            kept = _keep(folder, out / "stopped" if there else out)
+            raise RuntimeError(f"{error}{kept and '; '}{kept}") from None
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_keep(folder, out / "stopped" if there else out)) from None
+        _keep(folder, out)
     return out / FILES[0]
+
+
+def _rehearse(cells: Cells, folder: Path) -> None:
+    """Write the tables of cells with results of the names to come, and draw their labels, as the notebook will."""
+    adata, names = cells.adata, cells.train.output_names
+    trial = AnnData(obs=adata.obs, var=adata.var, uns=dict(adata.uns), obsm=dict(adata.obsm), varm=dict(adata.varm))
+    trial.uns |= {f"modules_{name}".replace("/", "_"): {"output": str(name)} for name in names}
+    trial.varm["linear_axes"], trial.uns["linear_axes"] = np.zeros((trial.n_vars, len(names))), [*map(str, names)]
+    trial.write_h5ad(folder / "trial.h5ad")
+    (folder / "trial.h5ad").unlink()
+    if cells.labels:
+        ax, scores = Figure(layout="constrained").subplots(), pd.Series(np.arange(adata.n_obs))
+        labels = adata.obs[cells.labels].astype(str)
+        ax.set_title(plain(", ".join(map(str, names))[:200]))
+        score_histogram(scores, labels, category_colors(adata, cells.labels), ax=ax)
+        ax.figure.savefig(io.BytesIO())
+
+
+def _keep(folder: Path, out: Path) -> str:
+    """Move the files that are complete to a folder, and return in words which."""
+    there = [name for name in FILES if (folder / name).exists()]
+    for name in there:
+        out.mkdir(exist_ok=True)
+        (folder / name).replace(out / name)
+    return f"kept in {str(out)!r}: {', '.join(there)}" if there else ""
 
 
 @contextmanager
@@ -423,7 +487,7 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
     known = [cell.metadata.get("scbmlp", {}) for cell in notebook.cells]
     shares = [step.get("share", 0.1) for step in known]
     layout = "{desc}: {percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left"
-    step = "start"
+    step, failed = "start", ""
     with tqdm(total=sum(shares), desc=step, bar_format=layout, disable=None if progress else True) as bar:
 
         def begun(cell: Any, cell_index: int) -> None:
@@ -435,7 +499,7 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             notebook,
             # Without the user's kernels there is one, the Python that runs this.
             AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[])),
-            extra_arguments=["--log-level=ERROR"],
+            extra_arguments=["--log-level=CRITICAL"],
             record_timing=False,  # times of day are of no interest
             resources={"metadata": {"path": str(folder)}},
             on_cell_start=begun,
@@ -451,16 +515,30 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
         except (CellExecutionError, DeadKernelError) as error:
             died = "its process ended, perhaps for want of memory"
             reason = died if isinstance(error, DeadKernelError) else f"{error.ename}: {error.evalue}"
-            raise RuntimeError(f"the report stopped at {step!r}: {reason}") from None
+            failed = f"the report stopped at {step!r}: {reason}"
+            if step != "writing":
+                raise RuntimeError(failed) from None
+            # The last step writes the cells, and the page does without them.
+            words = {"text/markdown": f"`cells.h5ad` could not be written ({reason})."}
+            notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", words)]
         except AssertionError:
             # nbclient takes Ctrl-C for itself: it ends the kernel, and then asserts that there is one to end.
             raise KeyboardInterrupt from None
+    _whole(folder / "report.ipynb", nbformat.writes(notebook))
     # A figure that fails while it is drawn is no error of its cell.
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):
         if output.output_type == "error":
             raise RuntimeError(f"a figure of the report cannot be drawn: {output.ename}: {output.evalue}")
-    nbformat.write(notebook, folder / "report.ipynb")
-    (folder / "report.html").write_text(_page(notebook), "utf-8")
+    _whole(folder / "report.html", _page(notebook))
+    if failed:
+        raise RuntimeError(failed)
+
+
+def _whole(path: Path, text: str) -> None:
+    """Write a file that is whole or not there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, "utf-8")
+    partial.replace(path)
 
 
 def _page(notebook: Any) -> str:
@@ -479,7 +557,7 @@ def _page(notebook: Any) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line, ``scbmlp report cells.h5ad --class-key louvain --out report/``.
 
-    The exit status is 0, 2 where the data do not fit, or 130 after Ctrl-C.
+    The exit status is 0, 2 where the data do not fit or a step failed, or 130 after Ctrl-C.
 
     Examples
     --------
@@ -501,19 +579,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--n-genes", type=int, help=f"most variable genes to take; {N_GENES} of more than {MOST_GENES}")
     one.add_argument("--min-cells", type=int, help="fewest cells of a class; smaller ones are left out")
     one.add_argument("--no-normalize", action="store_true", help="refuse counts, in place of their logarithms")
+    one.add_argument("--quick", action="store_true", help="two replicas and 99 permutations, for a first look")
     one.add_argument("--seed", type=int, default=0, help="seed of the split and of all fits")
     one.add_argument("--out", default="report", help="folder to write (report)")
     one.add_argument("--force", action="store_true", help="replace a report that is there")
+    one.add_argument("--debug", action="store_true", help="show where an error came from")
     given = vars(parser.parse_args(arguments))
     del given["command"]
+    debug = given.pop("debug")
     try:
         page = report(given.pop("cells"), **given)
-    except (ValueError, KeyError, OSError, ModuleNotFoundError, RuntimeError) as error:
-        words = error.args[0] if isinstance(error, KeyError) else error  # str() of a KeyError is quoted
+    except KeyboardInterrupt as error:
+        print(f"scbmlp report: interrupted, {str(error) or 'and nothing was written'}", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, ValueError | KeyError | OSError | ModuleNotFoundError | RuntimeError)
+        words = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is quoted
+        words = words if known else f"{type(error).__name__}: {words}; run it again with --debug to see where"
         print(f"scbmlp report: {words}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("scbmlp report: interrupted, and nothing was written", file=sys.stderr)
-        return 130
     print(page)
     return 0

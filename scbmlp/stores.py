@@ -226,14 +226,14 @@ class StoredMatrix:
         """Return how many cells fit into that many bytes."""
         return int(size // max(self.cell_bytes, 1))
 
-    def totals(self) -> tuple[np.ndarray, float, bool]:
-        """Check every cell, and return the file's totals (cell), largest value, and whether all values are whole."""
-        found, whole, most = [np.empty(0)], True, 0.0
+    def totals(self) -> tuple[np.ndarray, float, bool, float]:
+        """Check every cell, and return the file's totals (cell), largest value, and its scale as scale_of has it."""
+        found, whole, most, share = [np.empty(0)], True, 0.0, 0.0
         for _, block in self._like(target_sum=None, log1p=False, _columns=None).blocks(BLOCK_CELLS):
             found.append(row_totals(block))
-            own, all_whole = scale_of(block)
-            most, whole = max(most, own), whole and all_whole
-        return np.concatenate(found), most, whole
+            own = scale_of(block)
+            most, whole, share = max(most, own[0]), whole and own[1], max(share, own[2])
+        return np.concatenate(found), most, whole, share
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of every gene (gene), from one walk over the cells, and keep them."""

@@ -23,7 +23,7 @@ from scipy import sparse
 import scbmlp
 from scbmlp import interactions, sources
 from scbmlp.baselines import linear_baseline
-from scbmlp.checks import as_mask, as_numbers, numeric_matrix, plain_names, positions
+from scbmlp.checks import as_mask, as_numbers, check_scale, numeric_matrix, plain_names, positions, scale_of
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets, match_genes
 from scbmlp.effects import additivity, against_control, mean_effects, response_directions
 from scbmlp.enrichment import enrich, gsea, read_gene_sets
@@ -532,6 +532,20 @@ def test_expression_without_its_logarithm_is_warned_of_where_it_is_read(fitted, 
             READERS[name](fitted.disk(adata), fitted)
 
 
+@pytest.mark.parametrize("target", [1, 50, 1e4, 1e6])
+@pytest.mark.parametrize("layout", [np.asarray, sparse.csr_matrix])
+def test_scaled_counts_are_told_from_their_logarithms(target, layout):
+    counts = np.random.default_rng(0).poisson(np.linspace(0.2, 8, 60), (300, 60)).astype(np.float32)
+    scaled = counts / counts.sum(1, keepdims=True) * np.float32(target)
+    logs = np.log1p(scaled)
+    half = np.where(np.arange(300)[:, None] % 2, logs, scaled)
+    shares = [scale_of(layout(x))[2] for x in (scaled, 0.5 * counts, logs, np.log2(1 + scaled), half)]
+    assert shares[:4] == [1, 1, 0, 0] and 0.4 < shares[4] < 0.6
+    if target < 1e4:
+        with pytest.warns(UserWarning, match="multiples of one number, as counts without logarithm, in 100% of cells"):
+            check_scale(*scale_of(layout(scaled)), "X")
+
+
 @pytest.mark.parametrize("word", ["nan", "", "<NA>"])
 def test_a_class_that_looks_like_a_missing_label_is_warned_of(word):
     adata = small_cells()
@@ -562,16 +576,6 @@ def test_fractions_do_not_count_beside_a_split_and_missing_labels_are_in_no_set(
     with warnings.catch_warnings(action="ignore"):
         sets = cut(adata, "type", 5.0, -1.0, split_key="part")
     assert 5 not in np.concatenate([part.indices for part in sets]) and sum(map(len, sets)) == N - 1
-
-
-def test_genes_that_differ_by_case_alone_are_one_symbol(fitted):
-    modules = fitted.modules
-    genes = pd.Index(["Abc", "ABC", *modules.loadings.index[2:]])
-    changed = type(modules)(modules.eigenvalues, modules.loadings.set_axis(genes), modules.weights.set_axis(genes),
-                            modules.origin, modules.unit, "T0")  # fmt: skip
-    with pytest.warns(UserWarning, match="1 genes of T0 differ from another by case alone"):
-        found = enrich(changed, {"set": ["abc", *genes[2:7]]}, min_size=1)
-    assert set(found["size"]) == {6} and found.attrs["n_unmatched"] == G - 1 - 6
 
 
 def test_each_output_is_held_against_the_genes_of_its_own_model(fitted):

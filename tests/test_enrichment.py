@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, fisher_exact, hypergeom
 
-from scbmlp.enrichment import enrich, read_gene_sets
+from scbmlp.enrichment import enrich, gsea, read_gene_sets
 from scbmlp.modules import GeneModules
 
 GENES = [f"Gene{i:02d}" for i in range(60)]
@@ -80,6 +80,35 @@ def test_symbols_are_matched_whatever_their_case():
     for case in (str.upper, str.lower):
         table = enrich(modules_of(1, genes=mouse), {"islet": [case(gene) for gene in mouse[:6]]}, n_top=66)
         assert sorted(", ".join(table["genes"]).split(", ")) == sorted(mouse[:6])  # a gene is in one pole or the other
+
+
+@pytest.mark.parametrize("background", [None, [f"GENE{i}" for i in range(30)] + [f"Gene{i}" for i in range(10)]])
+def test_genes_that_differ_by_case_alone_are_matched_by_their_exact_names(background):
+    genes = [f"{case}{i}" for i in range(30) for case in ("Gene", "GENE")] + ["Alone"]
+    modules, seen = modules_of(1, genes=genes), genes if background is None else background
+    # No gene is named gene1, and two have it in another case; ALONE is one gene in any.
+    sets = {"upper": genes[1:24:2], "lower": genes[:24:2], "other": ["gene1", "ALONE", *genes[1:10:2]]}
+    truly = sets | {"other": ["Alone", *genes[1:10:2]]}
+    with pytest.warns(UserWarning, match="30 genes differ from another by case alone; gene sets match") as record:
+        table = enrich(modules, sets, background, n_top=15)
+    assert len(record) == 1
+    for row in table.itertuples():
+        members = set(truly[row.term]) & set(seen)
+        top = set(modules.top_genes("module_1", 15, pole=row.pole).index) & set(seen)
+        hits = sorted(members & top)
+        assert row.genes == ", ".join(hits) and (row.overlap, row.size) == (len(hits), len(members))
+        assert row.p == pytest.approx(hypergeom.sf(len(hits) - 1, len(seen), row.size, len(top)))
+    if background is None:
+        assert set(table["size"]) == {12, 6} and table["overlap"].sum() > 0
+        with pytest.warns(UserWarning, match="30 genes"):
+            ranks = gsea(modules, {"upper; set": genes[1::2]}, n_permutations=20)
+        assert ranks["size"].tolist() == [30] and set(ranks["genes"][0].split(", ")) <= set(genes[1::2])
+
+
+def test_background_in_another_case_than_the_genes_of_the_model():
+    modules, sets = modules_of(1), {"set": GENES[:20]}
+    table = enrich(modules, sets, [gene.upper() for gene in GENES] + ["Elsewhere"], n_top=60)
+    assert set(table["size"]) == {20} and sorted(", ".join(table["genes"]).split(", ")) == GENES[:20]
 
 
 def test_background_decides_what_could_have_been_found():

@@ -1,5 +1,6 @@
 """Does one command make a page of anybody's cells, and refuse those that do not fit before it trains anything?"""
 
+import importlib.util
 import os
 import re
 import signal
@@ -20,10 +21,14 @@ from scipy import sparse
 import scbmlp
 from scbmlp import report as reporting
 from scbmlp.report import FILES, main, prepare, report, template
+from scbmlp.storage import writable
 
 nbformat = pytest.importorskip("nbformat", reason="it comes with the report extra")
 pytest.importorskip("nbconvert", reason="it comes with the report extra")
 BeautifulSoup = pytest.importorskip("bs4").BeautifulSoup
+SPEC = importlib.util.spec_from_file_location("fuzz", Path(__file__).parent.parent / "benchmarks" / "fuzz.py")
+fuzz = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(fuzz)
 N, G = 240, 40
 HERE = os.environ | {"PYTHONPATH": str(Path(scbmlp.__file__).parent.parent)}
 
@@ -99,7 +104,10 @@ def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, cap
 
     before = page.read_bytes()
     assert main(["report", str(path), "--class-key", "type", "--out", str(out)]) == 2
-    assert "has report.html, report.ipynb, cells.h5ad already; name another folder" in capsys.readouterr().err
+    assert (
+        "has report.html, report.ipynb, cells.h5ad, model.safetensors already; name another folder"
+        in capsys.readouterr().err
+    )
     assert page.read_bytes() == before
 
 
@@ -122,10 +130,6 @@ CHANGED = {
     "scaled, no raw": (lambda a: setattr(a, "X", a.X.toarray() - 1), r"negative values .*; log-normalised values are"),
     "a small class": (lambda a: a.obs.__setitem__("type", RARE), "class 'rare' has 3 cells"),
     "nothing": (lambda a: setattr(a, "X", a.X * 0), "is 0 everywhere"),
-    "no h5ad": (
-        lambda a: a.obs.__setitem__("note", pd.array(a.obs_names, dtype="string")),
-        "cannot be written as h5ad",
-    ),
     "a NaN": (lambda a: a.X.data.__setitem__(0, np.nan), "holds NaN or infinite values in 1 of 240 cells"),
 }
 BAD = {name: (lambda a: None, *case) for name, case in OPTIONS.items()}
@@ -178,6 +182,23 @@ def test_counts_become_logarithms_and_the_page_says_so(layer):
     assert f"`{layer or 'X'}` has counts. They were scaled to 10,000 a cell" in found.notes[0]
     kept = found.adata.X if layer is None else found.adata.layers[layer]
     np.testing.assert_allclose(kept.toarray(), known.X.toarray(), rtol=1e-5)
+
+
+def test_scaled_counts_become_logarithms_and_half_logged_cells_are_refused():
+    adata = own_cells()
+    counts = (6 * adata.X).rint()
+    adata.X = counts * 0.5
+    found = prepare(adata, class_key="type")
+    known = AnnData(counts.copy())
+    sc.pp.normalize_total(known, target_sum=1e4)
+    sc.pp.log1p(known)
+    np.testing.assert_allclose(found.train.x.toarray(), known.X.toarray()[found.train.indices], rtol=1e-4)
+    assert "`X` has scaled counts. They were scaled to 10,000 a cell" in found.notes[0]
+    with pytest.raises(ValueError, match="holds counts that were scaled and not logged; log-normalised"):
+        prepare(adata, class_key="type", no_normalize=True)
+    adata.X = sparse.vstack([known.X[:120], counts[120:] * 0.5]).tocsr()
+    with pytest.raises(ValueError, match=r"multiples of one number, like counts, in \d+% of its cells"):
+        prepare(adata, class_key="type")
 
 
 def test_gene_sets_of_other_genes_or_in_two_files_are_refused(tmp_path):
@@ -239,7 +260,7 @@ def test_folder_that_cannot_be_made_is_refused_before_training(tmp_path, never_t
 
 def test_nothing_is_left_of_a_report_that_fails(tmp_path, monkeypatch):
     def half(folder, *arguments):
-        (folder / "report.html").write_text("half")
+        (folder / "report.partial").write_text("half")
         raise RuntimeError("the report stopped at 'tuning': MemoryError")
 
     monkeypatch.setattr(reporting, "_run", half)
@@ -249,6 +270,82 @@ def test_nothing_is_left_of_a_report_that_fails(tmp_path, monkeypatch):
         report(own_cells(), tmp_path / "report", class_key="type", force=True)
     assert [path.name for path in tmp_path.rglob("*")] == ["report", "report.html"]
     assert (tmp_path / "report" / "report.html").read_text() == "the last one"
+
+
+def test_tables_that_no_h5ad_file_holds_are_mended_and_said(tmp_path, monkeypatch):
+    adata = own_cells()
+    names = [f"gene{min(i, G - 2)}" for i in range(G)]
+    adata.var_names = names
+    adata.obs["nullable"] = pd.array(adata.obs_names, dtype="string")
+    adata.obs["mixed"], adata.obs["_index"], adata.obs[3] = [1, "a", None] * 80, 1, 2.5
+    adata.obs["day"] = pd.date_range("2020", periods=N)
+    adata.uns |= {"set": {1}, "nested": {1: 2, "a/b": 3}, "type_colors": ["nan"] * 3}
+    adata.obsm["X/pca"] = pd.DataFrame({"mixed": [1, "a"] * 120}, adata.obs_names)
+    before, given = adata.copy(), []
+    monkeypatch.setattr(
+        reporting,
+        "_run",
+        lambda folder, parameters, *rest: given.append(prepare(parameters["path"], class_key="type")) or 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):
+        report(adata, tmp_path / "report", class_key="type")
+    assert not os.listdir(tmp_path) and adata.obs.equals(before.obs) and list(adata.var_names) == names
+    assert adata.uns.keys() == before.uns.keys()
+    kept, text = given[0].adata, " ".join(given[0].notes)
+    assert kept.obs["nullable"].tolist() == list(adata.obs_names) and kept.obs["_index_"].eq(1).all()
+    assert kept.obs["mixed"].astype(object).where(kept.obs["mixed"].notna(), None).tolist() == ["1", "a", None] * 80
+    assert kept.obs["3"].eq(2.5).all() and kept.obs["day"].iloc[1] == "2020-01-02 00:00:00"
+    assert kept.uns["nested"] == {"1": 2, "a_b": 3} and "set" not in kept.uns and set(kept.obsm) == {"numbers", "X_pca"}
+    assert kept.var_names.is_unique and len(given[0].train.gene_names) == G
+    for words in ("Made text", "`obs['mixed']`", "Left out", "`uns['set']`", "Renamed", "1 genes of `var`"):
+        assert words in text
+
+
+def test_cells_are_not_touched_where_a_file_holds_them_as_they_are():
+    adata = own_cells()
+    assert writable(adata) == (adata, [])
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_complete_is_kept_when_a_later_step_fails(force, tmp_path, monkeypatch, capsys):
+    step = {"step": "late", "share": 1}
+    later = shortened("open(f'{folder}/model.safetensors', 'w').close()\n1 / 0", **step)
+    monkeypatch.setattr(reporting, "template", lambda: later)
+    out = tmp_path / "report"
+    if force:
+        out.mkdir()
+        (out / "report.html").write_text("the last one")
+    own_cells().write_h5ad(tmp_path / "own.h5ad")
+    words = ["report", str(tmp_path / "own.h5ad"), "--class-key", "type", "--out", str(out), *["--force"] * force]
+    kept = out / "stopped" if force else out
+    assert main(words) == 2
+    assert f"division by zero; kept in {str(kept)!r}: model.safetensors" in capsys.readouterr().err
+    assert (
+        os.listdir(kept) == ["model.safetensors"]
+        if not force
+        else sorted(os.listdir(out)) == ["report.html", "stopped"]
+    )
+
+
+def test_page_and_notebook_come_though_the_cells_cannot_be_written(tmp_path, monkeypatch):
+    last = shortened("raise OSError('disk full')", step="writing", share=1)
+    monkeypatch.setattr(reporting, "template", lambda: last)
+    with pytest.raises(
+        RuntimeError, match=r"stopped at 'writing': OSError: disk full; kept in .*: report.html, report.ipynb$"
+    ):
+        report(own_cells(), tmp_path / "report", class_key="type", progress=False)
+    page = (tmp_path / "report" / "report.html").read_text("utf-8")
+    assert "<code>cells.h5ad</code> could not be written (OSError: disk full)" in page and "Traceback (most" not in page
+
+
+def test_an_error_that_nobody_expected_is_a_sentence_or_a_traceback_if_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(reporting, "report", lambda *rest, **options: 1 / 0)
+    assert main(["report", "own.h5ad", "--class-key", "type"]) == 2
+    assert capsys.readouterr().err == (
+        "scbmlp report: ZeroDivisionError: division by zero; run it again with --debug to see where\n"
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["report", "own.h5ad", "--class-key", "type", "--debug"])
 
 
 @pytest.mark.parametrize(
@@ -279,7 +376,7 @@ def test_ctrl_c_leaves_nothing_and_says_so(tmp_path):
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130 and "interrupted, and nothing was written" in process.stderr.read()
+    assert process.wait(60) == 130 and process.stderr.read() == "scbmlp report: interrupted, and nothing was written\n"
     assert not os.listdir(tmp_path / "out")
 
 
@@ -346,3 +443,10 @@ def test_small_classes_and_cells_without_a_label_are_left_out_and_said():
     found = prepare(adata, class_key="label", min_cells=4)
     assert list(found.train.output_names) == ["off", "on"] and found.adata.n_obs == 287
     assert "10 of 300 cells have no label in `label`" in found.notes[0] and found.notes[1].endswith(": `rare`.")
+
+
+@pytest.mark.parametrize("seed", [3, 137, 201, 7, 8])  # the first three once ended after the last fit
+def test_random_files_end_with_a_page_or_a_sentence(seed, tmp_path):
+    words = fuzz.random_file(seed, tmp_path / "cells.h5ad")
+    wrong, said = fuzz.ends(tmp_path / "cells.h5ad", words, tmp_path / "out", whole=False)
+    assert (wrong, said) == ("", "")
