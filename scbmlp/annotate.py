@@ -1,7 +1,8 @@
-"""Labels for new cells: calibrated probabilities, "unassigned" for cells of no known class, and the genes that speak."""
+"""Labels for new cells: calibrated probabilities, "unassigned" for unknown classes, and the genes that speak."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from copy import copy
 from numbers import Real
@@ -19,7 +20,7 @@ from scbmlp.checks import check_cells, entries, expression
 from scbmlp.datasets import ExpressionDataset, held
 from scbmlp.interactions import attributions, interaction_matrices, linear_axis
 from scbmlp.models import ScBMLPClassifier
-from scbmlp.modules import all_gene_modules
+from scbmlp.modules import GeneModules, all_gene_modules
 from scbmlp.moments import LARGE, part_of
 from scbmlp.report import SYMBOLS, _log_normalised, _opened
 from scbmlp.solving import solve_again
@@ -92,7 +93,9 @@ def calibration_error(probability: np.ndarray, y: np.ndarray, n_bins: int = 15) 
 
     Examples
     --------
-    >>> annotate.calibration_error(np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([0, 1]))
+    >>> annotate.calibration_error(
+    ...     np.array([[0.9, 0.1], [0.9, 0.1]]), np.array([0, 1])
+    ... )
     0.4
     """
     most, right = probability.max(axis=1), probability.argmax(axis=1) == y
@@ -158,7 +161,10 @@ def annotate(
     facts = model.calibration or {}
     if not facts:
         notes.append("The model says nothing of calibration, so every cell has a label; see annotate.calibrate.")
-    parts = [_annotated(model, part, facts) for part in _parts(model, cells.obs_names, x, at)]
+    modules = {}
+    if bool(model.w_p.any()) and model.statistics is not None:
+        modules = all_gene_modules(model, n_modules=min(N_MODULES, model.cfg.d_hidden), metric="covariance")
+    parts = [_annotated(model, part, facts, modules) for part in _parts(model, x, at)]
     found = adata.copy()
     for name in ("label", "probability", "genes"):
         found.obs[f"scbmlp_{name}"] = np.concatenate([table[name].to_numpy() for table, _ in parts])
@@ -200,7 +206,8 @@ def _matched(var: pd.DataFrame, wanted: pd.Index) -> tuple[np.ndarray, str]:
     """Return where each gene is (gene), -1 for none, and how: by looser names only if most are not found else."""
     columns = {"names": var.index} | {f"var[{name!r}]": pd.Index(var[name]) for name in SYMBOLS if name in var}
     first = None
-    for change, words in ((str, ""), (lambda name: str(name).split(".")[0], " without version"), (str.upper, " in any case")):
+    forms = {"": str, " without version": lambda name: re.sub(r"\.\d+$", "", name), " in any case": str.upper}
+    for words, change in forms.items():
         for where, names in columns.items():
             names, genes = names.astype(str).map(change), wanted.astype(str).map(change)
             twice = names[names.duplicated()].intersection(genes)
@@ -234,20 +241,19 @@ def _such_as(names: pd.Index) -> str:
     return ", ".join(map(str, names[:3]))
 
 
-def _parts(model: ScBMLPClassifier, cells: pd.Index, x: Any, at: np.ndarray) -> Iterator[AnnData]:
+def _parts(model: ScBMLPClassifier, x: Any, at: np.ndarray) -> Iterator[AnnData]:
     """Yield blocks of cells with exactly the genes of the model, missing ones at their training mean."""
     mean = model.origin if model.statistics is None else model.statistics.mean
-    for start in range(0, len(cells), BLOCK):
+    for start in range(0, x.shape[0], BLOCK):
         block = x[start : start + BLOCK][:, at[at >= 0]]
         filled = np.tile(mean, (block.shape[0], 1))
         filled[:, at >= 0] = block.toarray() if sparse.issparse(block) else block
         where = {"X": filled} if model.layer is None else {"layers": {model.layer: filled}}
-        names = {"obs": pd.DataFrame(index=cells[start : start + BLOCK]), "var": pd.DataFrame(index=model.gene_names)}
-        yield AnnData(**where, **names)
+        yield AnnData(**where, var=pd.DataFrame(index=model.gene_names.astype(str)))
 
 
 def _annotated(
-    model: ScBMLPClassifier, part: AnnData, facts: dict[str, Any]
+    model: ScBMLPClassifier, part: AnnData, facts: dict[str, Any], modules: dict[Any, GeneModules]
 ) -> tuple[pd.DataFrame, dict[str, np.ndarray]]:
     """Return label, probability and genes of cells, and their module scores by key."""
     logits = model.outputs(part).astype(float)
@@ -262,10 +268,8 @@ def _annotated(
     low = _scores(logits) < facts.get("threshold", -np.inf)
     labels[low], genes[low] = UNASSIGNED, ""
     probability = softmax(logits / facts.get("temperature", 1.0), axis=1).max(axis=1)
-    if bool(model.w_p.any()) and model.statistics is not None:
-        n = min(N_MODULES, model.cfg.d_hidden)
-        for modules in all_gene_modules(model, n_modules=n, metric="covariance").values():
-            modules.to_adata(part)
+    for one in modules.values():
+        one.to_adata(part)
     table = pd.DataFrame({"label": labels, "probability": probability, "genes": genes})
     return table, {key: scores for key, scores in part.obsm.items() if scores.shape[1]}
 

@@ -8,9 +8,12 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import numpy as np
 import pandas as pd
 import scanpy as sc
 from anndata import AnnData
+from anndata.utils import make_index_unique
 from scipy import sparse
 from tqdm import tqdm
 
@@ -33,6 +37,15 @@ MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = ("report.html", "report.ipynb", "cells.h5ad")
+READERS: dict[str, Callable[[Path], AnnData]] = {
+    ".h5ad": anndata.read_h5ad,
+    ".zarr": anndata.io.read_zarr,
+    ".loom": anndata.io.read_loom,
+    ".h5": partial(sc.read_10x_h5, gex_only=False),
+    "": partial(sc.read_10x_mtx, gex_only=False),
+}
+SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_short_name")  # columns of var
+IDS = r"(ENS[A-Z]*G\d{11}|WBGene\d{8}|FBgn\d{7})(\.\d+)?"
 HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
 
 
@@ -124,6 +137,7 @@ def prepare(
         )
     seed, notes = whole_number(seed, "seed", 0, 2**32 - 1), []
     adata, source = _read(cells)
+    adata = _with_symbols(adata, notes)
     if class_key in adata.obs:
         adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
     adata, x = _log_normalised(adata, layer, notes, no_normalize)
@@ -157,19 +171,64 @@ def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
         cells = sc.datasets.pbmc68k_reduced()
     elif isinstance(cells, str | Path):
         path = Path(cells).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"cells={str(cells)!r}: there is no such file; give the path of an h5ad file.")
-        try:
-            cells = anndata.read_h5ad(path)
-        except Exception as error:  # h5py and anndata raise many kinds
-            raise ValueError(f"cells={path.name!r} is no h5ad file that can be read ({error}).") from error
-        with path.open("rb") as file:
-            known |= {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        cells, known["file"] = _opened(path), path.name
+        if path.is_file():
+            with path.open("rb") as file:
+                known["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     elif not isinstance(cells, AnnData):
         raise TypeError(f"cells is of type {type(cells).__name__}; pass AnnData, or the path of an h5ad file.")
     before = cells.uns.get("scbmlp_source", {})
     # Simulated cells stay simulated, whatever file they went through.
     return cells, {"scbmlp_source": dict(before) if before.get("kind") == "simulated" else known}
+
+
+def _opened(path: Path) -> AnnData:
+    """Return the cells of a file of any kind, by its suffix, or of a folder of 10x's matrices."""
+    path = path.expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"cells={str(path)!r}: there is no such file; give the path of an h5ad file.")
+    kind = path.suffix.lower() if path.suffix.lower() in READERS else "" if path.is_dir() else ".h5ad"
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that names come twice is mended or said elsewhere
+            return READERS[kind](path)
+    except Exception as error:  # h5py, anndata and scanpy raise many kinds
+        words = f"is no {kind[1:]} file that can be read" if kind else "is no folder of 10x's matrices"
+        raise ValueError(f"cells={path.name!r} {words} ({error}).") from error
+
+
+def _with_symbols(adata: AnnData, notes: list[str]) -> AnnData:
+    """Return the genes alone, by symbols where ids of Ensembl are the names, each by a name of its own."""
+    kinds = adata.var.get("feature_types", pd.Series(dtype=object))
+    if (genes := kinds == "Gene Expression").any() and not genes.all():
+        left_out = ", ".join(f"{n:,} of {kind}" for kind, n in kinds[~genes].value_counts().items() if n)
+        notes.append(f"Features other than gene expression are left out: {left_out}.")
+        adata = adata[:, genes.to_numpy()].copy()
+    names = adata.var_names.astype(str)
+    if (ids := names.str.fullmatch(IDS)).mean() > 0.5:
+        cut, column = (
+            names.str.replace(r"\.\d+$", "", regex=True),
+            next((one for one in SYMBOLS if one in adata.var), None),
+        )
+        known = (
+            pd.Index([""] * len(cut))
+            if column is None
+            else pd.Index(adata.var[column].astype(object).fillna("").astype(str))
+        )
+        names = pd.Index(np.where(ids & (known != ""), known, np.where(ids, cut, names)), dtype=object)
+        if column is not None:
+            notes.append(f"Genes have ids as names; they are called by their symbols, from `var[{column!r}]`.")
+        elif not names.equals(adata.var_names):
+            notes.append("The versions of Ensembl's ids were cut.")
+    if twice := int(names.duplicated().sum()):
+        names = make_index_unique(names)
+        notes.append(f"{twice:,} genes have the name of another; a number was put behind it.")
+    if names.equals(adata.var_names):
+        return adata
+    adata = adata.copy()
+    if adata.raw is not None:
+        adata.raw = _with_symbols(adata.raw.to_adata(), [])
+    adata.var_names = names
+    return adata
 
 
 def _labelled(adata: AnnData, key: str, least: int, notes: list[str]) -> AnnData:
@@ -490,8 +549,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     words = "make a page on cells of your own, the book's chapter with them"
     one = commands.add_parser("report", help=words, description=words)
-    one.add_argument("cells", help="an h5ad file with log-normalised expression, or counts")
-    target = one.add_mutually_exclusive_group(required=True)
+    one.add_argument(
+        "cells", help="a file with log-normalised expression, or counts: h5ad, zarr, loom, 10x's h5 or folder"
+    )
+    target = one.add_mutually_exclusive_group()
     target.add_argument("--class-key", help="column of obs with classes to tell apart")
     target.add_argument("--target-key", help="key of obsm with numbers to predict")
     target.add_argument("--perturbation-key", help="column of obs with perturbations, whose response is predicted")
@@ -504,16 +565,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--seed", type=int, default=0, help="seed of the split and of all fits")
     one.add_argument("--out", default="report", help="folder to write (report)")
     one.add_argument("--force", action="store_true", help="replace a report that is there")
+    one.set_defaults(run=report)
+    for name in ("look", "annotate"):  # modules that need this one
+        import_module(f"scbmlp.{name}").command(commands)
     given = vars(parser.parse_args(arguments))
-    del given["command"]
+    command, run, path = given.pop("command"), given.pop("run"), given.pop("cells")
+    keys = [given.get(f"{kind}_key") for kind in ("class", "target", "perturbation")]
     try:
-        page = report(given.pop("cells"), **given)
+        if command == "report" and keys == [None] * 3:
+            print(import_module("scbmlp.look").as_text(path))
+            print("scbmlp report: no key is named; see above what could be one", file=sys.stderr)
+            return 2
+        made = run(path, **given)
     except (ValueError, KeyError, OSError, ModuleNotFoundError, RuntimeError) as error:
         words = error.args[0] if isinstance(error, KeyError) else error  # str() of a KeyError is quoted
-        print(f"scbmlp report: {words}", file=sys.stderr)
+        print(f"scbmlp {command}: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("scbmlp report: interrupted, and nothing was written", file=sys.stderr)
+        print(f"scbmlp {command}: interrupted, and nothing was written", file=sys.stderr)
         return 130
-    print(page)
+    print(made)
     return 0
