@@ -44,7 +44,7 @@ def of_batch(adata, batch):
     sizes = others.obs[KEY].value_counts()
     others = others[others.obs[KEY].isin(sizes.index[sizes >= 20])].copy()
     sc.pp.highly_variable_genes(others, n_top_genes=2000, subset=True)
-    train, validation, _ = get_classification_datasets(others, KEY, 0.84, 0.15)
+    train, validation, _ = get_classification_datasets(others, KEY, 0.8, 0.15)
     model = solve(ScBMLPClassifier, train, validation, progress=False)
     model.calibration = calibrate(model, train, validation)
     names = model.output_names

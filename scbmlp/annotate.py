@@ -64,7 +64,7 @@ def calibrate(model: ScBMLPClassifier, train: ExpressionDataset, validation: Exp
     def loss(inverse: float) -> float:
         return -log_softmax(logits * inverse, axis=1)[np.arange(len(y)), y].mean()
 
-    inverse = minimize_scalar(loss, bounds=(0.05, 20), method="bounded").x
+    inverse = minimize_scalar(loss, bounds=(0.1, 10), method="bounded").x
     unseen, known = {}, np.unique(train.y)
     for code, name in enumerate(model.output_names if model.recipe is not None and len(known) > 2 else []):
         if code not in known or not (left_out := y == code).any():

@@ -17,7 +17,7 @@ LEVELS, LEAST = 60, 10  # most classes, and the cells of a class that can be spl
 CELLS = 2000  # that the kind of values is judged by
 CONTROLS = {"control", "ctrl", "dmso", "vehicle", "non-targeting", "nt", "untreated", "unstimulated", "mock"}
 GROUPS = r"(?i)(donor|batch|sample|patient|replicate|(^|_)rep|plate|individual|subject)"
-CLASSES = r"(?i)(cell.?type|cluster|label|annotation|louvain|leiden)"
+CLASSES = r"(?i)(cell.?type|^type|cluster|label|annotation|louvain|leiden)"
 SPECIES = {"ENSG0": "human", "ENSMUSG0": "mouse", "ENSRNOG0": "rat", "ENSDARG0": "zebrafish"}
 SPECIES |= {"WBGene": "worm", "FBgn": "fly"}
 

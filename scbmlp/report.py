@@ -36,7 +36,7 @@ from scbmlp.targets import perturbation_response
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
 TEMPLATES = Path(__file__).with_name("templates")
-FILES = ("report.html", "report.ipynb", "cells.h5ad")
+FILES = ("report.html", "report.ipynb", "cells.h5ad", "model.safetensors")
 READERS: dict[str, Callable[[Path], AnnData]] = {
     ".h5ad": anndata.read_h5ad,
     ".zarr": anndata.io.read_zarr,
