@@ -99,7 +99,7 @@ def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, cap
 
     before = page.read_bytes()
     assert main(["report", str(path), "--class-key", "type", "--out", str(out)]) == 2
-    assert "has report.html, report.ipynb, cells.h5ad, model.safetensors already; name another folder" in capsys.readouterr().err
+    assert f"has {', '.join(FILES)} already; name another folder" in capsys.readouterr().err
     assert page.read_bytes() == before
 
 
