@@ -53,8 +53,8 @@ def calibrate(model: ScBMLPClassifier, train: ExpressionDataset, validation: Exp
     Examples
     --------
     >>> solved.calibration = annotate.calibrate(solved, train, validation)
-    >>> round(solved.calibration["error_after"], 2)
-    0.01
+    >>> solved.calibration["error_after"] < 0.05
+    True
     """
     _check_classifier(model)
     model.check(train)
@@ -132,7 +132,8 @@ def annotate(
     Examples
     --------
     >>> labelled = annotate.annotate(adata, solved)
-    >>> bool((labelled.obs["scbmlp_label"] == labels).mean() > 0.9)
+    >>> found = labelled.obs["scbmlp_label"].astype(str)
+    >>> bool((found == labels).mean() > 0.9)
     True
     """
     if not (isinstance(max_missing, Real) and 0 <= max_missing <= 1):
