@@ -4,9 +4,9 @@ from importlib import import_module
 
 __version__ = "0.1.0"
 __all__ = [
-    "audit", "baselines", "datasets", "effects", "enrichment", "evidence", "exact", "explorer", "interactions",
-    "knockoffs", "models", "modules", "moments", "nested", "plotting", "report", "simulate", "sklearn", "solving",
-    "sources", "stability", "stores", "targets",
+    "annotate", "audit", "baselines", "datasets", "effects", "enrichment", "evidence", "exact", "explorer",
+    "interactions", "knockoffs", "look", "models", "modules", "moments", "nested", "plotting", "report", "simulate",
+    "sklearn", "solving", "sources", "stability", "stores", "targets",
 ]  # fmt: skip
 
 

@@ -170,6 +170,7 @@ class _BilinearMLP(nn.Module):
         self._baseline: dict[str, float] | None = None
         self.trials: pd.DataFrame | None = None
         self.recipe: list[tuple[exact.Mixture, float]] | None = None
+        self.calibration: dict[str, Any] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p.
@@ -260,6 +261,7 @@ class _BilinearMLP(nn.Module):
     def _adopt(self, train: ExpressionDataset) -> None:
         """Take over the names of the training cells, and how often their classes count."""
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
+        self.calibration = None  # that of earlier weights
         if self.class_weight is not None:
             counts = class_counts(self.cfg.class_weight, train.y.numpy(), self.cfg.d_output)
             self.class_weight.copy_(torch.as_tensor(counts))
@@ -425,6 +427,7 @@ class _BilinearMLP(nn.Module):
         }
         known |= {name: getattr(self, attribute) for name, attribute in _KEPT.items()}
         known["trials"] = None if self.trials is None else self.trials.to_dict("list")
+        known["calibration"] = self.calibration
         known["recipe"] = self.recipe and [[mixture._asdict(), ratio] for mixture, ratio in self.recipe]
         write_file(Path(path), known, self.state_dict() | tensors)
 
@@ -452,6 +455,7 @@ class _BilinearMLP(nn.Module):
                 setattr(model, attribute, known[key])
             model.statistics = Statistics(*(part.numpy() for part in parts)) if parts else None
             model.trials = pd.DataFrame(known["trials"]) if known["trials"] else None
+            model.calibration = known.get("calibration")  # earlier files have none
             model.recipe = known["recipe"] and [
                 (exact.Mixture(**one | {"weights": tuple(map(tuple, one["weights"]))}), ratio)
                 for one, ratio in known["recipe"]
@@ -473,6 +477,8 @@ class ScBMLPClassifier(_BilinearMLP):
         The epoch whose weights the model has, 0 for the start; and what modules need of the training cells.
     trials
         What :func:`solve` or :func:`tune` tried, a row a setting; else None.
+    calibration
+        What :func:`scbmlp.annotate.calibrate` returned, put here to be saved with the model; else None.
 
     Examples
     --------

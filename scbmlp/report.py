@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
 import os
 import shlex
@@ -11,311 +10,23 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import anndata
 import numpy as np
 import pandas as pd
-import scanpy as sc
 from anndata import AnnData
 from matplotlib.figure import Figure
-from scipy import sparse
 from tqdm import tqdm
 
-from scbmlp.checks import (
-    LARGEST,
-    MANY,
-    REMEDY,
-    by_case_alone,
-    check_finite,
-    control_labels,
-    entries,
-    expression,
-    matched,
-    scale_of,
-    whole_number,
-)
-from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
-from scbmlp.enrichment import read_gene_sets
 from scbmlp.plotting import category_colors, plain, score_histogram
-from scbmlp.sources import DataCard, data_card
+from scbmlp.preparing import MOST_GENES, N_GENES, SAID, Cells, not_installed, paths_of, prepare
 from scbmlp.storage import writable
-from scbmlp.stores import normalised
-from scbmlp.targets import perturbation_response
 
-MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
-N_GENES = 2000
 TEMPLATES = Path(__file__).with_name("templates")
 FILES = ("report.html", "report.ipynb", "cells.h5ad", "model.safetensors")
-SAID = "scbmlp_notes"  # in uns, of cells in memory on their way to the notebook
-COUNTS = "holds only whole numbers, like raw counts", "holds counts that were scaled and not logged"
 HIDDEN = ["remove-cell", "book-only", "parameters"]  # the command says the last, without paths
-
-
-@dataclass(frozen=True)
-class Cells:
-    """Cells that a report can be made of, checked and split.
-
-    Parameters
-    ----------
-    adata
-        The cells with all their genes, log-normalised; modules are written to it.
-    train, val, test
-        The cells that the model sees, with its genes.
-    target
-        What the model learns, in words.
-    labels
-        Column of ``adata.obs`` to draw the cells by; None for targets of ``obsm``.
-    notes
-        What was decided about the data, in sentences.
-    card, gene_sets
-        Card of the data; gene sets by name, if any were given.
-    """
-
-    adata: AnnData
-    train: ExpressionDataset
-    val: ExpressionDataset
-    test: ExpressionDataset
-    target: str
-    labels: str | None
-    notes: list[str]
-    card: DataCard
-    gene_sets: dict[str, list[str]]
-
-
-def prepare(
-    cells: AnnData | str | Path | None,
-    *,
-    class_key: str | None = None,
-    target_key: str | None = None,
-    perturbation_key: str | None = None,
-    control: Any = None,
-    gene_sets: str | Path | Sequence[str | Path] | None = None,
-    layer: str | None = None,
-    n_genes: int | None = None,
-    min_cells: int | None = None,
-    no_normalize: bool = False,
-    seed: int = 0,
-) -> Cells:
-    """Check the cells of a report and split them; where ``X`` is scaled, ``raw`` is read, of the genes of ``X``.
-
-    Parameters
-    ----------
-    cells
-        Path of an h5ad file, or AnnData, which is not changed; None for ``scanpy.datasets.pbmc68k_reduced()``.
-    class_key
-        Column of ``obs`` with classes to tell apart.
-    target_key
-        Key of ``obsm`` with numbers to predict.
-    perturbation_key, control
-        Column of ``obs`` with perturbations and its label for control cells; the response is predicted.
-    gene_sets
-        Path of a GMT file, or several.
-    layer
-        Layer to read instead of ``X``.
-    n_genes
-        Most variable genes to take; if None all, or 2,000 of more than 5,000.
-    min_cells
-        Fewest cells of a class; smaller classes are left out, as are cells without a label.
-    no_normalize
-        Refuse counts, which are else scaled to 10,000 a cell, and log1p is taken.
-    seed
-        Seed of the split.
-
-    Examples
-    --------
-    >>> cells = report.prepare(adata, class_key="label")
-    >>> cells.target, len(cells.train)
-    ('the 2 classes of `label`', 700)
-    """
-    n_named = sum(name is not None for name in (class_key, target_key, perturbation_key))
-    if n_named != 1:
-        raise ValueError(
-            f"class_key={class_key!r}, target_key={target_key!r}, perturbation_key={perturbation_key!r}: "
-            f"{n_named} are named; name one, what the model is to learn."
-        )
-    if (control is None) != (perturbation_key is None):
-        raise ValueError(
-            f"perturbation_key={perturbation_key!r} and control={control!r} go together; name both or neither."
-        )
-    seed, notes = whole_number(seed, "seed", 0, 2**32 - 1), []
-    adata, source = _read(cells)
-    if not adata.isbacked:  # which is refused below
-        adata, words = writable(adata)
-        notes.extend([*adata.uns.pop(SAID, []), *words])
-    if class_key in adata.obs:
-        adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
-    adata, x = _log_normalised(adata, layer, notes, no_normalize)
-    names = adata.var_names
-    kept = _most_variable(x, names, n_genes, notes)
-    sets = _gene_sets(gene_sets, names[kept], notes)
-    where = {"X": x[:, kept]} if layer is None else {"layers": {layer: x[:, kept]}}
-    seen = AnnData(**where, obs=adata.obs, var=pd.DataFrame(index=names[kept]), obsm=dict(adata.obsm))
-    if class_key is not None:
-        try:
-            split = get_classification_datasets(seen, class_key, random_state=seed, layer=layer)
-        except ValueError as error:
-            raise ValueError(f"{error} Small classes are left out by min_cells (--min-cells).") from None
-        target = f"the {len(split[0].output_names)} classes of `{class_key}`"
-    elif target_key is not None:
-        split = get_regression_datasets(seen, target_key, random_state=seed, layer=layer)
-        target = f"the {len(split[0].output_names)} targets of `{target_key}`"
-    else:
-        split = _responses(seen, perturbation_key, control, layer, seed)
-        target = f"{len(split[0].output_names)} components of the response to `{perturbation_key}`"
-    labels = class_key or perturbation_key
-    shown = AnnData(x[:, kept], obs=adata.obs[[labels]].astype("category") if labels else None, uns=source)
-    return Cells(adata, *split, target, labels, notes, data_card(shown), sets)
-
-
-def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:
-    """Return the cells, and what a data card says of their source."""
-    known = {"name": "your cells", "kind": "given", "file": "AnnData in memory"}
-    if cells is None:
-        known["file"] = "pbmc68k_reduced, which comes with scanpy"
-        cells = sc.datasets.pbmc68k_reduced()
-    elif isinstance(cells, str | Path):
-        path = Path(cells).expanduser()
-        if not path.exists():
-            raise FileNotFoundError(f"cells={str(cells)!r}: there is no such file; give the path of an h5ad file.")
-        try:
-            cells = anndata.read_h5ad(path)
-        except Exception as error:  # h5py and anndata raise many kinds
-            raise ValueError(f"cells={path.name!r} is no h5ad file that can be read ({error}).") from error
-        with path.open("rb") as file:
-            known |= {"file": path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    elif not isinstance(cells, AnnData):
-        raise TypeError(f"cells is of type {type(cells).__name__}; pass AnnData, or the path of an h5ad file.")
-    before = cells.uns.get("scbmlp_source", {})
-    # Simulated cells stay simulated, whatever file they went through.
-    return cells, {"scbmlp_source": dict(before) if before.get("kind") == "simulated" else known}
-
-
-def _labelled(adata: AnnData, key: str, least: int, notes: list[str]) -> AnnData:
-    """Return the cells that have a label, of classes of so many cells at least."""
-    labels = adata.obs[key]
-    sizes = labels.value_counts()
-    small = sizes.index[(sizes > 0) & (sizes < least)]
-    kept = (labels.notna() & ~labels.isin(small)).to_numpy()
-    if lacking := int(labels.isna().sum()):
-        notes.append(f"{lacking:,} of {len(labels):,} cells have no label in `{key}`, and are left out.")
-    if len(small):
-        names = ", ".join(f"`{name}`" for name in small)
-        notes.append(f"Classes of fewer than {least} cells are left out (`--min-cells`): {names}.")
-    # Of colours that are none, a subset makes what no file can hold.
-    return adata if kept.all() else writable(adata[kept].copy())[0]
-
-
-def _fault(x: sparse.csr_matrix | np.ndarray) -> str:
-    """Return why values are not those of log-normalised expression, or nothing."""
-    values = entries(x)
-    if not values.any():
-        return "is 0 everywhere"
-    if values.min() < 0:
-        return f"holds negative values (minimum {values.min():.3g}), as scaled expression does"
-    most, whole, share = scale_of(x)
-    if whole or share == 1:
-        return COUNTS[not whole]
-    if share > MANY:
-        return f"holds multiples of one number, like counts, in {share:.0%} of its cells, and others in the rest"
-    return f"holds values up to {most:.3g}, too large for logarithms" if most > LARGEST else ""
-
-
-def _log_normalised(adata: AnnData, layer: str | None, notes: list[str], as_it_is: bool) -> tuple[AnnData, Any]:
-    """Return the cells with the expression to use: that asked for, of counts the logarithm, or ``raw`` of scaled."""
-    x, where = expression(adata, layer)
-    check_finite(x, where)
-    fault = _fault(x)
-    if not fault:
-        return adata, x
-    if fault in COUNTS and not as_it_is:
-        kind = "scaled counts" if fault == COUNTS[1] else "counts"
-        notes.append(f"`{layer or 'X'}` has {kind}. They were scaled to 10,000 a cell, and log1p was taken.")
-        adata, x = adata.copy(), normalised(sparse.csr_matrix(x, dtype=np.float32), 1e4, log1p=True)
-        if layer is None:
-            adata.X = x
-        else:
-            adata.layers[layer] = x
-        return adata, x
-    raw = None if adata.raw is None else adata.raw.to_adata()
-    raw_fits = raw is not None and not _fault(expression(raw, None)[0])
-    if layer is None and raw_fits and "negative" in fault:
-        genes = adata.var_names
-        if genes.isin(raw.var_names).all() and raw.var_names.is_unique:
-            raw = raw[:, genes].copy()
-        notes.append(f"`X` {fault}. `raw` has log-normalised values of the same cells, and the report reads those.")
-        return raw, expression(raw, None)[0]
-    fitting = [name for name in adata.layers if name != layer and not _fault(expression(adata, name)[0])]
-    remedy = f"name a layer that has them: {', '.join(map(repr, fitting))}" if fitting else REMEDY
-    remedy = "adata.raw has them: adata.raw.to_adata()" if raw_fits else remedy
-    raise ValueError(f"{where} {fault}; log-normalised values are needed: {remedy}.")
-
-
-def _most_variable(x: Any, names: pd.Index, n_genes: int | None, notes: list[str]) -> np.ndarray:
-    """Return which genes the model sees, as a mask (gene)."""
-    if n_genes is not None:
-        most = whole_number(n_genes, "n_genes", 2)
-    else:
-        most = N_GENES if len(names) > MOST_GENES else len(names)
-    if most >= len(names):
-        return np.ones(len(names), bool)
-    table = sc.pp.highly_variable_genes(AnnData(x), n_top_genes=most, inplace=False)
-    notes.append(f"Of {len(names):,} genes the model sees the {most:,} most variable (`--n-genes`).")
-    return table["highly_variable"].to_numpy()
-
-
-def _paths(paths: Any) -> list[Path]:
-    """Return no path, one or several as a list."""
-    return [Path(path) for path in ([] if paths is None else [paths] if isinstance(paths, str | Path) else paths)]
-
-
-def _gene_sets(paths: Any, names: pd.Index, notes: list[str]) -> dict[str, list[str]]:
-    """Return the gene sets of all files; some must be of the genes of the model."""
-    sets: dict[str, list[str]] = {}
-    for path in _paths(paths):
-        found = read_gene_sets(path)
-        if twice := sets.keys() & found.keys():
-            raise ValueError(f"gene_sets has {min(twice)!r} in two files; leave one of them out.")
-        sets |= found
-    if not _paths(paths):
-        return sets
-    found, among = matched(sets, map(str, names)), set().union(*sets.values())
-    if not any(5 <= len(one) <= 500 for one in found.values()):
-        raise ValueError(
-            f"none of {len(sets)} gene sets has 5 to 500 of the {len(names)} genes, such as {', '.join(names[:3])}; "
-            f"give gene sets of the same organism and kind of name."
-        )
-    n_met = len(set().union(*found.values()))
-    notes.append(f"Of {len(among):,} genes in the gene sets, {n_met:,} match one of the model's.")
-    notes.extend(filter(None, [by_case_alone(names)]))
-    return sets
-
-
-def _responses(seen: AnnData, key: str, control: Any, layer: str | None, seed: int) -> tuple[ExpressionDataset, ...]:
-    """Split the cells, each perturbation in equal proportion, with responses on components of the training cells."""
-    labels, control = control_labels(seen, key, control)
-    seen.obs[key] = labels.to_numpy()
-    try:
-        parts = get_classification_datasets(seen, key, random_state=seed, layer=layer)
-    except ValueError as error:  # its words are about classes
-        raise ValueError(str(error).replace("class_key", "perturbation_key")) from None
-    part = np.empty(seen.n_obs, dtype=object)
-    for name, one in zip(("train", "val", "test"), parts, strict=True):
-        part[one.indices] = name
-    seen.obs["part"] = part
-    n = min(5, labels.nunique() - 1)
-    try:
-        perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer, random_state=seed)
-    except ModuleNotFoundError as error:
-        raise _not_installed(f"perturbation_key={key!r}", error.name, "book") from error
-    return get_regression_datasets(seen, "response", layer=layer, split_key="part")
-
-
-def _not_installed(what: str, name: str | None, extra: str) -> ModuleNotFoundError:
-    words = f"{what} takes {name}, which is not installed: pip install 'scbmlp[{extra}]'."
-    return ModuleNotFoundError(words, name=name)
 
 
 def report(
@@ -371,13 +82,13 @@ def report(
     try:
         import nbconvert  # noqa: F401
     except ModuleNotFoundError as error:
-        raise _not_installed("a report", error.name, "report") from error
+        raise not_installed("a report", error.name, "report") from error
     options = {
         "class_key": class_key,
         "target_key": target_key,
         "perturbation_key": perturbation_key,
         "control": control if control is None else str(control),
-        "gene_sets": [str(path.expanduser().resolve()) for path in _paths(gene_sets)] or None,
+        "gene_sets": [str(path.expanduser().resolve()) for path in paths_of(gene_sets)] or None,
         "layer": layer,
         "n_genes": n_genes,
         "min_cells": min_cells,
@@ -568,8 +279,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     words = "make a page on cells of your own, the book's chapter with them"
     one = commands.add_parser("report", help=words, description=words)
-    one.add_argument("cells", help="an h5ad file with log-normalised expression, or counts")
-    target = one.add_mutually_exclusive_group(required=True)
+    one.add_argument(
+        "cells", help="a file with log-normalised expression, or counts: h5ad, zarr, loom, 10x's h5 or folder"
+    )
+    target = one.add_mutually_exclusive_group()
     target.add_argument("--class-key", help="column of obs with classes to tell apart")
     target.add_argument("--target-key", help="key of obsm with numbers to predict")
     target.add_argument("--perturbation-key", help="column of obs with perturbations, whose response is predicted")
@@ -584,13 +297,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--out", default="report", help="folder to write (report)")
     one.add_argument("--force", action="store_true", help="replace a report that is there")
     one.add_argument("--debug", action="store_true", help="show where an error came from")
+    one.set_defaults(run=report)
+    for name in ("look", "annotate"):  # modules that need this one
+        import_module(f"scbmlp.{name}").command(commands)
     given = vars(parser.parse_args(arguments))
-    del given["command"]
-    debug = given.pop("debug")
+    command, run, path = given.pop("command"), given.pop("run"), given.pop("cells")
+    keys, debug = [given.get(f"{kind}_key") for kind in ("class", "target", "perturbation")], given.pop("debug", False)
     try:
-        page = report(given.pop("cells"), **given)
+        if command == "report" and keys == [None] * 3:
+            print(import_module("scbmlp.look").as_text(path))
+            print("scbmlp report: no key is named; see above what could be one", file=sys.stderr)
+            return 2
+        made = run(path, **given)
     except KeyboardInterrupt as error:
-        print(f"scbmlp report: interrupted, {str(error) or 'and nothing was written'}", file=sys.stderr)
+        print(f"scbmlp {command}: interrupted, {str(error) or 'and nothing was written'}", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:
@@ -598,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = isinstance(error, ValueError | KeyError | OSError | ModuleNotFoundError | RuntimeError)
         words = error.args[0] if isinstance(error, KeyError) and error.args else error  # str() of a KeyError is quoted
         words = words if known else f"{type(error).__name__}: {words}; run it again with --debug to see where"
-        print(f"scbmlp report: {words}", file=sys.stderr)
+        print(f"scbmlp {command}: {words}", file=sys.stderr)
         return 2
-    print(page)
+    print(made)
     return 0

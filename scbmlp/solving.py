@@ -164,8 +164,8 @@ def solve_replicas(
     if model.recipe is None:
         raise ValueError("the model was trained, not solved: there is no mixture to solve again; pass one of solve.")
     model.check(train)
-    large, rng, replicas = len(train) > moments.LARGE, np.random.default_rng(seed), []
-    train, solution = (train, moments.solution) if large else (held(train), exact.solution)
+    rng, replicas = np.random.default_rng(seed), []
+    train = train if len(train) > moments.LARGE else held(train)
     order = np.arange(len(train))
     for i in tqdm(range(n_replicas), "replicas", delay=2, disable=not (progress and watched())):
         if resample == "bootstrap":
@@ -174,14 +174,22 @@ def solve_replicas(
             order = rng.permutation(len(train)) if i % 2 == 0 else order[::-1]
             rows = order[: len(train) // 2]
         rows, counts = np.unique(rows, return_counts=True)
-        part, counts = moments.part_of(train, rows), counts.astype(float)
-        if model.cfg.class_weight is not None:
-            of_class = class_counts(model.cfg.class_weight, part.y.numpy(), model.cfg.d_output, counts)
-            counts *= of_class[part.y.numpy()]
-        found = solution(part, *zip(*model.recipe, strict=True), counts=counts, device=kind_of(model.cfg.device))
-        replicas.append(_solved(type(model), model.cfg, found, train, **model._options))
-        replicas[-1].recipe = model.recipe
+        replicas.append(solve_again(model, moments.part_of(train, rows), counts, train))
     return replicas
+
+
+def solve_again(
+    model: ScBMLPClassifier | ScBMLPRegressor, part: ExpressionDataset, counts: np.ndarray, train: ExpressionDataset
+) -> ScBMLPClassifier | ScBMLPRegressor:
+    """Solve a model on some cells, each so often (cell), by its recipe; statistics and outputs are those of `train`."""
+    counts, cfg = counts.astype(float), replace(model.cfg, d_output=len(train.output_names))
+    if cfg.class_weight is not None:
+        counts *= class_counts(cfg.class_weight, part.y.numpy(), cfg.d_output, counts)[part.y.numpy()]
+    solution = moments.solution if len(train) > moments.LARGE else exact.solution
+    found = solution(part, *zip(*model.recipe, strict=True), counts=counts, device=kind_of(cfg.device))
+    again = _solved(type(model), cfg, found, train, **model._options)
+    again.recipe = model.recipe
+    return again
 
 
 def solve_pairs(

@@ -23,7 +23,8 @@ PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_te
 API = (ROOT / "api.md").read_text()
 ORDER = (
     "checks display simulate sources stores datasets targets effects baselines exact nested moments training storage "
-    "models solving sklearn interactions audit knockoffs modules stability evidence enrichment plotting explorer report"
+    "models solving sklearn interactions audit knockoffs modules stability evidence enrichment plotting explorer "
+    "report look annotate"
 ).split()
 PUBLIC = {
     "sources": "pancreas sciplex3 dexamethasone norman glioblastoma data_card run_card",
@@ -45,6 +46,8 @@ PUBLIC = {
     "plotting": "palette category_colors trust",
     "explorer": "explorer Explorer",
     "report": "report prepare",
+    "look": "look",
+    "annotate": "annotate calibrate calibration_error",
     "sklearn": "BilinearClassifier BilinearRegressor",
 }
 
