@@ -5,8 +5,8 @@ from importlib import import_module
 __version__ = "0.1.0"
 __all__ = [
     "annotate", "audit", "baselines", "datasets", "effects", "enrichment", "evidence", "exact", "explorer",
-    "interactions", "knockoffs", "look", "models", "modules", "moments", "nested", "plotting", "report", "simulate",
-    "sklearn", "solving", "sources", "stability", "stores", "targets",
+    "interactions", "knockoffs", "look", "models", "modules", "moments", "nested", "plotting", "preparing", "report",
+    "simulate", "sklearn", "solving", "sources", "stability", "stores", "targets",
 ]  # fmt: skip
 
 

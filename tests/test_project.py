@@ -24,7 +24,7 @@ API = (ROOT / "api.md").read_text()
 ORDER = (
     "checks display simulate sources stores datasets targets effects baselines exact nested moments training storage "
     "models solving sklearn interactions audit knockoffs modules stability evidence enrichment plotting explorer "
-    "report look annotate"
+    "preparing report look annotate"
 ).split()
 PUBLIC = {
     "sources": "pancreas sciplex3 dexamethasone norman glioblastoma data_card run_card",

@@ -19,6 +19,7 @@ from anndata.tests.helpers import assert_adata_equal
 from scipy import sparse
 
 import scbmlp
+from scbmlp import preparing
 from scbmlp import report as reporting
 from scbmlp.report import FILES, main, prepare, report, template
 from scbmlp.storage import writable
@@ -224,8 +225,8 @@ def test_most_variable_genes_are_taken_of_many_or_on_demand(monkeypatch):
     expected = sc.pp.highly_variable_genes(own_cells(), n_top_genes=10, inplace=False)["highly_variable"]
     assert list(cells.train.gene_names) == list(own_cells().var_names[expected]) and cells.adata.n_vars == G
     assert "Of 40 genes the model sees the 10 most variable" in cells.notes[0]
-    monkeypatch.setattr(reporting, "MOST_GENES", 30)
-    monkeypatch.setattr(reporting, "N_GENES", 20)
+    monkeypatch.setattr(preparing, "MOST_GENES", 30)
+    monkeypatch.setattr(preparing, "N_GENES", 20)
     assert len(prepare(own_cells(), class_key="type").train.gene_names) == 20
     assert len(prepare(own_cells(), class_key="type", n_genes=50).train.gene_names) == G
 
