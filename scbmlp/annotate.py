@@ -24,6 +24,7 @@ from scbmlp.modules import GeneModules, all_gene_modules
 from scbmlp.moments import LARGE, part_of
 from scbmlp.preparing import SYMBOLS, log_normalised, opened
 from scbmlp.solving import solve_again
+from scbmlp.storage import writable
 
 KEPT = 0.95  # share of the validation cells that the threshold keeps
 BLOCK = 1024  # cells that are dense at a time
@@ -293,7 +294,7 @@ def _write(cells: str, model: str, out: str, layer: str | None, max_missing: flo
     path = Path(out).expanduser()
     if path.exists() and not force:
         raise ValueError(f"out={out!r} is there already; name another file, or add --force.")
-    found = annotate(cells, model, layer=layer, max_missing=max_missing)
+    found, mended = writable(annotate(cells, model, layer=layer, max_missing=max_missing))
     partial = path.with_name(f".{path.name}.partial")
     try:  # one that was there is whole until then
         found.write_h5ad(partial)
@@ -304,4 +305,4 @@ def _write(cells: str, model: str, out: str, layer: str | None, max_missing: flo
     n_matched, n_missing = facts["n_matched"], len(facts["missing"])
     matched = f"{n_matched:,} of {n_matched + n_missing:,} genes are there, by {facts['matched_by']}"
     weight = f"those missing carry {facts['missing_weight']:.1%} of the model's weight"
-    return "\n".join([*facts["notes"], f"{matched}; {weight}.", sizes.to_string(header=False), str(path)])
+    return "\n".join([*facts["notes"], *mended, f"{matched}; {weight}.", sizes.to_string(header=False), str(path)])

@@ -11,12 +11,11 @@ import pandas as pd
 from anndata import AnnData
 
 from scbmlp.checks import check_cells, numeric_matrix, scale_of
-from scbmlp.preparing import IDS, SYMBOLS, fault_of, opened
+from scbmlp.preparing import GROUPS, IDS, SYMBOLS, fault_of, opened
 
 LEVELS, LEAST = 60, 10  # most classes, and the cells of a class that can be split
 CELLS = 2000  # that the kind of values is judged by
 CONTROLS = {"control", "ctrl", "dmso", "vehicle", "non-targeting", "nt", "untreated", "unstimulated", "mock"}
-GROUPS = r"(?i)(donor|batch|sample|patient|replicate|(^|_)rep|plate|individual|subject)"
 CLASSES = r"(?i)(cell.?type|^type|cluster|label|annotation|louvain|leiden)"
 SPECIES = {"ENSG0": "human", "ENSMUSG0": "mouse", "ENSRNOG0": "rat", "ENSDARG0": "zebrafish"}
 SPECIES |= {"WBGene": "worm", "FBgn": "fly"}

@@ -40,6 +40,7 @@ from scbmlp.targets import perturbation_response
 
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
+MOST_GROUPS = 60  # donors or batches
 SAID = "scbmlp_notes"  # in uns, of cells in memory on their way to the notebook
 COUNTS = "holds only whole numbers, like raw counts", "holds counts that were scaled and not logged"
 READERS: dict[str, Callable[[Path], AnnData]] = {
@@ -50,6 +51,7 @@ READERS: dict[str, Callable[[Path], AnnData]] = {
     "": partial(sc.read_10x_mtx, gex_only=False),
 }
 SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_short_name")  # columns of var
+GROUPS = r"(?i)(?:donor|batch|sample|patient|replicate|(?:^|_)rep|plate|individual|subject)"  # names of columns
 IDS = r"(ENS[A-Z]*G\d{11}|WBGene\d{8}|FBgn\d{7})(\.\d+)?"
 
 
@@ -71,6 +73,8 @@ class Cells:
         What was decided about the data, in sentences.
     card, gene_sets
         Card of the data; gene sets by name, if any were given.
+    strata
+        Donor or batch of every cell, within which targets are permuted; None if no column of ``obs`` is one.
     """
 
     adata: AnnData
@@ -82,6 +86,7 @@ class Cells:
     notes: list[str]
     card: DataCard
     gene_sets: dict[str, list[str]]
+    strata: pd.Series | None = None
 
 
 def prepare(
@@ -167,7 +172,29 @@ def prepare(
         target = f"{len(split[0].output_names)} components of the response to `{perturbation_key}`"
     labels = class_key or perturbation_key
     shown = AnnData(x[:, kept], obs=adata.obs[[labels]].astype("category") if labels else None, uns=source)
-    return Cells(adata, *split, target, labels, notes, data_card(shown), sets)
+    strata = _strata(adata.obs, split, class_key, perturbation_key, notes)
+    return Cells(adata, *split, target, labels, notes, data_card(shown), sets, strata)
+
+
+def _strata(
+    obs: pd.DataFrame, split: Sequence[ExpressionDataset], class_key: str | None, other: str | None, notes: list[str]
+) -> pd.Series | None:
+    """Return the first column of donors or batches whose groups are in all parts, if there is one."""
+    for name in obs.columns[obs.columns.astype(str).str.contains(GROUPS)]:
+        groups = obs[name].astype(str)
+        few = min(
+            groups.iloc[part.indices].value_counts().reindex(groups.unique(), fill_value=0).min() for part in split
+        )
+        if name in (class_key, other) or not 2 <= groups.nunique() <= MOST_GROUPS or obs[name].isna().any() or few < 2:
+            continue
+        notes.append(f"Targets are permuted within each `{name}`, of which there are {groups.nunique()}.")
+        if class_key is not None:
+            sizes = pd.crosstab(groups, obs[class_key].astype(str))
+            alone = sizes.max(axis=1).sum() / len(obs)
+            if alone > 0.9 > sizes.sum().max() / len(obs):
+                notes.append(f"`{name}` alone tells the class of {alone:.0%} of the cells, so the two are confounded.")
+        return groups
+    return None
 
 
 def _read(cells: AnnData | str | Path | None) -> tuple[AnnData, dict[str, Any]]:

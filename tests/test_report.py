@@ -220,6 +220,19 @@ def test_scaled_cells_are_read_from_raw_and_left_as_they_are():
     assert prepare(own_cells(), class_key="type").notes == []
 
 
+def test_targets_are_permuted_within_a_batch_and_a_confounded_one_is_said():
+    cells = own_cells()
+    assert prepare(cells, class_key="type").strata is None
+    cells.obs["batch_id"] = np.arange(cells.n_obs) % 2
+    found = prepare(cells, class_key="type")
+    assert found.strata.equals(cells.obs["batch_id"].astype(str)) and "within each `batch_id`" in " ".join(found.notes)
+    assert "confounded" not in " ".join(found.notes)
+    cells.obs["batch_id"] = "plate " + cells.obs["type"].astype(str)
+    assert "tells the class of 100% of the cells" in " ".join(prepare(cells, class_key="type").notes)
+    cells.obs["batch_id"] = ["one", *["two"] * (cells.n_obs - 1)]  # in one part alone
+    assert prepare(cells, class_key="type").strata is None
+
+
 def test_most_variable_genes_are_taken_of_many_or_on_demand(monkeypatch):
     cells = prepare(own_cells(), class_key="type", n_genes=10)
     expected = sc.pp.highly_variable_genes(own_cells(), n_top_genes=10, inplace=False)["highly_variable"]
