@@ -234,6 +234,8 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
             notebook.cells[-1].outputs = [nbformat.v4.new_output("display_data", words)]
         except AssertionError:
             # nbclient takes Ctrl-C for itself: it ends the kernel, and then asserts that there is one to end.
+            if client.kc is not None:
+                raise
             raise KeyboardInterrupt from None
     _whole(folder / "report.ipynb", nbformat.writes(notebook))
     # A figure that fails while it is drawn is no error of its cell.
