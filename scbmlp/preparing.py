@@ -28,10 +28,12 @@ from scbmlp.checks import (
     entries,
     expression,
     matched,
+    obs_column,
     scale_of,
     whole_number,
 )
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
+from scbmlp.display import listed
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
 from scbmlp.storage import writable
@@ -40,6 +42,7 @@ from scbmlp.targets import perturbation_response
 
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
 N_GENES = 2000
+PART = "scbmlp_part"
 MOST_GROUPS = 60  # donors or batches
 SAID = "scbmlp_notes"  # in uns, of cells in memory on their way to the notebook
 COUNTS = "holds only whole numbers, like raw counts", "holds counts that were scaled and not logged"
@@ -73,8 +76,9 @@ class Cells:
         What was decided about the data, in sentences.
     card, gene_sets
         Card of the data; gene sets by name, if any were given.
-    strata
-        Donor or batch of every cell, within which targets are permuted; None if no column of ``obs`` is one.
+    strata, grouped
+        Donor or batch of every cell, within which targets are permuted; None if no column of ``obs`` is one. Whether
+        whole groups are in one part of the split.
     """
 
     adata: AnnData
@@ -87,6 +91,12 @@ class Cells:
     card: DataCard
     gene_sets: dict[str, list[str]]
     strata: pd.Series | None = None
+    grouped: bool = False
+
+    @property
+    def parts(self) -> tuple[ExpressionDataset, ...]:
+        """Training, validation and test cells."""
+        return self.train, self.val, self.test
 
 
 def prepare(
@@ -101,6 +111,7 @@ def prepare(
     n_genes: int | None = None,
     min_cells: int | None = None,
     no_normalize: bool = False,
+    group_key: str | None = None,
     seed: int = 0,
 ) -> Cells:
     """Check the cells of a report and split them; where ``X`` is scaled, ``raw`` is read, of the genes of ``X``.
@@ -125,6 +136,8 @@ def prepare(
         Fewest cells of a class; smaller classes are left out, as are cells without a label.
     no_normalize
         Refuse counts, which are else scaled to 10,000 a cell, and log1p is taken.
+    group_key
+        Column of ``obs`` with donors or batches, three at least; each is then in one part of the split.
     seed
         Seed of the split.
 
@@ -152,28 +165,77 @@ def prepare(
         notes.extend([*adata.uns.pop(SAID, []), *words])
     if class_key in adata.obs:
         adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
+    if group_key is not None:
+        adata, groups, part = _by_group(adata, group_key, class_key, perturbation_key, seed, notes)
     adata, x = log_normalised(adata, layer, notes, no_normalize)
     names = adata.var_names
     kept = _most_variable(x, names, n_genes, notes)
     sets = _gene_sets(gene_sets, names[kept], notes)
     where = {"X": x[:, kept]} if layer is None else {"layers": {layer: x[:, kept]}}
     seen = AnnData(**where, obs=adata.obs, var=pd.DataFrame(index=names[kept]), obsm=dict(adata.obsm))
+    how = {"random_state": seed, "layer": layer}
+    if group_key is not None:
+        seen.obs[PART] = part
+        how = {"split_key": PART, "layer": layer}
     if class_key is not None:
         try:
-            split = get_classification_datasets(seen, class_key, random_state=seed, layer=layer)
+            split = get_classification_datasets(seen, class_key, **how)
         except ValueError as error:
             raise ValueError(f"{error} Small classes are left out by min_cells (--min-cells).") from None
         target = f"the {len(split[0].output_names)} classes of `{class_key}`"
     elif target_key is not None:
-        split = get_regression_datasets(seen, target_key, random_state=seed, layer=layer)
+        split = get_regression_datasets(seen, target_key, **how)
         target = f"the {len(split[0].output_names)} targets of `{target_key}`"
     else:
         split = _responses(seen, perturbation_key, control, layer, seed)
         target = f"{len(split[0].output_names)} components of the response to `{perturbation_key}`"
     labels = class_key or perturbation_key
     shown = AnnData(x[:, kept], obs=adata.obs[[labels]].astype("category") if labels else None, uns=source)
-    strata = _strata(adata.obs, split, class_key, perturbation_key, notes)
-    return Cells(adata, *split, target, labels, notes, data_card(shown), sets, strata)
+    strata = groups if group_key else _strata(adata.obs, split, class_key, perturbation_key, notes)
+    return Cells(adata, *split, target, labels, notes, data_card(shown), sets, strata, group_key is not None)
+
+
+def _by_group(
+    adata: AnnData, key: str, class_key: str | None, perturbation_key: str | None, seed: int, notes: list[str]
+) -> tuple[AnnData, pd.Series, pd.Series]:
+    """Return the cells of a class that two groups have, the group of each, and the part that its group is in."""
+    if perturbation_key is not None or key == class_key:
+        raise ValueError(
+            f"group_key={key!r} goes with another class_key or a target_key, not with "
+            f"{'a perturbation_key' if perturbation_key else 'the same class_key'}; leave it out."
+        )
+    obs_column(adata, key, "group_key")
+    kept = adata.obs[key].notna()
+    if lacking := int((~kept).sum()):
+        notes.append(f"{lacking:,} cells have no group in `{key}`, and are left out.")
+    if class_key in adata.obs:
+        groups_of = adata.obs[kept].groupby(class_key, observed=True)[key].nunique()
+        if alone := list(map(str, groups_of.index[groups_of < 2])):
+            kept &= ~adata.obs[class_key].astype(str).isin(alone)
+            notes.append(
+                f"Classes of one `{key}` alone cannot be judged on another, and are left out: {listed(alone)}."
+            )
+    adata = adata if kept.all() else adata[kept].copy()
+    groups = adata.obs[key].astype(str)
+    sizes, rng = groups.value_counts(), np.random.default_rng(seed)
+    if len(sizes) < 3:
+        raise ValueError(
+            f"group_key={key!r} has {len(sizes)} groups; three are needed, to fit the model, to choose its penalties "
+            f"and to judge it: leave it out for a split of cells."
+        )
+    classes = adata.obs[class_key].astype(str) if class_key in adata.obs else groups.map(lambda _: "")
+    for _ in range(200):  # until every class is among the training cells
+        order = sizes.iloc[rng.permutation(len(sizes))].cumsum() / len(groups)
+        first, second = [max(int((order <= share).sum()), i) for share, i in ((0.2, 1), (0.4, 2))]
+        names = dict.fromkeys(order.index, "train") | dict.fromkeys(order.index[:second], "val")
+        part = groups.map(names | dict.fromkeys(order.index[:first], "test"))
+        if len(set(part)) == 3 and set(classes[part == "train"]) == set(classes):
+            break
+    else:
+        raise ValueError(f"group_key={key!r}: no split of its groups leaves cells of every class to train on.")
+    fit, choose, judge = part.groupby(groups).first().value_counts()[["train", "val", "test"]]
+    notes.append(f"Each `{key}` is in one part alone: {fit} to fit, {choose} to choose, {judge} to judge.")
+    return adata, groups, part
 
 
 def _strata(

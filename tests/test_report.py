@@ -233,6 +233,30 @@ def test_targets_are_permuted_within_a_batch_and_a_confounded_one_is_said():
     assert prepare(cells, class_key="type").strata is None
 
 
+def test_whole_groups_are_in_one_part_and_classes_of_one_group_are_left_out():
+    cells = own_cells()
+    cells.obs["donor"] = [f"d{i}" for i in np.random.default_rng(0).integers(0, 6, cells.n_obs)]
+    cells.obs["type"] = cells.obs["type"].cat.add_categories("rare")
+    cells.obs.iloc[(cells.obs["donor"] == "d1").to_numpy().nonzero()[0][:9], 0] = "rare"
+    found = prepare(cells, class_key="type", group_key="donor")
+    groups = [set(found.strata.iloc[part.indices]) for part in found.parts]
+    assert set.union(*groups) == set(cells.obs["donor"]) and sum(map(len, groups)) == 6 and min(map(len, groups)) > 0
+    assert found.grouped and len(found.adata) == cells.n_obs - 9 and "rare" not in found.train.output_names
+    assert "left out: rare." in " ".join(found.notes) and "in one part alone" in " ".join(found.notes)
+    assert "scbmlp_part" not in found.adata.obs
+    numbers = prepare(cells, target_key="numbers", group_key="donor")
+    assert [len(part) for part in numbers.parts] == [
+        sum(numbers.strata.isin(set(numbers.strata.iloc[part.indices]))) for part in numbers.parts
+    ]
+    cells.obs["donor"] = np.where(np.arange(cells.n_obs) % 2, "a", "b")
+    with pytest.raises(ValueError, match="group_key='donor' has 2 groups; three are needed"):
+        prepare(cells, class_key="type", group_key="donor")
+    with pytest.raises(ValueError, match="not with a perturbation_key"):
+        prepare(cells, perturbation_key="drug", control="vehicle", group_key="donor")
+    with pytest.raises(KeyError, match="group_key='lane'"):
+        prepare(cells, class_key="type", group_key="lane")
+
+
 def test_most_variable_genes_are_taken_of_many_or_on_demand(monkeypatch):
     cells = prepare(own_cells(), class_key="type", n_genes=10)
     expected = sc.pp.highly_variable_genes(own_cells(), n_top_genes=10, inplace=False)["highly_variable"]
