@@ -93,7 +93,7 @@ def laplacian_frequencies(
             raise KeyError(f"neighbors_key={neighbors_key!r} names {key!r}, which is not in adata.obsp; make it anew.")
         weights = adata.obsp[key]
         known = adata.uns[neighbors_key].get("params", {})
-        made_with = {name: known[name] for name in ("n_neighbors", "n_pcs") if known.get(name) is not None}
+        made_with = {name: known.get(name) for name in ("n_neighbors", "n_pcs")}  # None for what is not recorded
     weights = sparse.csr_matrix((weights + weights.T) / 2, dtype=np.float64)
     _check_connected(weights, adata.obs_names[chosen])
     values, frequencies = _lowest(weights, n_frequencies, normalized)
