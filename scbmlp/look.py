@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from anndata import AnnData
 
-from scbmlp.checks import check_cells, numeric_matrix, scale_of
+from scbmlp.checks import check_cells, numeric_matrix
 from scbmlp.preparing import GROUPS, IDS, SYMBOLS, fault_of, opened
 
 LEVELS, LEAST = 60, 10  # most classes, and the cells of a class that can be split
@@ -69,7 +69,7 @@ def _kind(x: Any) -> str:
         return "log-normalised"
     if "negative" in fault:
         return "scaled"
-    return "counts" if scale_of(x)[1] and "whole" in fault else f"other: {fault}"
+    return "counts" if "whole" in fault else f"other: {fault}"
 
 
 def _genes(var: pd.DataFrame) -> list[tuple[str, str]]:
