@@ -1,5 +1,6 @@
 """Does one command make a page of anybody's cells, and refuse those that do not fit before it trains anything?"""
 
+import base64
 import importlib.util
 import os
 import re
@@ -91,6 +92,9 @@ def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, cap
     assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import|url\((?!data:)""", html)
     assert "&lt;b&gt;" in html and ">b<" not in html and "<b></th>" not in html and "<b></td>" not in html
     assert html.count("<img ") >= 2 and 'alt=""' not in html and "Warning" not in html
+    assert html.index("The answer</h2>") < html.index("The cells</h2>") and html.count("The answer</h2>") == 1
+    table = re.search(r'download="trials.csv" href="data:text/csv;base64,([^"]+)"', html)[1]
+    assert b"linear in genes" in base64.b64decode(table)
 
     notebook = nbformat.read(out / "report.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
