@@ -385,7 +385,7 @@ def log_normalised(
     if layer is None and raw_fits and "negative" in fault:
         genes = adata.var_names
         if genes.isin(raw.var_names).all() and raw.var_names.is_unique:
-            raw = raw[:, genes].copy()
+            raw = writable(raw[:, genes].copy())[0]  # colours that are none become what no file can hold
         notes.append(f"`X` {fault}. `raw` has log-normalised values of the same cells, and the report reads those.")
         return raw, expression(raw, None)[0], None
     fitting = [name for name in adata.layers if name != layer and not fault_of(expression(adata, name)[0])]
