@@ -483,7 +483,7 @@ def test_small_classes_and_cells_without_a_label_are_left_out_and_said():
     assert "10 of 300 cells have no label in `label`" in found.notes[0] and found.notes[1].endswith(": `rare`.")
 
 
-@pytest.mark.parametrize("seed", [3, 137, 201, 1005, 8])  # all but the last once ended after the last fit, or without a page
+@pytest.mark.parametrize("seed", [3, 137, 201, 1005, 8])  # four of them once failed
 def test_random_files_end_with_a_page_or_a_sentence(seed, tmp_path):
     words = fuzz.random_file(seed, tmp_path / "cells.h5ad")
     wrong, said = fuzz.ends(tmp_path / "cells.h5ad", words, tmp_path / "out", whole=False)
