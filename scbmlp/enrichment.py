@@ -31,14 +31,10 @@ def read_gene_sets(gene_sets: GeneSets) -> dict[str, list[str]]:
     >>> enrichment.read_gene_sets({"insulin secretion ": ["Ins1", " Ins2"]})
     {'insulin secretion': ['Ins1', 'Ins2']}
     """
-    if isinstance(gene_sets, Mapping):
-        named = list(gene_sets.items())
-    elif isinstance(gene_sets, str | Path):
-        named = _loaded(gene_sets)
-    else:
+    if not isinstance(gene_sets, Mapping | str | Path):
         raise ValueError(f"gene_sets is of type {type(gene_sets).__name__}; pass a path, a name or a dictionary.")
     sets: dict[str, list[str]] = {}
-    for term, genes in named:
+    for term, genes in gene_sets.items() if isinstance(gene_sets, Mapping) else _loaded(gene_sets):
         name = str(term).strip()
         if isinstance(genes, str) or not isinstance(genes, Iterable):
             raise ValueError(f"gene_sets has {genes!r} for {name!r}; a list of genes is needed.")
@@ -81,7 +77,8 @@ def enrich(
     """Test gene sets for over-representation among the top genes of each pole of each module.
 
     One Benjamini-Hochberg correction :cite:p:`benjamini1995` covers all hypergeometric tests of the call. Symbols match
-    whatever their case, so that mouse genes meet human sets; of those that differ by case alone by exact name.
+    whatever their case, so that mouse genes meet human sets. ``attrs`` counts the sets tested, ``n_terms``, and the
+    background genes that are in no set, ``n_unmatched``.
 
     Parameters
     ----------
@@ -89,15 +86,8 @@ def enrich(
         Modules of one output, or of several by name, and sets as in :func:`read_gene_sets`.
     background
         Genes that could have been found; if None, those of each output's own model.
-    n_top
-        Most genes taken from each pole.
-    min_size, max_size
-        Sets are tested if the background has this many of their genes.
-
-    Returns
-    -------
-    A row a test, the most significant first; ``overlap`` and ``size`` count genes. ``attrs["n_terms"]`` counts the sets
-    tested, ``attrs["n_unmatched"]`` the background genes that are in no set given.
+    n_top, min_size, max_size
+        Most genes taken from each pole, and how many genes of a set the background must have, and may.
 
     Examples
     --------
@@ -122,15 +112,14 @@ def enrich(
             top = genes & set(map(str, module_set.top_genes(module, n_top, pole=pole).index))
             for term, members in tested.items():
                 hits = sorted(members & top)
-                rows.append(
-                    (output, module, pole, term, ", ".join(hits), len(hits), len(members), len(top), len(genes))
-                )
+                counts = len(hits), len(members), len(top), len(genes)
+                rows.append((output, module, pole, term, ", ".join(hits), *counts))
     columns = ["output", "module", "pole", "term", "genes", "overlap", "size", "top", "all"]
     table = pd.DataFrame(rows, columns=columns)
     x, m, k, n = table[columns[-4:]].to_numpy(np.int64).T
     odds = (x + 0.5) * (n - m - k + x + 0.5) / ((m - x + 0.5) * (k - x + 0.5))  # 0.5 keeps it finite, as in gseapy
     table = table.assign(odds_ratio=np.where(x > 0, odds, 0.0), p=hypergeom.sf(x - 1, n, m, k))
-    table = _corrected(table, ["output", "module", "pole", "term", "overlap", "size", "odds_ratio", "p", "q", "genes"])
+    table = _corrected(table, [*columns[:4], "overlap", "size", "odds_ratio", "p", "q", "genes"])
     table.attrs = {"n_terms": len(terms), "n_unmatched": len(unmatched)}
     return table
 
@@ -147,8 +136,8 @@ def gsea(
     """Test whether the genes of a set gather at one pole of a module, over all genes and without a cut.
 
     Pre-ranked gene-set enrichment :cite:p:`subramanian2005` by gseapy :cite:p:`fang2023gseapy`, genes in the order of
-    their loadings; genes that never varied are left out. Its permutations take genes for independent, which they are
-    not: compare with :func:`scbmlp.evidence.random_directions`.
+    their loadings. Its permutations take genes for independent, which they are not: compare with
+    :func:`scbmlp.evidence.random_directions`. ``genes`` are the leading edge.
 
     Parameters
     ----------
@@ -156,11 +145,6 @@ def gsea(
         As in :func:`enrich`.
     n_permutations, random_state
         Number of permutations of the genes, and their seed.
-
-    Returns
-    -------
-    A row a module and set, the most significant first. ``nes``, the normalised enrichment score, is positive at the
-    pole of positive loading; ``q`` is as in :func:`enrich`; ``genes`` are the leading edge.
 
     Examples
     --------

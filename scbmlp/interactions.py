@@ -20,12 +20,11 @@ from scbmlp import datasets
 from scbmlp.baselines import LARGE
 from scbmlp.checks import nearest, of_cells, whole_number
 from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
-from scbmlp.display import listed
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
 __all__ = [
-    "InteractionMatrix", "Model", "Output", "Parts", "attributions", "audit", "contrast", "decompose", "direction",
-    "gain", "group_means", "interaction_matrices", "interaction_matrix", "linear_axis", "similarity",
+    "InteractionMatrix", "Model", "Output", "Parts", "attributions", "audit", "decompose", "direction", "gain",
+    "group_means", "interaction_matrices", "interaction_matrix", "linear_axis", "similarity",
 ]  # fmt: skip
 
 Model = ScBMLPClassifier | ScBMLPRegressor
@@ -59,28 +58,6 @@ def direction(model: Model, output: Output) -> np.ndarray:
     if isinstance(model, ScBMLPClassifier) and not isinstance(output, Mapping):
         weights -= weights.mean()
     return weights
-
-
-def contrast(output: str | int, dataset: ExpressionDataset) -> dict[str | int, float]:
-    """Return the direction of a class's logit less the mean of all logits, weighted by the classes' shares of cells.
-
-    Its modules are a little steadier over halves of the cells than those of the logit less the plain mean.
-
-    Parameters
-    ----------
-    output, dataset
-        Name of a class, and cells with their classes.
-
-    Examples
-    --------
-    >>> interactions.contrast("on", train)
-    {'off': -0.5, 'on': 0.5}
-    """
-    names = list(dataset.output_names)
-    if output not in names or dataset.y.ndim == 2:
-        raise KeyError(f"output={output!r} is not one of the classes of dataset: {listed(map(str, names))}.")
-    shares = np.bincount(dataset.y, minlength=len(names)) / len(dataset)
-    return {name: float(name == output) - share for name, share in zip(names, shares.tolist(), strict=True)}
 
 
 def _place(model: Model, name: int | str) -> int:
@@ -155,14 +132,8 @@ class InteractionMatrix(LinearOperator):
         projected = datasets.product(match_genes(x, self.gene_names), self.basis)
         return np.einsum("ci,ij,cj->c", projected, self.core, projected, optimize=True)
 
-    def diagonal(self) -> np.ndarray:
-        """Return what each gene does with itself (gene); the sum is the trace.
-
-        Examples
-        --------
-        >>> bool(np.isclose(q.diagonal().sum(), q.eigh()[0].sum()))
-        True
-        """
+    def _diagonal(self) -> np.ndarray:
+        """Return what each gene does with itself (gene)."""
         return np.einsum("gi,gi->g", self.basis @ self.core, self.basis)
 
     def between(self, genes_a: list[str], genes_b: list[str]) -> pd.DataFrame:
@@ -173,19 +144,16 @@ class InteractionMatrix(LinearOperator):
         >>> q.between(["Sim0017"], ["Sim0030", "Sim0032"]).to_numpy().round(1)
         array([[-0.6, -0.7]])
         """
-        rows, columns = (self.basis[self._positions(genes)] for genes in (genes_a, genes_b))
+        for genes in (genes_a, genes_b):
+            if isinstance(genes, str):
+                raise ValueError(f"genes {genes!r} is one name; pass a list of names.")
+            if unknown := [gene for gene in genes if gene not in self.gene_names]:
+                raise KeyError(
+                    f"{len(unknown)} of {len(genes)} genes are not the model's: {', '.join(map(str, unknown[:5]))}"
+                    f"{nearest(unknown[0], self.gene_names)}."
+                )
+        rows, columns = (self.basis[self.gene_names.get_indexer(genes)] for genes in (genes_a, genes_b))
         return pd.DataFrame(rows @ self.core @ columns.T, genes_a, genes_b)
-
-    def _positions(self, genes: list[str]) -> np.ndarray:
-        """Return where genes are in the matrix."""
-        if isinstance(genes, str):
-            raise ValueError(f"genes {genes!r} is one name; pass a list of names.")
-        if unknown := [gene for gene in genes if gene not in self.gene_names]:
-            raise KeyError(
-                f"{len(unknown)} of {len(genes)} genes are not the model's: {', '.join(map(str, unknown[:5]))}"
-                f"{nearest(unknown[0], self.gene_names)}."
-            )
-        return self.gene_names.get_indexer(genes)
 
     def scaled(self, scale: np.ndarray) -> InteractionMatrix:
         """Return S Q S with S = diag(scale), for genes in units of `scale` (gene), a Series matched by name.
@@ -210,8 +178,7 @@ class InteractionMatrix(LinearOperator):
         (array([4.5, 4.5]), (40, 2))
         """
         u, t = self._thin()
-        if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= len(t)):
-            raise ValueError(f"k={k!r} eigenpairs were asked for; 1 to {len(t)} can be non-zero.")
+        k = k if k is None else whole_number(k, "k", 1, len(t))
         values, vectors = self._thin_eigh()
         return values[:k], u @ vectors[:, :k]
 
@@ -224,16 +191,13 @@ class InteractionMatrix(LinearOperator):
         return values[order], vectors[:, order]
 
     def top_pairs(self, n: int = 20, *, dataset: ExpressionDataset | None = None) -> pd.DataFrame:
-        """Return the `n` strongest interactions of two different genes, strongest first.
-
-        With `dataset`, strength is in units of the output: 2 abs(Q_ij) times the deviation of d_i d_j, d = x - mean,
-        beyond functions 1, x, x^2 and 1[x > 0] of either gene, which least squares take off. Barely expressed genes
-        and curves of single genes then do not lead. Without `dataset`, pairs are ordered by abs(Q_ij).
+        """Return the `n` strongest interactions of two different genes, strongest first, by abs(Q_ij).
 
         Parameters
         ----------
         n, dataset
-            Number of pairs, and cells to measure strength on, at most 3,000; for a matrix that is not scaled.
+            Number of pairs; and cells, of which 3,000 at most are used, to order pairs by ``strength``: 2 abs(Q_ij)
+            times the deviation of d_i d_j, d = x - mean, beyond functions 1, x, x^2 and 1[x > 0] of either gene.
 
         Examples
         --------
@@ -413,12 +377,11 @@ def decompose(model: Model, x: Any, reference: np.ndarray) -> Parts:
     reference = gene_vector(reference, model.gene_names, "reference")
     constant, axis = _expand(model, reference)
     left, right, p = map(_float64, (model.w_l, model.w_r, model.w_p))
-    linear, quadratic = [], []
+    parts = []
     for _, block in datasets.blocks(x):
         d = dense_tensor(block).numpy() - reference
-        linear.append(d @ axis.T)
-        quadratic.append(((d @ left.T) * (d @ right.T)) @ p.T)
-    linear, quadratic = np.vstack(linear), np.vstack(quadratic)
+        parts.append((d @ axis.T, ((d @ left.T) * (d @ right.T)) @ p.T))
+    linear, quadratic = map(np.vstack, zip(*parts, strict=True))
     return Parts(np.broadcast_to(constant, linear.shape), linear, quadratic)
 
 
@@ -444,9 +407,8 @@ def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Serie
 def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) -> pd.DataFrame:
     """Return what each gene adds to an output of cells beside a reference cell (cell x gene); an identity, not a fit.
 
-    With d = x - reference, gene i adds d_i (axis_i + (Q d)_i), half of what it does with each other gene. All add up to
-    the output less that of the reference. This is the Shapley value :cite:p:`shapley1953`, and the integrated gradient
-    from the reference :cite:p:`sundararajan2017`.
+    It is d_i (axis_i + (Q d)_i), d = x - reference: the Shapley value :cite:p:`shapley1953`, and the integrated
+    gradient from the reference :cite:p:`sundararajan2017`.
 
     Parameters
     ----------
@@ -459,23 +421,17 @@ def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) ->
     >>> set(table.abs().mean().nlargest(20).index) == set(truth["genes"])
     True
     """
-    d, index = _around(model, x, reference)
-    matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference)
-    return pd.DataFrame(d * (axis.to_numpy() + (matrix @ d.T).T), index, axis.index)
-
-
-def _around(model: Model, x: Any, reference: np.ndarray) -> tuple[np.ndarray, pd.Index | None]:
-    """Return cells less a reference cell (cell x gene), and their names where they have any."""
     index, x = datasets.cell_names(x), match_genes(x, model.gene_names, model.layer)
     datasets.check_in_memory(x, "a table of cells x genes")
-    return dense_tensor(x).numpy() - gene_vector(reference, model.gene_names, "reference"), index
+    d = dense_tensor(x).numpy() - gene_vector(reference, model.gene_names, "reference")
+    matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference)
+    return pd.DataFrame(d * (axis.to_numpy() + (matrix @ d.T).T), index, axis.index)
 
 
 def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np.ndarray) -> pd.DataFrame:
     """Split the mean output of each donor, or other group of cells, into pseudobulk and co-expression; an identity.
 
-    With m a group's mean less the reference and S its covariance of genes, the mean output is constant + axis m +
-    m' Q m + tr(Q S). A comparison of mean expression sees the pseudobulk m' Q m and not tr(Q S).
+    With m a group's mean less the reference and S its covariance, it is constant + axis m + m' Q m + tr(Q S).
 
     Parameters
     ----------
@@ -483,10 +439,6 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
         As in :func:`attributions`.
     groups
         Label of every cell (cell), a Series matched with AnnData by name; cells without a label are left out.
-
-    Returns
-    -------
-    A row a group: ``n_cells``, ``constant``, ``linear``, ``pseudobulk``, ``coexpression``, and ``mean``, their sum.
 
     Examples
     --------
@@ -517,11 +469,10 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
 def similarity(
     a: Model, b: Model, output: Output, part: Part = "all", *, dataset: ExpressionDataset | None = None
 ) -> float:
-    """Return the correlation of an output of two models, as functions of cells, read off the weights.
+    """Return the correlation of an output of two models, as functions of normal cells, read off the weights.
 
-    An output is constant + a'd + d'Qd around the mean cell. Over normal cells of covariance S, outputs f and g have the
-    covariance a_f' S a_g + 2 tr(Q_f S Q_g S), as in :cite:t:`gonzalez2026`, who take inputs as white. It is NaN if a
-    model has no such part. Models with a linear part or other training cells, and pairs of genes, need `dataset`.
+    With a'd + d'Qd around the mean cell and S the covariance of the genes, the covariance of outputs f and g is
+    a_f' S a_g + 2 tr(Q_f S Q_g S), as in :cite:t:`gonzalez2026`, who take inputs as white.
 
     Parameters
     ----------
@@ -560,14 +511,14 @@ def similarity(
         center = known[0].mean
     forms = [_form(model, output, center, d) for model in (a, b)]
     if part == "interaction":  # of two cells: what the pairs of different genes make of them
-        pairs = [basis @ q.core @ basis.T - d * q.diagonal() @ d.T for q, _, _, basis, _ in forms]
+        pairs = [one[:, 1:] @ q.core @ one[:, 1:].T - d * q._diagonal() @ d.T for q, one, _ in forms]
 
     def covariance(i: int, j: int) -> float:
         if part == "interaction":
             return 2 * np.sum(pairs[i] * pairs[j])
-        (q, axis, _, basis, _), (other, _, s_axis, _, s_basis) = forms[i], forms[j]
-        between = basis.T @ s_basis
-        linear, quadratic = axis @ s_axis, 2 * np.sum((q.core @ between) * (between @ other.core))
+        (q, one, _), (other, _, of_s) = forms[i], forms[j]
+        linear, between = one[:, 0] @ of_s[:, 0], one[:, 1:].T @ of_s[:, 1:]
+        quadratic = 2 * np.sum((q.core @ between) * (between @ other.core))
         return {"all": linear + quadratic, "linear": linear, "quadratic": quadratic}[part]
 
     scale = covariance(0, 0) * covariance(1, 1)
@@ -575,15 +526,15 @@ def similarity(
 
 
 def _form(model: Model, output: Output, center: np.ndarray, d: np.ndarray | None) -> tuple[Any, ...]:
-    """Return Q = B C B' and the axis a of an output at the mean cell: Q, a, S a, B, S B; or of S = d'd a half each."""
-    q, axis = interaction_matrix(model, output), linear_axis(model, output, center).to_numpy()
+    """Return Q = B C B', [a B] with the axis a at the mean cell, and S [a B]; or, of S = d'd, d [a B] twice."""
+    q = interaction_matrix(model, output)
+    both = np.column_stack([linear_axis(model, output, center), q.basis])
     if d is not None:
-        axis, basis = d @ axis, d @ q.basis
-        return q, axis, axis, basis, basis
+        return q, d @ both, d @ both
     covariance = model.statistics.covariance  # S [L' R'], of which a is a mix, for there is no linear part
     p, (at_left, at_right) = direction(model, output) @ _float64(model.w_p), _branches(model, center)
     s_axis = covariance @ np.concatenate([p * at_right, p * at_left])
-    return q, axis, s_axis, q.basis, covariance[:, q._columns]
+    return q, both, np.column_stack([s_axis, covariance[:, q._columns]])
 
 
 def __getattr__(name: str) -> Any:

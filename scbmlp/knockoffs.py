@@ -35,23 +35,16 @@ def knockoffs(
 ) -> list[ExpressionDataset]:
     """Put beside every gene a knock-off: values of its own in other cells, drawn without a look at the targets.
 
-    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores. They have a gene's correlations with all
-    others, by a factor model of what stands out of noise, as in :cite:t:`laloux1999`. Tied cells, such as zeros, get
-    scores that the other genes make likely. Permuted ones are a gene's values in random order: right only where genes
-    are independent.
+    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores, with a gene's correlations with all others
+    by a factor model of what stands out of noise, as in :cite:t:`laloux1999`. Permuted ones are a gene's values in
+    random order: right only where genes are independent.
 
     Parameters
     ----------
     train, others
         Cells in memory. The correlations are those of `train`; each data set keeps marginals of its own.
-    kind, random_state
-        ``"gaussian"`` or ``"permuted"``, and the seed of the draw.
-    max_gb
-        Most memory to use, in GB. Gaussian knock-offs need dense arrays of gene x gene and of cell x gene.
-
-    Returns
-    -------
-    For each data set one with twice the genes, the second half called ``"<gene> (knock-off)"``.
+    kind, random_state, max_gb
+        ``"gaussian"`` or ``"permuted"``, the seed of the draw, and most memory to use, in GB.
 
     Examples
     --------
@@ -75,11 +68,12 @@ def knockoffs(
             f"set without them."
         )
     n_genes, n_cells = len(train.gene_names), max(map(len, (train, *others)))
-    size = _gigabytes(kind, n_genes, n_cells)
-    if size > max_gb:
-        fit = np.count_nonzero(_gigabytes(kind, np.arange(1, n_genes), n_cells) <= max_gb)
+    square, long = ARRAYS[kind]
+    size = [8e-9 * n * (square * n + long * n_cells) for n in range(n_genes + 1)]  # for so many genes, in GB
+    if size[-1] > max_gb:
+        fit = np.count_nonzero(np.array(size[1:]) <= max_gb)
         raise ValueError(
-            f"train has {n_genes} genes, whose {kind} knock-offs take {size:.1f} GB, more than max_gb={max_gb}; of "
+            f"train has {n_genes} genes, whose {kind} knock-offs take {size[-1]:.1f} GB, more than max_gb={max_gb}; of "
             f"{n_cells} cells {fit} genes would fit: keep the most variable {fit} of them, or allow more."
         )
     rng, found, law = np.random.default_rng(random_state), [], None
@@ -98,12 +92,6 @@ def knockoffs(
         outputs, y = dataset.output_names, dataset.y.numpy()
         found.append(ExpressionDataset(both, y, names, outputs, dataset.indices, dataset.layer))
     return found
-
-
-def _gigabytes(kind: str, n_genes: int | np.ndarray, n_cells: int) -> Any:
-    """Return how much memory knock-offs take, in GB."""
-    square, long = ARRAYS[kind]
-    return 8e-9 * n_genes * (square * n_genes + long * n_cells)
 
 
 def _scores(x: np.ndarray, rng: np.random.Generator, law: Law | None) -> tuple[np.ndarray, Law]:
@@ -176,36 +164,23 @@ def pair_discoveries(
     their standard deviation. Pairs with a knock-off in them show how strong pairs come out that do not interact, as
     decoys do for peptides :cite:p:`walzthoeni2012` and knock-offs for interactions :cite:p:`chen2025diamond`.
 
-    A pair's contrast is its strength, as in ``top_pairs(dataset=train)``, over the noise: the root of the product of
-    both genes' median strengths. A pair is left out next to a stronger one whose genes go along with its own.
+    ``contrast`` is a pair's strength, as in ``top_pairs(dataset=train)``, over the noise: the root of the product of
+    both genes' median strengths. ``q`` is the least of (1 + pairs with knock-offs) / pairs of genes over the lists from
+    the top that the pair is in; ten pairs can have 0.1, and no less. This estimate is no theorem: it is right in
+    expectation or too large for genes one of which does not matter, and two that both matter, but not as a pair, have
+    no like among knock-offs. Look at several draws. ``benchmarks/pairs.py`` measures rate and power.
 
     Parameters
     ----------
-    ModelClass
-        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
-    train, val
-        Cells to fit, and cells that choose the weight of the products and the penalty.
+    ModelClass, train, val
+        ``ScBMLPClassifier`` or ``ScBMLPRegressor``, cells to fit, and cells that choose weight and penalty.
     output, class_weight
         As in :func:`scbmlp.interactions.direction` and :class:`scbmlp.models.Config`.
     kind, random_state, max_gb
         As in :func:`knockoffs`.
-    n
-        Number of strongest pairs to look at, those with knock-offs included.
-    clump
-        Correlation over the training cells from which on genes go along with each other; 1 for none but themselves.
-
-    Returns
-    -------
-    A row a pair, greatest ``contrast`` first: ``gene_a``, ``gene_b``, ``interaction`` and ``strength`` as in
-    ``top_pairs``. ``q`` is the least estimated false discovery rate, (1 + pairs with knock-offs) / pairs of genes, of
-    all lists from the top that the pair is in. Ten pairs can have 0.1, and no less.
-
-    Notes
-    -----
-    The estimate is no theorem. For a gene that matters and one that does not, it is right in expectation or too large.
-    For two genes that do not matter, it is three times too large. Two genes that both matter, but not as a pair, have
-    no like among knock-offs; clumping takes most of these off. Knock-offs lack what is beyond correlations of ranks.
-    Look at several draws. ``benchmarks/pairs.py`` measures rate and power.
+    n, clump
+        Number of strongest pairs to look at, those with knock-offs included, and the correlation from which on genes go
+        along with each other: a pair next to a stronger one of such genes is left out; 1 for none.
 
     Examples
     --------

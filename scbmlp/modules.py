@@ -31,20 +31,15 @@ Metric = Literal["sd", "identity", "covariance"]
 
 @dataclass(frozen=True)
 class GeneModules:
-    """Modules of one output, strongest first.
-
-    A module has two poles, genes of positive and of negative loading. Cells that the output is about score high.
+    """Modules of one output, strongest first, each with genes of positive and of negative loading as its two poles.
 
     Parameters
     ----------
-    eigenvalues
-        Strength of every module (comp); positive ones push the output up, negative ones down.
-    loadings
-        Eigenvectors (gene x comp); in metric ``covariance`` the correlations of the genes with the scores.
-    weights, origin
-        Log-expression less `origin` (gene) times `weights` (gene x comp) are scores; `origin` is that of the model.
-    unit
-        Standard deviation of every gene, or 1 in metric ``identity`` (gene), log-expression.
+    eigenvalues, loadings
+        Strength (comp), positive where a module pushes the output up, and eigenvectors (gene x comp); in metric
+        ``covariance`` loadings are the correlations of the genes with the scores.
+    weights, origin, unit
+        Log-expression less `origin` (gene) times `weights` (gene x comp) are scores; `unit` is that of genes (gene).
     output, layer, metric
         What the modules are of, where the cells were read (None for ``X``), and the metric of :func:`gene_modules`.
     trust
@@ -64,7 +59,7 @@ class GeneModules:
     def _known(self) -> dict[str, str]:
         """Return what a reader sees first."""
         rows = {"Output": str(self.output), "Modules": f"{len(self.eigenvalues):,} of {len(self.loadings):,} genes"}
-        rows |= {} if self.metric is None else {"Metric": self.metric}
+        rows |= {"Metric": self.metric} if self.metric else {}
         return rows if self.trust is None else rows | {"Trusted": f"{int(self.trust['trusted'].sum()):,}"}
 
     def __repr__(self) -> str:
@@ -88,7 +83,7 @@ class GeneModules:
         return module if module in names else names[module]
 
     def scores(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
-        """Return the module scores v'(x - origin) of cells (cell x comp).
+        """Return the module scores of cells (cell x comp); those that the output is about score high.
 
         Parameters
         ----------
@@ -107,9 +102,7 @@ class GeneModules:
         return pd.DataFrame(product(x, weights) - self.origin.to_numpy() @ weights, index, self.weights.columns)
 
     def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
-        """Return what each module adds to the output of cells as in :meth:`scores` (cell x comp).
-
-        It is eigenvalue times squared score. All modules add up to the output, less biases and linear part.
+        """Return what each module adds to the output of cells (cell x comp): its eigenvalue times squared score.
 
         Examples
         --------
@@ -141,9 +134,7 @@ class GeneModules:
         return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
 
     def factors(self, first: int | str = 0, second: int | str | None = None) -> pd.DataFrame:
-        """Return what turns two modules of opposite sign into the two factors whose product they are (comp x 2).
-
-        The product of ``scores(x) @ factors()`` is what both contribute; ``loadings @ factors()`` has the genes.
+        """Return what turns scores, or loadings, of two modules into the two factors whose product they are (comp x 2).
 
         Parameters
         ----------
@@ -172,10 +163,7 @@ class GeneModules:
         return mix
 
     def to_adata(self, adata: AnnData, *, key: str | None = None, layer: str | None = None) -> None:
-        """Write the modules into AnnData, where scanpy finds them.
-
-        ``varm[key]`` gets the loadings, NaN for other genes; ``obsm[f"X_{key}"]`` the scores; ``uns[key]`` eigenvalues,
-        output and trust. A file that backs `adata` stays as it is.
+        """Write loadings into ``varm[key]``, scores into ``obsm[f"X_{key}"]``, and the rest into ``uns[key]``.
 
         Parameters
         ----------
@@ -267,11 +255,7 @@ def gene_modules(
     *,
     dataset: ExpressionDataset | None = None,
 ) -> GeneModules:
-    """Take the leading eigenvectors of an interaction matrix as gene modules.
-
-    S Q S = V Lambda V' is solved, where S holds the unit of each gene. In raw units, barely expressed genes can lead,
-    whose weights were hardly trained. In metric ``covariance``, S is the root of the genes' covariance: scores are
-    uncorrelated over the training cells, with variance 1.
+    """Take the leading eigenvectors of S Q S, where S holds the unit of each gene, as gene modules.
 
     Parameters
     ----------
@@ -280,7 +264,8 @@ def gene_modules(
     n_modules
         Number of modules; all that can be non-zero if None.
     metric
-        Unit of genes: their standard deviation, log-expression as it is, or one in which genes do not correlate.
+        Unit of genes: their standard deviation; log-expression as it is, by which barely expressed genes can lead; or
+        the root of their covariance, by which scores are uncorrelated over the training cells, with variance 1.
     dataset
         Cells that give the units and the signs; the training cells, whose statistics the model keeps, if None.
 
@@ -305,10 +290,8 @@ def all_gene_modules(
 
     Parameters
     ----------
-    outputs
-        Names or positions of outputs; every output of the model if None.
-    model, n_modules, metric, dataset
-        As in :func:`gene_modules`.
+    model, outputs, n_modules, metric, dataset
+        As in :func:`gene_modules`; every output of the model if `outputs` is None.
 
     Examples
     --------
@@ -320,7 +303,7 @@ def all_gene_modules(
     return dict(zip(outputs, _modules(model, outputs, n_modules, metric, dataset), strict=True))
 
 
-def _check_metric(metric: Any) -> None:
+def check_metric(metric: Any) -> None:
     """Raise an error for a metric that modules are not taken in."""
     if metric not in ("sd", "identity", "covariance"):
         raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
@@ -330,7 +313,7 @@ def _modules(
     model: Model, outputs: list[Output], n_modules: int | None, metric: str, dataset: ExpressionDataset | None
 ) -> list[GeneModules]:
     """Return the modules of every output."""
-    _check_metric(metric)
+    check_metric(metric)
     known = model.statistics if dataset is None else statistics(model, dataset)
     if known is None:
         raise ValueError(
@@ -347,12 +330,12 @@ def _modules(
             parts = values, matrix.basis @ in_basis, covariance @ in_basis
         else:
             values, vectors = matrix.eigh(n)
-            parts = values, _over(vectors, unit), vectors * unit[:, None]
+            parts = values, over(vectors, unit), vectors * unit[:, None]
         found.append(_signed(model, output, known, unit, parts, metric))
     return found
 
 
-def _over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
+def over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
     """Divide every gene by its unit; a gene that never varied has neither unit nor loading."""
     return np.divide(columns, unit[:, None], out=np.zeros_like(columns), where=unit[:, None] > 0)
 
@@ -364,14 +347,10 @@ def _signed(
     values, weights, with_genes = parts
     sign = np.where((known.target @ direction(model, output)) @ weights < 0, -1.0, 1.0)
     names, genes = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)]), model.gene_names
-    # A number stands for the output at that place, which has a name.
-    named = isinstance(output, int) and output not in model.output_names
-    loadings, weights = (pd.DataFrame(one * sign, genes, names) for one in (_over(with_genes, unit), weights))
-    origin, unit, output = (
-        pd.Series(model.origin, genes),
-        pd.Series(unit, genes),
-        model.output_names[output] if named else output,
-    )
+    loadings, weights = (pd.DataFrame(one * sign, genes, names) for one in (over(with_genes, unit), weights))
+    origin, unit = (pd.Series(one, genes) for one in (model.origin, unit))
+    if isinstance(output, int) and output not in model.output_names:  # the output at that place, which has a name
+        output = model.output_names[output]
     return GeneModules(pd.Series(values, names), loadings, weights, origin, unit, output, model.layer, metric=metric)
 
 
@@ -387,8 +366,7 @@ def _uncorrelated(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues (comp) and weights of uncorrelated scores (basis x comp), from what ``_whitened`` returns."""
     values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ core @ axes) * root)
-    if n_modules is not None and not (isinstance(n_modules, int | np.integer) and 1 <= n_modules <= len(values)):
-        raise ValueError(f"n_modules={n_modules!r} were asked for; there are {len(values)} uncorrelated modules.")
+    n_modules = n_modules if n_modules is None else whole_number(n_modules, "n_modules", 1, len(values))
     order = np.argsort(-np.abs(values), kind="stable")[:n_modules]
     return values[order], axes / root @ vectors[:, order]
 
@@ -407,17 +385,11 @@ def truncation_curve(
     ks
         Numbers of modules to keep; 0, 1, 2, 4, 8 and so on if None.
 
-    Returns
-    -------
-    A row a ``k``: ``score`` over all outputs, and a column for the recall or R2 of each output.
-
     Examples
     --------
     >>> each = modules.all_gene_modules(model, n_modules=None)
-    >>> modules.truncation_curve(model, each, test, [0, 1, 2])["score"].round(
-    ...     2
-    ... ).tolist()
-    [0.46, 0.75, 1.0]
+    >>> modules.truncation_curve(model, each, test, [0, 2])["score"].round(2).tolist()
+    [0.46, 1.0]
     """
     model.check(dataset)
     if missing := [str(name) for name in model.output_names if name not in modules]:

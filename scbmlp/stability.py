@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
@@ -20,7 +20,7 @@ from scbmlp.datasets import ExpressionDataset, check_dataset, held, match_genes
 from scbmlp.display import watched
 from scbmlp.exact import Kernels, Mixture, targets_of
 from scbmlp.interactions import Model, Output, direction
-from scbmlp.modules import GeneModules, Metric, _check_metric, _signed, _uncorrelated, _whitened, gene_modules
+from scbmlp.modules import GeneModules, Metric, _signed, _uncorrelated, _whitened, check_metric, gene_modules
 
 CHUNK = 50  # permutations at a time
 # Components up to which all products of two are taken through a system once, and up to which matrices are formed.
@@ -54,17 +54,15 @@ def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
 
 
 def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> GeneModules:
-    """Return the modules of the mean of several models, in metric ``covariance``.
-
-    The mean takes out what one draw of cells makes up, and needs no matching of modules. Each model enters with its
-    leading modules, three times `n_modules` or 20.
+    """Return the modules of the mean of several models, in metric ``covariance``, without what one draw of cells adds.
 
     Parameters
     ----------
     models
         Models of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns.
     output, n_modules
-        As in :func:`scbmlp.interactions.direction`, and the number of modules.
+        As in :func:`scbmlp.interactions.direction`, and the number of modules; three times as many, or 20, of each
+        model enter the mean.
 
     Examples
     --------
@@ -85,8 +83,8 @@ def stability(
 ) -> pd.DataFrame:
     """Say how well modules come back from model to model, by the absolute correlation of scores.
 
-    Modules are matched one to one. Where a model has several whose eigenvalues are within a tenth of each other, the
-    best mix of them counts.
+    Modules are matched one to one, and of those whose eigenvalues are within a tenth of each other the best mix counts.
+    The table has the mean ``stability``, and between ``low`` and ``high`` nine of ten pairs of models, or models.
 
     Parameters
     ----------
@@ -97,11 +95,6 @@ def stability(
     modules, dataset
         Modules to look for in every model instead, and cells to correlate their scores over.
 
-    Returns
-    -------
-    A row a module: its ``eigenvalue``, the mean ``stability`` over pairs of models, or over models if `modules` are
-    given, and ``low`` and ``high``, between which nine of ten are.
-
     Examples
     --------
     >>> modules.stability(replicas, "on", n_modules=2)["stability"].round(1).tolist()
@@ -111,25 +104,20 @@ def stability(
         raise ValueError("stability takes modules= and dataset= together: cells to correlate their scores over.")
     if modules is not None:
         n_modules = len(modules.eigenvalues)
-    found = _of_each(models, output, n_modules)
+    found, pairs = _of_each(models, output, n_modules), []
     if modules is None:
         modules = _mean_modules(models, found, output, n_modules)
-        matched = [_partners(_correlations(modules, one)) for one in found]
-        both = permutations(range(len(found)), 2)
-        pairs = [_comes_back(_correlations(found[i], found[j])[matched[i]], found[j], matched[j]) for i, j in both]
+        matched = [linear_sum_assignment(-np.abs(_correlations(modules, one)))[1] for one in found]
+        for i, j in permutations(range(len(found)), 2):
+            pairs.append(_comes_back(_correlations(found[i], found[j])[matched[i]], found[j], matched[j]))
     else:
-        scores, pairs = modules.scores(dataset), []
+        scores = modules.scores(dataset)
         for one in found:
             r = _correlated(scores, one.scores(dataset))
-            pairs.append(np.minimum(_comes_back(r, one, _partners(r)), 1.0))
+            pairs.append(np.minimum(_comes_back(r, one, linear_sum_assignment(-np.abs(r))[1]), 1.0))
     low, high = np.quantile(pairs, [0.05, 0.95], axis=0)
     columns = {"eigenvalue": modules.eigenvalues, "stability": np.mean(pairs, axis=0), "low": low, "high": high}
     return pd.DataFrame(columns, modules.eigenvalues.index)
-
-
-def _partners(r: np.ndarray) -> np.ndarray:
-    """Return which module is matched with each (comp), from correlations."""
-    return linear_sum_assignment(-np.abs(r))[1]
 
 
 def _comes_back(r: np.ndarray, other: GeneModules, partner: np.ndarray) -> np.ndarray:
@@ -209,17 +197,15 @@ def permutation_null(
 ) -> pd.DataFrame:
     """Compare the modules of a solved model with those solved for targets that are dealt out to the wrong cells.
 
-    A module is judged on `val`, by the correlation ``r`` of what it adds to the output with the target. A fit to noise
-    has large eigenvalues too. Each permutation counts with its best module. Mixture and penalty stay those of the
-    model. A small p says that a module is about the target, and not that it holds an interaction. Classes are solved
-    as 0 and 1 by least squares, with the penalty over the curvature of the log-loss; every cell counts once.
+    A module is judged on `val`, by the correlation ``r`` of what it adds to the output with the target. ``p`` is for
+    any module to be as good by chance: each permutation counts with its best one, whose ``r`` is in ``attrs["null"]``;
+    nine of ten stay below ``null``. A small p says that a module is about the target, not that it is an interaction.
+    Classes are solved as 0 and 1 by least squares, with the penalty over the curvature of the log-loss.
 
     Parameters
     ----------
-    model
-        What :func:`scbmlp.models.solve` returned.
-    train, val
-        Its training cells, and cells that no weight was fitted to. The targets of both are permuted.
+    model, train, val
+        What :func:`scbmlp.models.solve` returned, its training cells, and cells that no weight was fitted to.
     output
         As in :func:`scbmlp.interactions.direction`; or a list of them. One without products has no modules.
     n_permutations, seed, progress
@@ -227,13 +213,7 @@ def permutation_null(
     strata
         Label of every cell of the whole AnnData, such as ``adata.obs["donor"]``; targets stay within a stratum.
     n_modules, metric
-        As in :func:`gene_modules`; the leading modules of a permutation are the competitors.
-
-    Returns
-    -------
-    A row a module, ``(output, module)`` for a list of outputs: ``eigenvalue``, ``r``, ``null`` (what nine of ten
-    permutations stay below) and ``p`` of at least 1 / (n_permutations + 1), for any module to be as good by chance.
-    ``attrs["null"]`` has the best ``r`` of every permutation, by output.
+        As in :func:`gene_modules`.
 
     Examples
     --------
@@ -241,7 +221,7 @@ def permutation_null(
     >>> float(table["p"].min())
     0.01
     """
-    _check_metric(metric)
+    check_metric(metric)
     n_modules, n_permutations = whole_number(n_modules, "n_modules"), whole_number(n_permutations, "n_permutations")
     check_dataset(train, "train")
     check_dataset(val, "val")
@@ -288,7 +268,6 @@ def _preparer(model: Model, train: ExpressionDataset, val: ExpressionDataset, me
         return torch.linalg.cholesky(system)
 
     def basis_of(mixture: Mixture) -> torch.Tensor:
-        """Return what of the genes products are of (gene x comp)."""
         if mixture.space == "components":
             return kernels.axes(mixture.rank)
         return torch.diag(1 / (kernels.sd if mixture.space == "sd" else torch.ones_like(kernels.sd)))
@@ -329,53 +308,50 @@ def _read(
     """Return eigenvalues for the first order of the cells (comp), and correlations for each (order x comp)."""
     if not systems:  # products do not pay
         return np.zeros(0), np.zeros((len(order), 0))
-    eigenvalues, found, centred = [], [], target - target.mean()
-    leading = _leading(systems, min(n, seen.shape[1]), order, progress)
-    for (values, vectors), rows in zip(leading, _chunks(order_val), strict=True):
+    first, found, centred = None, [], target - target.mean()
+    chunks = [np.split(one, range(CHUNK, len(order), CHUNK)) for one in (order, order_val)]
+    shown = tqdm(chunks[0], "permutations", delay=2, disable=not (progress and watched()))
+    leading = _leading(systems, min(n, seen.shape[1]), shown)
+    for (values, vectors), rows in zip(leading, chunks[1], strict=True):
+        first = values[0] if first is None else first
         added = (seen @ vectors) ** 2
         added -= added.mean(axis=1, keepdims=True)
         along = np.einsum("bvc,bv->bc", added, centred[rows])
         scale = np.linalg.norm(added, axis=1) * np.linalg.norm(centred)
         found.append(np.sign(values) * np.divide(along, scale, out=np.zeros_like(along), where=scale > 0))
-        eigenvalues.append(values)
-    return eigenvalues[0][0], np.vstack(found)
+    return first, np.vstack(found)
 
 
-def _chunks(order: np.ndarray) -> list[np.ndarray]:
-    """Split orders of cells into as many as are solved together."""
-    return np.split(order, range(CHUNK, len(order), CHUNK))
-
-
-def _leading(systems: list[System], n: int, order: Any, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _leading(systems: list[System], n: int, orders: Iterable[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield leading eigenvalues and vectors of the sum of W' diag(a) W over systems, for each chunk of orders."""
     size, through = systems[0][2].shape[1], []
     i, j = np.triu_indices(size)
     if size <= PAIRED:  # what the system makes of every pair of components: then a target is one product
         through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in systems]
-    for rows in tqdm(_chunks(order), "permutations", delay=2, disable=not (progress and watched())):
+    for rows in orders:
         if through:
             found = np.empty((len(rows), size, size))
             flat = sum(y[rows] @ part for (_, y, _), part in zip(systems, through, strict=True))
             found[:, i, j] = found[:, j, i] = flat
         else:
-            cells = [torch.cholesky_solve(torch.as_tensor(y[rows].T), factor).numpy().T for factor, y, _ in systems]
-            each = [(a, w.numpy()) for a, (_, _, w) in zip(cells, systems, strict=True)]
-            if size <= DENSE:
-                found = sum(np.stack([w.T @ (one[:, None] * w) for one in a]) for a, w in each)
+            solved = [torch.cholesky_solve(torch.as_tensor(y[rows].T), factor).numpy().T for factor, y, _ in systems]
+            each = [(a, w.numpy()) for a, (_, _, w) in zip(solved, systems, strict=True)]
+        if size <= DENSE and not through:
+            found = sum(np.stack([w.T @ (one[:, None] * w) for one in a]) for a, w in each)
         if size <= DENSE:
             values, vectors = np.linalg.eigh(found)
         else:
-            start = np.random.default_rng(0).standard_normal(size)
-            operators = [LinearOperator((size, size), partial(_times, each, k), dtype=float) for k in range(len(rows))]
-            pairs = [eigsh(one, n, v0=start, tol=1e-5) for one in operators]
+            pairs = [_largest(n, [(a[k], w) for a, w in each]) for k in range(len(rows))]
             values, vectors = map(np.stack, zip(*pairs, strict=True))
         rank = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
         yield np.take_along_axis(values, rank, 1), np.take_along_axis(vectors, rank[:, None], 2)
 
 
-def _times(each: list[tuple[np.ndarray, np.ndarray]], k: int, v: np.ndarray) -> np.ndarray:
-    """Multiply a vector with the matrix of one order."""
-    return sum(w.T @ (a[k] * (w @ v.ravel())) for a, w in each)
+def _largest(n: int, each: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Return eigenvalues and vectors of one matrix too large to form, the sum of W' diag(a) W."""
+    size = each[0][1].shape[1]
+    times = LinearOperator((size, size), lambda v: sum(w.T @ (a * (w @ v.ravel())) for a, w in each), dtype=float)
+    return eigsh(times, n, v0=np.random.default_rng(0).standard_normal(size), tol=1e-5)
 
 
 def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.random.Generator) -> np.ndarray:
