@@ -62,10 +62,8 @@ def gain(
     Examples
     --------
     >>> table = interactions.gain(train, validation, test)
-    >>> table[["without", "with", "gain"]].round(1)
-            without  with  gain
-    output
-    all         0.4   0.0   0.4
+    >>> table.loc["all", ["without", "with", "gain"]].round(1).tolist()
+    [0.4, 0.0, 0.4]
     """
     whole = _whole((train, *others), groups is not None)
     y, classes = exact.targets_of(whole, len(whole.output_names)), whole.y.ndim == 1
@@ -93,9 +91,17 @@ def gain(
         weight[there] = exact.counts_of(whole.load(there), whole.load(~there), class_weight)
         for name, mixture, ratio in zip(names, best.mixtures, best.ratios, strict=True):
             chosen.append({"fold": i, "output": name, "rank": mixture.rank, "penalty": ratio, **dict(mixture.weights)})
-    losses = _losses(outputs, y.numpy(), weight, classes)
+    target, variance = y.numpy(), y.numpy().var(axis=0)
+    if classes:  # in nats, one column
+        losses = -(log_softmax(outputs, axis=2) * target).sum(axis=2, keepdims=True) * (weight / weight.mean())[:, None]
+    else:
+        losses = (outputs - target) ** 2 / np.where(variance > 0, variance, np.nan)
     better, means = losses[0] - losses[1], losses.mean(axis=1)
-    error, freedom = _standard_error(better, groups)
+    left = better - better.mean(axis=0)
+    if groups is not None:  # cells of a group stand together
+        left = np.stack([left[groups == group].sum(axis=0) for group in np.unique(groups)])
+    freedom = len(left) - 1
+    error = np.sqrt((1 + 1 / freedom) * (left**2).sum(axis=0)) / len(better)
     paid = (better != 0).any(axis=0)
     table = pd.DataFrame(index=pd.Index(names, name="output"))
     table["without"], table["with"] = means[:2] if classes else 1 - means[:2]
@@ -155,22 +161,6 @@ def _both(kernels: exact.Kernels, y: torch.Tensor, trials: Sequence[nested.Trial
     return both
 
 
-def _losses(outputs: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: bool) -> np.ndarray:
-    """Return the loss of every cell (trial x cell x out): in nats, one column, or in units of the target's variance."""
-    if classes:
-        return -(log_softmax(outputs, axis=2) * y).sum(axis=2, keepdims=True) * (weight / weight.mean())[:, None]
-    return (outputs - y) ** 2 / np.where(y.var(axis=0) > 0, y.var(axis=0), np.nan)
-
-
-def _standard_error(better: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """Return the standard error of a mean over cells (out), whose groups stand together, and degrees of freedom."""
-    left = better - better.mean(axis=0)
-    if groups is not None:
-        left = np.stack([left[groups == group].sum(axis=0) for group in np.unique(groups)])
-    n = len(left)
-    return np.sqrt(n / (n - 1) * (left**2).sum(axis=0)) / len(better), n - 1
-
-
 def audit(
     model: Model,
     dataset: ExpressionDataset,
@@ -214,11 +204,8 @@ def audit(
     Examples
     --------
     >>> table = interactions.audit(model, test, train=train, validation=validation)
-    >>> table[["linear", "quadratic", "score", "score_additive", "gain"]].round(2)
-            linear  quadratic  score  score_additive  gain
-    output
-    off       0.04       0.97    1.0            0.45  0.55
-    on        0.04       0.97    1.0            0.48  0.52
+    >>> table.loc["on", ["linear", "quadratic", "gain"]].round(2).tolist()
+    [0.04, 0.97, 0.52]
     """
     model.check(dataset)
     if (train is None) != (validation is None):
@@ -242,8 +229,8 @@ def audit(
     outputs["score"] = outputs["score_linear"] + quadratic
     paired = None
     if train is not None:
-        for cells in (train, validation):
-            model.check(cells)
+        model.check(train)
+        model.check(validation)
         train, validation = datasets.held(train), datasets.held(validation)
         shares, paired = _interaction(model, train, validation, x, directions)
         table["interaction"], table["interaction_curved"] = shares
@@ -261,7 +248,7 @@ def audit(
         options = {"labels": range(len(table)), "sample_weight": model._counts(target)}
         losses = {name: log_loss(target, softmax(found, axis=1), **options) for name, found in outputs.items()}
         table.attrs["gain_log_loss"] = losses["score_additive"] - losses["score"]
-        table.attrs["gain_log_loss_curved"] = losses["additive_curved"] - losses["curved"] if paired.any() else 0.0
+
     *ranks, table.attrs["rank_99"] = _ranks(model, x, target, 0.99 * scores["score"])
     table["rank_99"] = pd.array(ranks, dtype="Int64")
     return table

@@ -83,21 +83,15 @@ class InteractionMatrix(LinearOperator):
 
     Parameters
     ----------
-    basis, core
-        B = [L' R'] (gene x 2 hid), of a solved model L' of the hidden units that the output uses; symmetric C.
-    gene_names, output
-        Names of the rows and columns (gene), and what the matrix is of, for the eye alone.
+    basis, core, gene_names
+        B = [L' R'] (gene x 2 hid), of a solved model L' of the hidden units that the output uses; C; and genes' names.
     """
 
-    def __init__(self, basis: np.ndarray, core: np.ndarray, gene_names: pd.Index, output: Any = None) -> None:
+    def __init__(self, basis: np.ndarray, core: np.ndarray, gene_names: pd.Index) -> None:
         super().__init__(np.dtype(np.float64), (len(basis), len(basis)))
-        self.basis, self.core, self.gene_names, self.output = basis, core, gene_names, output
+        self.basis, self.core, self.gene_names = basis, core, gene_names
         self._thin = cache(lambda: np.linalg.qr(basis))  # made when it is first asked for
         self._columns: np.ndarray | slice = slice(None)  # those of [L' R'] that the basis has
-
-    def __repr__(self) -> str:
-        of, (n, rank) = "" if self.output is None else f"output {self.output}; ", self.basis.shape
-        return f"InteractionMatrix: {of}genes {n:,} x {n:,}, held as factors; rank at most {min(n, rank):,}"
 
     def _matmat(self, x: np.ndarray) -> np.ndarray:
         return self.basis @ (self.core @ (self.basis.T @ x))
@@ -108,24 +102,20 @@ class InteractionMatrix(LinearOperator):
     def to_dense(self, *, max_gb: float = 4.0) -> np.ndarray:
         """Return the whole matrix (gene x gene), if it takes at most `max_gb` GB.
 
-        Examples
-        --------
         >>> q.to_dense().shape
         (40, 40)
         """
         size = 8e-9 * self.shape[0] ** 2
         if size > max_gb:
             raise ValueError(
-                f"the dense matrix of {self.shape[0]} genes takes {size:.1f} GB, more than max_gb={max_gb}; use "
-                f"eigh, between, top_pairs or quadratic_form, which do not form it, or allow more."
+                f"the dense matrix of {self.shape[0]} genes takes {size:.1f} GB, more than max_gb={max_gb}; use a "
+                f"method that does not form it, or allow more."
             )
         return self.basis @ self.core @ self.basis.T
 
     def quadratic_form(self, x: Any) -> np.ndarray:
         """Return x' Q x of every cell (cell), of cells (cell x gene) as in ``model.outputs``.
 
-        Examples
-        --------
         >>> q.quadratic_form(adata).shape
         (1000,)
         """
@@ -139,8 +129,6 @@ class InteractionMatrix(LinearOperator):
     def between(self, genes_a: list[str], genes_b: list[str]) -> pd.DataFrame:
         """Return the interactions of two lists of names of genes (genes_a x genes_b).
 
-        Examples
-        --------
         >>> q.between(["Sim0017"], ["Sim0030", "Sim0032"]).to_numpy().round(1)
         array([[-0.6, -0.7]])
         """
@@ -158,21 +146,15 @@ class InteractionMatrix(LinearOperator):
     def scaled(self, scale: np.ndarray) -> InteractionMatrix:
         """Return S Q S with S = diag(scale), for genes in units of `scale` (gene), a Series matched by name.
 
-        Examples
-        --------
         >>> q.scaled(train.x.std(axis=0)).shape
         (40, 40)
         """
         scale = gene_vector(scale, self.gene_names, "scale")
-        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names, self.output)
+        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names)
 
     def eigh(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `k` strongest eigenvalues (comp) and their eigenvectors (gene x comp), by falling absolute value.
+        """Return the `k` strongest eigenvalues (comp), all that can be non-zero if None, and eigenvectors (gene x comp).
 
-        They are exact: with the thin QR B = U T, T C T' has all that are not 0. None returns all min(gene, 2 hid).
-
-        Examples
-        --------
         >>> values, vectors = q.eigh(2)
         >>> np.abs(values).round(1), vectors.shape
         (array([4.5, 4.5]), (40, 2))
@@ -183,7 +165,7 @@ class InteractionMatrix(LinearOperator):
         return values[:k], u @ vectors[:, :k]
 
     def _thin_eigh(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return all eigenvalues and the eigenvectors in the coordinates of U, by falling absolute value."""
+        """Return all eigenvalues of T C T', with B = U T, and its eigenvectors, by falling absolute value."""
         _, t = self._thin()
         small = t @ self.core @ t.T
         values, vectors = np.linalg.eigh((small + small.T) / 2)
@@ -201,10 +183,9 @@ class InteractionMatrix(LinearOperator):
 
         Examples
         --------
-        >>> q.top_pairs(n=2, dataset=train).round(1)
+        >>> q.top_pairs(n=1, dataset=train).round(1)
             gene_a   gene_b  interaction  strength
         0  Sim0017  Sim0030         -0.6       0.2
-        1  Sim0017  Sim0032         -0.7       0.2
         """
         n = min(whole_number(n, "n"), comb(self.shape[0], 2))
         table = self._largest(n) if dataset is None else self._strongest(n, _drawn(dataset, self.gene_names))
@@ -262,21 +243,18 @@ def _beyond_single(x: np.ndarray, d: np.ndarray, i: np.ndarray, j: np.ndarray) -
 
 
 def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = False) -> InteractionMatrix:
-    """Read the interaction matrix of an output off the weights, after :cite:t:`pearce2025bilinear`.
-
-    Q = sym(L' diag(p) R), p its row of P, is the quadratic part of y: all of y without biases and linear part.
+    """Read the interaction matrix Q = sym(L' diag(p) R) of an output off the weights :cite:p:`pearce2025bilinear`.
 
     Parameters
     ----------
-    model, output
-        As in :func:`direction`.
-    homogeneous
-        Add a row and column ``"(constant)"`` for biases and linear part; then y = [x; 1]' Q [x; 1].
+    model, output, homogeneous
+        As in :func:`direction`; and whether to add a row and column ``"(constant)"`` for biases and linear part, so
+        that y = [x; 1]' Q [x; 1].
 
     Examples
     --------
-    >>> interactions.interaction_matrix(model, "on")
-    InteractionMatrix: output on; genes 40 x 40, held as factors; rank at most 16
+    >>> interactions.interaction_matrix(model, "on").shape
+    (40, 40)
     """
     matrix = interaction_matrices(model, [output])[0]
     if not homogeneous:
@@ -285,23 +263,14 @@ def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = Fals
     constant, slopes = (direction(model, output) @ part for part in _expand(model, np.zeros(len(matrix.basis))))
     basis = block_diag(np.column_stack([matrix.basis, slopes]), 1.0)
     core = block_diag(matrix.core, [[0.0, 0.5], [0.5, constant]])
-    return InteractionMatrix(basis, core, matrix.gene_names.append(pd.Index(["(constant)"])), output)
+    return InteractionMatrix(basis, core, matrix.gene_names.append(pd.Index(["(constant)"])))
 
 
 def interaction_matrices(
     model: Model, outputs: Iterable[Output] | None = None, *, scale: np.ndarray | None = None
 ) -> list[InteractionMatrix]:
-    """Read the interaction matrices of several outputs, with one QR decomposition for all.
+    """Read the matrices of several outputs, all if None, with genes in units of `scale` and one QR decomposition.
 
-    Parameters
-    ----------
-    model, outputs
-        As in :func:`direction`; every output if None.
-    scale
-        Unit to measure every gene in (gene), as in :meth:`InteractionMatrix.scaled`.
-
-    Examples
-    --------
     >>> [matrix.shape for matrix in interactions.interaction_matrices(model)]
     [(40, 40), (40, 40)]
     """
@@ -313,7 +282,7 @@ def interaction_matrices(
         weight = direction(model, output) @ p
         columns = np.flatnonzero(weight) if alike else slice(None)
         core = np.diag(weight[columns]) if alike else np.kron([[0, 1], [1, 0]], np.diag(weight) / 2)
-        matrix = InteractionMatrix(whole[:, columns], core, model.gene_names, output)
+        matrix = InteractionMatrix(whole[:, columns], core, model.gene_names)
         first = shared.setdefault(columns.tobytes() if alike else b"", matrix)
         matrix.basis, matrix._thin, matrix._columns = first.basis, first._thin, columns
         matrices.append(matrix)
@@ -386,15 +355,8 @@ def decompose(model: Model, x: Any, reference: np.ndarray) -> Parts:
 
 
 def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Series:
-    """Return the slope of an output at a reference cell: what each gene does alone (gene).
+    """Return the slope of an output at a reference cell as in :func:`decompose`: what each gene does alone (gene).
 
-    Parameters
-    ----------
-    model, output, reference
-        As in :func:`direction` and :func:`decompose`.
-
-    Examples
-    --------
     >>> interactions.linear_axis(model, "on", model.origin).nlargest(2).round(
     ...     2
     ... ).to_dict()
@@ -408,15 +370,8 @@ def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) ->
     """Return what each gene adds to an output of cells beside a reference cell (cell x gene); an identity, not a fit.
 
     It is d_i (axis_i + (Q d)_i), d = x - reference: the Shapley value :cite:p:`shapley1953`, and the integrated
-    gradient from the reference :cite:p:`sundararajan2017`.
+    gradient from the reference :cite:p:`sundararajan2017`. Arguments are as in :func:`direction` and :func:`decompose`.
 
-    Parameters
-    ----------
-    model, output, x, reference
-        As in :func:`direction` and :func:`decompose`.
-
-    Examples
-    --------
     >>> table = interactions.attributions(model, "on", adata, reference=model.origin)
     >>> set(table.abs().mean().nlargest(20).index) == set(truth["genes"])
     True
@@ -433,15 +388,8 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
 
     With m a group's mean less the reference and S its covariance, it is constant + axis m + m' Q m + tr(Q S).
 
-    Parameters
-    ----------
-    model, output, x, reference
-        As in :func:`attributions`.
-    groups
-        Label of every cell (cell), a Series matched with AnnData by name; cells without a label are left out.
+    Labels in `groups` (cell), a Series, are matched with AnnData by name; cells without one are left out.
 
-    Examples
-    --------
     >>> table = interactions.group_means(model, "on", adata, labels, model.origin)
     >>> table["coexpression"].round(1).to_dict()
     {'off': -0.4, 'on': 0.7}
@@ -491,10 +439,8 @@ def similarity(
     if part not in get_args(Part):
         raise ValueError(f"part={part!r} is unknown; choose {', '.join(map(repr, get_args(Part)))}.")
     if not a.gene_names.equals(b.gene_names):
-        raise ValueError(
-            f"a and b have {len(a.gene_names)} and {len(b.gene_names)} genes, which are not the same in one order; fit "
-            f"both on the same genes."
-        )
+        sizes = f"{len(a.gene_names)} and {len(b.gene_names)}"
+        raise ValueError(f"a and b have {sizes} genes, not the same in one order; fit both on the same genes.")
     known, d = [a.statistics, b.statistics], None
     if dataset is not None:
         x = _drawn(dataset, a.gene_names).astype(np.float64)

@@ -83,15 +83,8 @@ class GeneModules:
         return module if module in names else names[module]
 
     def scores(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
-        """Return the module scores of cells (cell x comp); those that the output is about score high.
+        """Return the scores of cells (cell x comp), as in ``model.outputs``; those that the output is about score high.
 
-        Parameters
-        ----------
-        x, layer
-            Cells (cell x gene) as in ``model.outputs``, and the layer to read; that of the training cells if None.
-
-        Examples
-        --------
         >>> scores = on.scores(adata)["module_1"]
         >>> scores.groupby(labels, observed=True).var().round(1).to_dict()
         {'off': 10.3, 'on': 0.5}
@@ -104,8 +97,6 @@ class GeneModules:
     def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
         """Return what each module adds to the output of cells (cell x comp): its eigenvalue times squared score.
 
-        Examples
-        --------
         >>> added = on.contributions(adata)["module_1"]
         >>> added.groupby(labels, observed=True).mean().round(2).to_dict()
         {'off': -5.89, 'on': -0.3}
@@ -134,15 +125,10 @@ class GeneModules:
         return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
 
     def factors(self, first: int | str = 0, second: int | str | None = None) -> pd.DataFrame:
-        """Return what turns scores, or loadings, of two modules into the two factors whose product they are (comp x 2).
+        """Return what turns scores, or loadings, into two factors (comp x 2), whose product two modules contribute.
 
-        Parameters
-        ----------
-        first, second
-            Rank or name of two modules of opposite sign; without `second`, the strongest of the other sign.
+        The modules, by rank or name, have opposite signs; without `second`, it is the strongest of the other sign.
 
-        Examples
-        --------
         >>> genes = on.loadings @ on.factors()
         >>> set(genes["plus"].nlargest(10).index) == set(programs["program_03"])
         True
@@ -165,13 +151,8 @@ class GeneModules:
     def to_adata(self, adata: AnnData, *, key: str | None = None, layer: str | None = None) -> None:
         """Write loadings into ``varm[key]``, scores into ``obsm[f"X_{key}"]``, and the rest into ``uns[key]``.
 
-        Parameters
-        ----------
-        adata, key, layer
-            Cells as in :meth:`scores`, and where to write; ``modules_<output>`` if `key` is None.
+        Cells are as in :meth:`scores`; `key` is ``modules_<output>`` if it is None.
 
-        Examples
-        --------
         >>> on.to_adata(adata)
         >>> adata.varm["modules_on"].shape, adata.obsm["X_modules_on"].shape
         ((40, 4), (1000, 4))
@@ -199,8 +180,6 @@ class GeneModules:
     def save(self, path: str | Path) -> None:
         """Write the modules to one file of numbers and text, so that they score other cells without the model.
 
-        Examples
-        --------
         >>> on.save("on.safetensors")
         """
         genes, trust, mix = self.weights.index, self.trust, isinstance(self.output, Mapping)
@@ -221,8 +200,6 @@ class GeneModules:
     def load(cls, path: str | Path) -> Self:
         """Read modules that :meth:`save` wrote; no code is run from the file.
 
-        Examples
-        --------
         >>> on.save("on.safetensors")
         >>> again = modules.GeneModules.load("on.safetensors")
         >>> bool(np.allclose(again.scores(adata), on.scores(adata)))
@@ -286,15 +263,8 @@ def all_gene_modules(
     *,
     dataset: ExpressionDataset | None = None,
 ) -> dict[str | int, GeneModules]:
-    """Take the gene modules of several outputs, by output, with one decomposition of the genes for all.
+    """Take the modules of several outputs, all if None, as in :func:`gene_modules`, with one decomposition for all.
 
-    Parameters
-    ----------
-    model, outputs, n_modules, metric, dataset
-        As in :func:`gene_modules`; every output of the model if `outputs` is None.
-
-    Examples
-    --------
     >>> each = modules.all_gene_modules(model, n_modules=2)
     >>> {name: found.eigenvalues.round(3).tolist() for name, found in each.items()}
     {'off': [-0.075, 0.045], 'on': [0.075, -0.045]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import permutations
@@ -22,9 +22,7 @@ from scbmlp.exact import Kernels, Mixture, targets_of
 from scbmlp.interactions import Model, Output, direction
 from scbmlp.modules import GeneModules, Metric, _signed, _uncorrelated, _whitened, check_metric, gene_modules
 
-CHUNK = 50  # permutations at a time
-# Components up to which all products of two are taken through a system once, and up to which matrices are formed.
-PAIRED, DENSE = 128, 400
+DENSE = 400  # components up to which matrices are formed
 System = tuple[torch.Tensor, np.ndarray, torch.Tensor]  # its factor, a target (cell), and W (cell x comp)
 
 
@@ -303,55 +301,33 @@ def _preparer(model: Model, train: ExpressionDataset, val: ExpressionDataset, me
 
 
 def _read(
-    systems: list[System], seen: np.ndarray, target: np.ndarray, n: int, order: Any, order_val: Any, progress: bool
+    systems: list[System], seen: np.ndarray, target: np.ndarray, n: int, orders: Any, orders_val: Any, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues for the first order of the cells (comp), and correlations for each (order x comp)."""
     if not systems:  # products do not pay
-        return np.zeros(0), np.zeros((len(order), 0))
-    first, found, centred = None, [], target - target.mean()
-    chunks = [np.split(one, range(CHUNK, len(order), CHUNK)) for one in (order, order_val)]
-    shown = tqdm(chunks[0], "permutations", delay=2, disable=not (progress and watched()))
-    leading = _leading(systems, min(n, seen.shape[1]), shown)
-    for (values, vectors), rows in zip(leading, chunks[1], strict=True):
-        first = values[0] if first is None else first
-        added = (seen @ vectors) ** 2
-        added -= added.mean(axis=1, keepdims=True)
-        along = np.einsum("bvc,bv->bc", added, centred[rows])
-        scale = np.linalg.norm(added, axis=1) * np.linalg.norm(centred)
-        found.append(np.sign(values) * np.divide(along, scale, out=np.zeros_like(along), where=scale > 0))
-    return first, np.vstack(found)
+        return np.zeros(0), np.zeros((len(orders), 0))
+    eigenvalues, found = [], []
+    each = [
+        (torch.cholesky_solve(torch.as_tensor(y[orders].T), factor).numpy().T, w.numpy()) for factor, y, w in systems
+    ]
+    for k in tqdm(range(len(orders)), "permutations", delay=2, disable=not (progress and watched())):
+        values, vectors = _leading([(a[k], w) for a, w in each], min(n, seen.shape[1]))
+        r = _correlated((seen @ vectors) ** 2, target[orders_val[k], None])[:, 0]
+        eigenvalues.append(values)
+        found.append(np.sign(values) * r)
+    return eigenvalues[0], np.stack(found)
 
 
-def _leading(systems: list[System], n: int, orders: Iterable[Any]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield leading eigenvalues and vectors of the sum of W' diag(a) W over systems, for each chunk of orders."""
-    size, through = systems[0][2].shape[1], []
-    i, j = np.triu_indices(size)
-    if size <= PAIRED:  # what the system makes of every pair of components: then a target is one product
-        through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in systems]
-    for rows in orders:
-        if through:
-            found = np.empty((len(rows), size, size))
-            flat = sum(y[rows] @ part for (_, y, _), part in zip(systems, through, strict=True))
-            found[:, i, j] = found[:, j, i] = flat
-        else:
-            solved = [torch.cholesky_solve(torch.as_tensor(y[rows].T), factor).numpy().T for factor, y, _ in systems]
-            each = [(a, w.numpy()) for a, (_, _, w) in zip(solved, systems, strict=True)]
-        if size <= DENSE and not through:
-            found = sum(np.stack([w.T @ (one[:, None] * w) for one in a]) for a, w in each)
-        if size <= DENSE:
-            values, vectors = np.linalg.eigh(found)
-        else:
-            pairs = [_largest(n, [(a[k], w) for a, w in each]) for k in range(len(rows))]
-            values, vectors = map(np.stack, zip(*pairs, strict=True))
-        rank = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
-        yield np.take_along_axis(values, rank, 1), np.take_along_axis(vectors, rank[:, None], 2)
-
-
-def _largest(n: int, each: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return eigenvalues and vectors of one matrix too large to form, the sum of W' diag(a) W."""
+def _leading(each: list[tuple[np.ndarray, np.ndarray]], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `n` leading eigenvalues and vectors of the sum of W' diag(a) W over pairs of a and W."""
     size = each[0][1].shape[1]
-    times = LinearOperator((size, size), lambda v: sum(w.T @ (a * (w @ v.ravel())) for a, w in each), dtype=float)
-    return eigsh(times, n, v0=np.random.default_rng(0).standard_normal(size), tol=1e-5)
+    if size <= DENSE:
+        values, vectors = np.linalg.eigh(sum(w.T @ (a[:, None] * w) for a, w in each))
+    else:
+        times = LinearOperator((size, size), lambda v: sum(w.T @ (a * (w @ v.ravel())) for a, w in each), dtype=float)
+        values, vectors = eigsh(times, n, v0=np.random.default_rng(0).standard_normal(size), tol=1e-5)
+    rank = np.argsort(-np.abs(values), kind="stable")[:n]
+    return values[rank], vectors[:, rank]
 
 
 def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.random.Generator) -> np.ndarray:
