@@ -97,11 +97,7 @@ def gain(
     else:
         losses = (outputs - target) ** 2 / np.where(variance > 0, variance, np.nan)
     better, means = losses[0] - losses[1], losses.mean(axis=1)
-    left = better - better.mean(axis=0)
-    if groups is not None:  # cells of a group stand together
-        left = np.stack([left[groups == group].sum(axis=0) for group in np.unique(groups)])
-    freedom = len(left) - 1
-    error = np.sqrt((1 + 1 / freedom) * (left**2).sum(axis=0)) / len(better)
+    error, freedom = _standard_error(better, groups)
     paid = (better != 0).any(axis=0)
     table = pd.DataFrame(index=pd.Index(names, name="output"))
     table["without"], table["with"] = means[:2] if classes else 1 - means[:2]
@@ -113,6 +109,15 @@ def gain(
             table[f"accuracy_{name}"] = accuracy(found, whole.y.numpy(), class_weight)
     table.attrs["blocks"] = chosen
     return table
+
+
+def _standard_error(better: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Return the standard error of a mean over cells (out), whose groups stand together, and degrees of freedom."""
+    left = better - better.mean(axis=0)
+    if groups is not None:
+        left = np.stack([left[groups == group].sum(axis=0) for group in np.unique(groups)])
+    n = len(left)
+    return np.sqrt(n / (n - 1) * (left**2).sum(axis=0)) / len(better), n - 1
 
 
 def _whole(given: Sequence[ExpressionDataset], labelled: bool) -> ExpressionDataset:

@@ -153,7 +153,7 @@ class InteractionMatrix(LinearOperator):
         return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names)
 
     def eigh(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `k` strongest eigenvalues (comp), all that can be non-zero if None, and eigenvectors (gene x comp).
+        """Return the `k` strongest eigenvalues (comp), all that can be non-zero if None, and vectors (gene x comp).
 
         >>> values, vectors = q.eigh(2)
         >>> np.abs(values).round(1), vectors.shape

@@ -63,18 +63,14 @@ def knockoffs(
         raise ValueError(f"train has {len(train)} cells; correlations need at least 3: pass more cells.")
     names = pd.Index([*map(str, train.gene_names), *(f"{name} (knock-off)" for name in train.gene_names)], dtype=object)
     if not names.is_unique:
+        twice = names[names.duplicated()][0]
+        raise ValueError(f"train has genes that are knock-offs already, such as {twice!r}; pass it without them.")
+    n_genes, (square, long) = len(train.gene_names), ARRAYS[kind]
+    size = 8e-9 * n_genes * (square * n_genes + long * max(map(len, (train, *others))))
+    if size > max_gb:
         raise ValueError(
-            f"train has genes that are knock-offs already, such as {names[names.duplicated()][0]!r}; pass the data "
-            f"set without them."
-        )
-    n_genes, n_cells = len(train.gene_names), max(map(len, (train, *others)))
-    square, long = ARRAYS[kind]
-    size = [8e-9 * n * (square * n + long * n_cells) for n in range(n_genes + 1)]  # for so many genes, in GB
-    if size[-1] > max_gb:
-        fit = np.count_nonzero(np.array(size[1:]) <= max_gb)
-        raise ValueError(
-            f"train has {n_genes} genes, whose {kind} knock-offs take {size[-1]:.1f} GB, more than max_gb={max_gb}; of "
-            f"{n_cells} cells {fit} genes would fit: keep the most variable {fit} of them, or allow more."
+            f"train has {n_genes} genes, whose {kind} knock-offs take {size:.2g} GB, more than max_gb={max_gb}; keep "
+            f"the most variable genes, or allow more."
         )
     rng, found, law = np.random.default_rng(random_state), [], None
     for dataset in (train, *others):
@@ -190,9 +186,7 @@ def pair_discoveries(
     """
     n = whole_number(n, "n")
     if not (isinstance(clump, Real) and 0 < clump <= 1):
-        raise ValueError(
-            f"clump={clump!r} is no correlation; a number above 0 and at most 1 is needed: pass 1 for no clumps."
-        )
+        raise ValueError(f"clump={clump!r} is no correlation: a number above 0 and at most 1 is needed, 1 for none.")
     check_dataset(train, "train")
     check_dataset(val, "val")
     genes, n_genes = train.gene_names, len(train.gene_names)

@@ -27,23 +27,14 @@ System = tuple[torch.Tensor, np.ndarray, torch.Tensor]  # its factor, a target (
 
 
 def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
-    """Return how well modules come back from fit to fit: mean absolute cosine with the closest of each (comp).
+    """Return how well loadings (gene x comp) come back in `fits`: mean absolute cosine with the closest of each (comp).
 
-    Parameters
-    ----------
-    fits
-        Loadings of a few modules, or of their factors, for each fit (gene x comp), genes in one order.
-
-    Examples
-    --------
     >>> fits = [modules.gene_modules(one, "on", 2).loadings for one in replicas]
     >>> modules.agreement(fits).round(2).to_dict()
     {'module_1': 0.99, 'module_2': 0.99}
     """
     if len(fits) < 2:
-        raise ValueError(
-            f"fits has {len(fits)} table of loadings; two or more are needed to compare: refit with seeds."
-        )
+        raise ValueError(f"fits has {len(fits)} table of loadings; two or more are needed: refit with seeds.")
     if not all(table.index.equals(fits[0].index) for table in fits):
         raise ValueError("fits have different genes, or in another order; fit all models on the same genes.")
     unit = [table.to_numpy() / np.linalg.norm(table.to_numpy(), axis=0) for table in fits]
@@ -54,16 +45,9 @@ def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
 def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> GeneModules:
     """Return the modules of the mean of several models, in metric ``covariance``, without what one draw of cells adds.
 
-    Parameters
-    ----------
-    models
-        Models of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns.
-    output, n_modules
-        As in :func:`scbmlp.interactions.direction`, and the number of modules; three times as many, or 20, of each
-        model enter the mean.
+    Models are of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns. Three times `n_modules`
+    or 20 of each enter the mean.
 
-    Examples
-    --------
     >>> found = modules.consensus(replicas, "on", n_modules=2)
     >>> found.eigenvalues.abs().round(1).tolist()
     [2.8, 2.8]
@@ -86,10 +70,8 @@ def stability(
 
     Parameters
     ----------
-    models, output
-        As in :func:`consensus`.
-    n_modules
-        Number of modules of the consensus to look for, in each ordered pair of models, over the training cells.
+    models, output, n_modules
+        As in :func:`consensus`, whose modules are looked for in each ordered pair of models, over the training cells.
     modules, dataset
         Modules to look for in every model instead, and cells to correlate their scores over.
 
@@ -134,11 +116,9 @@ def _of_each(models: Sequence[Model], output: Output, n_modules: int) -> list[Ge
     for name in ("gene_names", "output_names"):
         if not all(getattr(model, name).equals(getattr(first, name)) for model in models):
             raise ValueError(f"models have different {name}, or in another order; fit all on the same data.")
-    if None not in [model.statistics for model in models]:  # else gene_modules says what to do
-        if not all(np.allclose(model.statistics.mean, first.statistics.mean) for model in models):
-            raise ValueError(
-                "models were trained on different cells; fit replicas of one training set, or resample it."
-            )
+    known = [model.statistics for model in models]  # without them, gene_modules says what to do
+    if None not in known and not all(np.allclose(one.mean, known[0].mean) for one in known):
+        raise ValueError("models were trained on different cells; fit replicas of one training set, or resample it.")
     found = []
     for model in models:
         modules = gene_modules(model, output, None, "covariance")
@@ -204,14 +184,12 @@ def permutation_null(
     ----------
     model, train, val
         What :func:`scbmlp.models.solve` returned, its training cells, and cells that no weight was fitted to.
-    output
-        As in :func:`scbmlp.interactions.direction`; or a list of them. One without products has no modules.
+    output, n_modules, metric
+        As in :func:`gene_modules`; or a list of outputs. One without products has no modules.
     n_permutations, seed, progress
         Number of permutations, their seed, and whether a bar shows how many are done.
     strata
         Label of every cell of the whole AnnData, such as ``adata.obs["donor"]``; targets stay within a stratum.
-    n_modules, metric
-        As in :func:`gene_modules`.
 
     Examples
     --------
@@ -224,12 +202,10 @@ def permutation_null(
     check_dataset(train, "train")
     check_dataset(val, "val")
     if model.recipe is None:
-        raise ValueError(
-            "the model was trained, not solved: it has no mixture to solve again; pass one of scbmlp.models.solve."
-        )
+        raise ValueError("the model was trained, not solved, and has no mixture: pass one of scbmlp.models.solve.")
+    model.check(train)
+    model.check(val)
     train, val = held(train), held(val)
-    for dataset in (train, val):
-        model.check(dataset)
     rng, tables, null = np.random.default_rng(seed), {}, {}
     orders = [_orders(one, name, strata, n_permutations, rng) for name, one in (("train", train), ("val", val))]
     outputs, prepare = output if isinstance(output, list) else [output], _preparer(model, train, val, metric)
@@ -337,17 +313,14 @@ def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.
         if len(strata) <= dataset.indices.max(initial=-1):
             raise ValueError(
                 f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one "
-                f'label for every cell of the AnnData that the sets were cut from, such as adata.obs["donor"].'
+                f'label for every cell of the AnnData that the sets are from, such as adata.obs["donor"].'
             )
         codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
         if -1 in codes:
-            raise ValueError(
-                f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them."
-            )
+            raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop or label them.")
         if alone := np.count_nonzero(np.bincount(codes) == 1):
             raise ValueError(
-                f"strata has {alone} labels with a single cell in {name}, whose target cannot be permuted; merge them "
-                f"with others, or drop these cells."
+                f"strata has {alone} labels with a single cell in {name}; merge them, or drop these cells."
             )
     for rows in pd.Series(order[0]).groupby(codes).indices.values():
         order[1:, rows] = rng.permuted(order[1:, rows], axis=1)
