@@ -10,7 +10,7 @@ import pandas as pd
 from anndata import AnnData
 from sklearn.linear_model import LinearRegression
 
-from scbmlp.checks import by_cell, control_labels, obs_column, obs_labels, positions, strata_of, whole_number
+from scbmlp.checks import by_cell, control_labels, obs_column, positions, strata_of, whole_number
 
 AGREE = 0.2  # correlation of halves from which on they say the same
 Columns = str | Sequence[str] | None
@@ -25,10 +25,9 @@ def response_directions(
     ----------
     adata, embedding, doses
         Cells, and keys of ``obsm``: an embedding (cell x comp), and a DataFrame of doses (cell x compound).
-    strata
-        Column of ``obs``, such as the cell line: each stratum gets slopes and an intercept of its own.
-    cells
-        Positions or mask of the cells to fit on; all if None.
+    strata, cells
+        Column of ``obs``, each label of which gets slopes and an intercept of its own, such as the cell line; and
+        positions or mask of the cells to fit on, all if None.
 
     Examples
     --------
@@ -42,10 +41,9 @@ def response_directions(
         if key not in adata.obsm:
             raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
     table, y = adata.obsm[doses], adata.obsm[embedding]
-    rows = positions(cells, adata)
-    labels = np.full(adata.n_obs, "all") if strata is None else obs_labels(adata, strata, "strata").astype(str)
+    rows, labels = positions(cells, adata), strata_of(adata, strata)[0].to_numpy()
     found = {}
-    for name, group in pd.Series(rows).groupby(np.asarray(labels)[rows]):
+    for name, group in pd.Series(rows).groupby(labels[rows]):
         fitted = LinearRegression().fit(table.to_numpy()[group], np.asarray(y)[group])
         found[name] = pd.DataFrame(fitted.coef_.T, table.columns, getattr(y, "columns", None))
     return found["all"] if strata is None else pd.concat(found, names=[strata, None])
@@ -141,7 +139,6 @@ def additivity(
     -------
     A row a double perturbation whose two singles are there.
 
-    - ``n_cells``: fewest cells of the three and the controls.
     - ``r``: correlation of the double's effect and the singles' sum. Shared controls raise it, noise lowers it.
     - ``r_halves``: the same between halves, so that no cell is in both.
     - ``ceiling``: what ``r_halves`` reaches if effects add up; near 0, nothing can be said.

@@ -49,7 +49,14 @@ class _Bilinear(BaseEstimator):
         """Fit to cells (cell x gene), dense or sparse, and their classes (cell) or targets (cell, or cell x out)."""
         numeric = isinstance(self, RegressorMixin)
         x, y = _checked(self, X, y, multi_output=numeric, y_numeric=numeric)
-        y, names = self._targets(y)
+        if numeric:
+            self._flat, y = y.ndim == 1, y.reshape(len(y), -1).astype(np.float32)
+        else:
+            check_classification_targets(y)
+            self.classes_, y = np.unique(y, return_inverse=True)
+            if len(self.classes_) < 2:
+                raise ValueError(f"y has one class, {self.classes_[0]}; add cells of another.")
+        names = pd.RangeIndex(y.shape[1] if numeric else len(self.classes_))
         seed = int(check_random_state(self.random_state).randint(2**31))
         # Validation cells choose penalty and epoch; where cells are too few for that, the last epoch is kept.
         strata = y if y.ndim == 1 and np.bincount(y).min() > 1 else None
@@ -101,13 +108,6 @@ class BilinearClassifier(ClassifierMixin, _Bilinear):
         """Return the probability of every class (cell x out)."""
         return softmax(self._outputs(X), axis=1)
 
-    def _targets(self, y: np.ndarray) -> tuple[np.ndarray, pd.Index]:
-        check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y has one class, {self.classes_[0]}; add cells of another.")
-        return codes, pd.RangeIndex(len(self.classes_))
-
 
 @dataclass(eq=False, repr=False)
 class BilinearRegressor(RegressorMixin, _Bilinear):
@@ -117,8 +117,3 @@ class BilinearRegressor(RegressorMixin, _Bilinear):
     >>> round(fitted.score(adata.X, truth["state"]), 2)
     0.91
     """
-
-    def _targets(self, y: np.ndarray) -> tuple[np.ndarray, pd.Index]:
-        self._flat = y.ndim == 1
-        y = y.reshape(len(y), -1).astype(np.float32)
-        return y, pd.RangeIndex(y.shape[1])
