@@ -107,18 +107,8 @@ def test_genes_that_differ_by_case_alone_are_matched_by_their_exact_names(backgr
 
 def test_background_in_another_case_than_the_genes_of_the_model():
     modules, sets = modules_of(1), {"set": GENES[:20]}
-    table = enrich(modules, sets, [gene.upper() for gene in GENES] + ["Elsewhere"], n_top=60)
-    assert set(table["size"]) == {20} and sorted(", ".join(table["genes"]).split(", ")) == GENES[:20]
-
-
-def test_background_decides_what_could_have_been_found():
-    modules, sets = modules_of(), {"set": GENES[:20]}
-    wide, narrow = (enrich(modules, sets, background, n_top=10) for background in (None, GENES[:30]))
-    assert set(wide["size"]) == {20} and set(narrow["size"]) == {20}
-    assert (narrow.sort_index()["p"].min() > wide["p"].min()) and narrow["p"].nunique() > 1
-    assert set(enrich(modules, sets, GENES[10:40], n_top=10)["size"]) == {10}
-    shown = enrich(modules, sets, GENES[10:40], n_top=60).query("module == 'module_1'")
-    assert sorted(", ".join(shown["genes"]).split(", ")) == GENES[10:20]
+    table = enrich(modules, sets, [gene.upper() for gene in GENES[10:]] + ["Elsewhere"], n_top=60)
+    assert set(table["size"]) == {10} and sorted(", ".join(table["genes"]).split(", ")) == GENES[10:20]
 
 
 def test_list_without_a_hit_has_a_p_of_one():
@@ -141,8 +131,6 @@ def test_a_model_without_products_has_no_modules_to_test():
     table = enrich(modules_of(0), {"five": GENES[:5]})
     assert len(table) == 0 and table.attrs["n_terms"] == 1
     assert list(table.columns) == list(enrich(modules_of(), {"five": GENES[:5]}).columns)
-    with pytest.raises(ValueError, match="none of 2 gene sets has 5 to 500 of the 60 background genes; .*min_size=5"):
-        enrich(modules_of(0), {"fly": ["vg", "ap", "wg", "en", "hh"], "small": GENES[:4]})
 
 
 def test_gmt_file_is_read_and_nothing_is_written(tmp_path, monkeypatch):
@@ -185,19 +173,8 @@ def test_gene_sets_that_cannot_be_had_are_an_error_with_advice(offline, name, ca
         read_gene_sets(name)
 
 
-def test_spoiled_gmt_files_are_read_or_refused_in_words(tmp_path):
-    path, rng = tmp_path / "sets.gmt", np.random.default_rng(0)
-    whole = "".join(f"set {i}\tnote\t" + "\t".join(GENES[i : i + 9]) + "\n" for i in range(20)).encode()
-    for trial in range(30):
-        spoiled = bytearray(whole)
-        if trial % 3 == 0:
-            spoiled = spoiled[: rng.integers(len(whole))]
-        else:
-            spoiled[rng.integers(len(whole))] = int(rng.integers(256))
-        path.write_bytes(spoiled)
-        try:
-            sets = read_gene_sets(path)
-        except ValueError as error:
-            assert "gene_sets" in str(error)
-        else:
-            assert all(isinstance(gene, str) and gene == gene.strip() for genes in sets.values() for gene in genes)
+@pytest.mark.parametrize("content", [b"a set without tabs\n", b"set\tnote\tINS1\nset\tnote\tINS2\n", b"set\t\t\xff\n"])
+def test_spoiled_gmt_files_are_refused_in_words(tmp_path, content):
+    (tmp_path / "sets.gmt").write_bytes(content)
+    with pytest.raises(ValueError, match="gene_sets"):
+        read_gene_sets(tmp_path / "sets.gmt")

@@ -16,9 +16,7 @@ from scbmlp import baselines, exact, interactions, simulate
 from scbmlp.baselines import additive_features
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.interactions import (
-    InteractionMatrix,
     audit,
-    contrast,
     decompose,
     direction,
     interaction_matrices,
@@ -65,16 +63,16 @@ def test_matrix_is_half_the_hessian_and_the_dense_matrix(size):
     np.testing.assert_allclose(dense, expected, atol=1e-12)
     np.testing.assert_allclose(dense, hessian.numpy() / 2, atol=1e-10)
     values, vectors = matrix.eigh()
-    known = np.linalg.eigvalsh(dense)
     assert (np.diff(np.abs(values)) <= 1e-10 * scale).all()
-    strongest = np.sort(known[np.argsort(-np.abs(known))][: len(values)])
-    np.testing.assert_allclose(np.sort(values), strongest, atol=1e-10 * scale)
     np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(values)), atol=1e-10)
     np.testing.assert_allclose(vectors * values @ vectors.T, dense, atol=1e-10 * scale)
     cells = np.random.default_rng(0).random((size[0], 3))
     np.testing.assert_allclose(matrix @ cells, dense @ cells, atol=1e-10 * scale)
     np.testing.assert_allclose(matrix.T @ cells[:, 0], dense @ cells[:, 0], atol=1e-10 * scale)
-    np.testing.assert_allclose(matrix.diagonal(), np.diag(dense), atol=1e-10 * scale)
+    np.testing.assert_allclose(matrix._diagonal(), np.diag(dense), atol=1e-10 * scale)
+    for call, message in ((lambda: matrix.eigh(99), "k=99: a whole"), (lambda: matrix.to_dense(max_gb=0), "max_gb=0")):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 @settings(max_examples=25)
@@ -102,15 +100,6 @@ def test_projectors_agree_with_dense_eigh_also_for_repeated_and_zero_eigenvalues
         np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-10)
 
 
-def test_quadratic_form_is_the_output_of_a_model_without_biases():
-    """eq-form."""
-    model = random_model(30, 5, 3, seed=0)
-    x = sparse.random(20, 30, density=0.3, random_state=0, format="csr", dtype=np.float32)
-    for i, name in enumerate(model.output_names):
-        form = interaction_matrix(model, name).quadratic_form(x)
-        np.testing.assert_allclose(form, model.outputs(x)[:, i], rtol=1e-4, atol=1e-4)
-
-
 def test_between_and_units_are_parts_of_the_dense_matrix():
     model, scale = random_model(10, 3, 2, seed=1), np.linspace(0, 2, 10)
     matrix = interaction_matrix(model, "out1")
@@ -120,9 +109,6 @@ def test_between_and_units_are_parts_of_the_dense_matrix():
     table = matrix.scaled(scale).between(["gene7", "gene2"], ["gene0", "gene9", "gene7"])
     np.testing.assert_allclose(table, dense[np.ix_([7, 2], [0, 9, 7])], atol=1e-12)
     assert table.columns.tolist() == ["gene0", "gene9", "gene7"]
-    assert repr(matrix) == "InteractionMatrix: output out1; genes 10 x 10, held as factors; rank at most 6"
-    assert repr(matrix.scaled(scale)) == repr(matrix)
-    assert "output" not in repr(InteractionMatrix(np.eye(3), np.eye(3), pd.RangeIndex(3)))
 
 
 def test_directions():
@@ -137,18 +123,10 @@ def test_directions():
         np.testing.assert_allclose(direction(model, output), expected)
 
 
-def test_a_contrast_is_blind_to_what_all_logits_share_and_weighs_classes_by_their_cells():
-    dataset = ExpressionDataset(np.zeros((4, 4)), np.array([0, 1, 1, 2]), list("abcd"), ["out0", "out1", "out2"])
-    weights = contrast("out1", dataset)
-    assert weights == {"out0": -0.25, "out1": 0.5, "out2": -0.25}
-    model = random_model(4, 2, 3, seed=0, kind=ScBMLPClassifier)
-    np.testing.assert_allclose(direction(model, weights), list(weights.values()))
-
-
 @settings(max_examples=15)
 @given(sizes, st.booleans(), st.booleans())
 def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, linear):
-    """eq-homogeneous."""
+    """eq-form where there are none of these, eq-homogeneous."""
     model = random_model(*size, bias=bias, linear=linear).double()
     x = np.random.default_rng(size[3]).random((7, size[0]))
     expected = model(torch.as_tensor(x)).detach().numpy()
@@ -157,8 +135,6 @@ def test_homogeneous_coordinate_takes_up_biases_and_linear_part(size, bias, line
         assert matrix.gene_names[-1] == "(constant)"
         form = matrix.quadratic_form(np.hstack([x, np.ones((7, 1))]))
         np.testing.assert_allclose(form, expected[:, i], rtol=1e-8, atol=1e-8)
-        values, vectors = matrix.eigh()
-        np.testing.assert_allclose(vectors * values @ vectors.T, matrix.to_dense(), atol=1e-8)
 
 
 @pytest.mark.parametrize("block", [1, 7, 1000])
@@ -173,34 +149,6 @@ def test_top_pairs_are_the_strongest_of_the_dense_matrix(block, monkeypatch):
     expected = [f"gene{a} gene{b}" for a, b in zip(i[order], j[order], strict=True)]
     assert (pairs["gene_a"] + " " + pairs["gene_b"]).tolist() == expected
     assert len(matrix.top_pairs(10_000)) == len(i)
-
-
-def test_matrices_of_one_model_share_one_decomposition(monkeypatch):
-    model = random_model(20, 3, 4, seed=0)
-    calls, qr = [], np.linalg.qr
-    monkeypatch.setattr(np.linalg, "qr", lambda basis: calls.append(1) or qr(basis))
-    matrices = list(interaction_matrices(model))
-    for name, matrix in zip(model.output_names, matrices, strict=True):
-        np.testing.assert_array_equal(matrix.eigh(2)[0], interaction_matrix(model, name).eigh(2)[0])
-    assert len(calls) == 1 + len(matrices)  # one for all of them, and one for each read alone
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda m: direction(m, "Beta"), KeyError, "'Beta' is unknown; the outputs are out0, out1"),
-        (lambda m: direction(m, "OUT"), KeyError, r"did you mean out1 or out0\?"),
-        (lambda m: direction(m, 2), KeyError, "output=2 is unknown"),
-        (lambda m: interaction_matrix(m, 0).between(["Gene0"], ["gene0"]), KeyError, "Gene0; did you mean gene0"),
-        (lambda m: interaction_matrix(m, 0).between(["gene0"], ["Ins1"]), KeyError, "1 of 1 genes are not the model's"),
-        (lambda m: interaction_matrix(m, 0).eigh(5), ValueError, r"k=5 eigenpairs.*1 to 4"),
-        (lambda m: interaction_matrix(m, 0).to_dense(max_gb=1e-7), ValueError, "takes 0.0 GB, more than max_gb=1e-07"),
-        (lambda m: decompose(m, np.ones((2, 5), np.float32), np.ones(3)), ValueError, "reference has 3 values"),
-    ],
-)
-def test_impossible_requests(call, error, message):
-    with pytest.raises(error, match=message):
-        call(random_model(5, 2, 2, seed=0))
 
 
 @settings(max_examples=20)
@@ -474,24 +422,8 @@ def test_audit_around_the_mean_of_a_class():
     x, y = np.random.default_rng(0).random((30, 6), np.float32), np.arange(30) % 3
     dataset = ExpressionDataset(x, y, model.gene_names, model.output_names)
     pd.testing.assert_frame_equal(audit(model, dataset, "out1"), audit(model, dataset, x[y == 1].mean(axis=0)))
-    with pytest.raises(KeyError, match=r"reference='Out1' is not a class; .*; did you mean out1"):
-        audit(model, dataset, "Out1")
     with pytest.raises(ValueError, match=r"out2, out1, out0\) are not those of the model.*out0, out1, out2"):
         audit(model, ExpressionDataset(x, y, model.gene_names, model.output_names[::-1]))
-
-
-def test_audit_tells_an_interaction_from_a_product_with_a_constant():
-    """The product of two varying genes is quadratic; times a gene that hardly varies, it is linear."""
-    model = ScBMLPRegressor(Config(3, 1, 1))
-    with torch.no_grad():
-        model.branches.weight.copy_(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]))
-        model.project.weight.fill_(1.0)
-    x = np.random.default_rng(0).standard_normal((500, 3)).astype(np.float32)
-    y = x[:, :1] * x[:, 1:2]
-    names = pd.RangeIndex(3), pd.RangeIndex(1)
-    assert audit(model, ExpressionDataset(x, y, *names))["quadratic"].item() > 0.95
-    x[:, 1] = 5 + 0.01 * x[:, 1]
-    assert audit(model, ExpressionDataset(x, x[:, :1] * x[:, 1:2], *names))["quadratic"].item() < 0.001
 
 
 # ---------------------------------------------------------------------------------------------------- similarity
