@@ -101,8 +101,12 @@ def enrich(
     if isinstance(background, str):
         raise ValueError(f"background is one name, {background!r}; pass a list of genes.")
     background = None if background is None else [str(gene).strip() for gene in background]
-    named, sets = _given(modules, gene_sets)
-    rows, terms, unmatched = [], set(), set()
+    named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
+    if not named:
+        raise ValueError("modules is empty; pass those of one output, or a dictionary of several by name.")
+    if words := next(filter(None, (by_case_alone(module_set.loadings.index) for module_set in named.values())), ""):
+        warn(words)
+    sets, rows, terms, unmatched = read_gene_sets(gene_sets), [], set(), set()
     for output, module_set in named.items():
         # Each output is held against the genes that its own model could have found.
         genes, tested = _tested(sets, module_set.loadings.index, background, min_size, max_size)
@@ -118,87 +122,12 @@ def enrich(
     table = pd.DataFrame(rows, columns=columns)
     x, m, k, n = table[columns[-4:]].to_numpy(np.int64).T
     odds = (x + 0.5) * (n - m - k + x + 0.5) / ((m - x + 0.5) * (k - x + 0.5))  # 0.5 keeps it finite, as in gseapy
-    table = table.assign(odds_ratio=np.where(x > 0, odds, 0.0), p=hypergeom.sf(x - 1, n, m, k))
-    table = _corrected(table, [*columns[:4], "overlap", "size", "odds_ratio", "p", "q", "genes"])
+    p = hypergeom.sf(x - 1, n, m, k)
+    table = table.assign(odds_ratio=np.where(x > 0, odds, 0.0), p=p, q=false_discovery_control(p) if len(p) else p)
+    table = table.sort_values(["p", *columns[:4]], ignore_index=True)
+    table = table[[*columns[:4], "overlap", "size", "odds_ratio", "p", "q", "genes"]]
     table.attrs = {"n_terms": len(terms), "n_unmatched": len(unmatched)}
     return table
-
-
-def gsea(
-    modules: GeneModules | Mapping[str, GeneModules],
-    gene_sets: GeneSets,
-    *,
-    n_permutations: int = 1000,
-    min_size: int = 5,
-    max_size: int = 500,
-    random_state: int = 0,
-) -> pd.DataFrame:
-    """Test whether the genes of a set gather at one pole of a module, over all genes and without a cut.
-
-    Pre-ranked gene-set enrichment :cite:p:`subramanian2005` by gseapy :cite:p:`fang2023gseapy`, genes in the order of
-    their loadings. Its permutations take genes for independent, which they are not: compare with
-    :func:`scbmlp.evidence.random_directions`. ``genes`` are the leading edge.
-
-    Parameters
-    ----------
-    modules, gene_sets, min_size, max_size
-        As in :func:`enrich`.
-    n_permutations, random_state
-        Number of permutations of the genes, and their seed.
-
-    Examples
-    --------
-    >>> table = enrichment.gsea(on, programs, n_permutations=100)
-    >>> table[["module", "term", "nes"]].head(2).round(1)
-         module        term  nes
-    0  module_1  program_01 -2.1
-    1  module_1  program_02 -1.7
-    """
-    n_permutations = whole_number(n_permutations, "n_permutations")
-    options = {"min_size": 1, "permutation_num": n_permutations, "seed": whole_number(random_state, "random_state", 0)}
-    options |= {"threads": 1, "outdir": None, "no_plot": True, "verbose": False}
-    named, sets = _given(modules, gene_sets)
-    tables = []
-    for output, module_set in named.items():
-        varied = module_set.loadings[(module_set.loadings != 0).any(axis=1)]  # the others have no place in an order
-        _, tested = _tested(sets, varied.index, None, min_size, max_size)
-        # By place, for gseapy turns names to capitals and joins them by semicolons.
-        place = {str(gene): str(i) for i, gene in enumerate(varied.index)}
-        lists = {term: sorted(place[gene] for gene in members) for term, members in tested.items()}
-        names = list(place)
-        varied = varied.set_axis(list(place.values()))
-        for module, loading in varied.items():
-            ranked = loading.sort_values(ascending=False, kind="stable")
-            found = gseapy.prerank(ranked, lists, max_size=len(names), **options).res2d
-            columns = {
-                "output": output,
-                "module": module,
-                "term": found["Term"],
-                "size": [len(tested[term]) for term in found["Term"]],
-                "nes": found["NES"].astype(float),
-                # A p of 0 means that no permutation of that many was as good.
-                "p": found["NOM p-val"].astype(float).clip(lower=1 / (1 + n_permutations)),
-                "genes": [", ".join(names[int(i)] for i in edge.split(";") if i) for edge in found["Lead_genes"]],
-            }
-            tables.append(pd.DataFrame(columns))
-    return _corrected(pd.concat(tables), ["output", "module", "term", "size", "nes", "p", "q", "genes"])
-
-
-def _given(modules: Any, gene_sets: GeneSets) -> tuple[Mapping[str, GeneModules], dict[str, list[str]]]:
-    """Return modules by output, and gene sets."""
-    named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
-    if not named:
-        raise ValueError("modules is empty; pass those of one output, or a dictionary of several by name.")
-    if words := next(filter(None, (by_case_alone(module_set.loadings.index) for module_set in named.values())), ""):
-        warn(words)
-    return named, read_gene_sets(gene_sets)
-
-
-def _corrected(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Return some columns, with q over all rows, the most significant first."""
-    table = table.assign(q=false_discovery_control(table["p"]) if len(table) else 0.0)
-    order = [name for name in ("p", "output", "module", "pole", "term") if name in table]
-    return table.sort_values(order, ignore_index=True)[columns]
 
 
 def _tested(

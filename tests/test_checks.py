@@ -26,7 +26,7 @@ from scbmlp.baselines import linear_baseline
 from scbmlp.checks import as_mask, as_numbers, check_scale, numeric_matrix, plain_names, positions, scale_of
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets, match_genes
 from scbmlp.effects import additivity, mean_effects, response_directions
-from scbmlp.enrichment import enrich, gsea, read_gene_sets
+from scbmlp.enrichment import enrich, read_gene_sets
 from scbmlp.evidence import random_directions, trust, without_pairs
 from scbmlp.explorer import explorer
 from scbmlp.knockoffs import knockoffs
@@ -306,7 +306,7 @@ BAD = {
     "a model to explore": (lambda a, w: explorer({"T0": w.classifier}, w.sets[2]), ValueError, "modules holds"),
     "AnnData to explore": (lambda a, w: explorer(w.modules, a), ValueError, "dataset is"),
     "outputs to explore twice": (lambda a, w: explorer({1: w.modules, "1": w.modules}, w.sets[2]), ValueError, "modules have"),
-    "sets by rank to explore": (lambda a, w: explorer(w.modules, w.sets[2], enriched=gsea(w.modules, {"s": [f"G{i}" for i in range(9)]}, n_permutations=9)), KeyError, "enriched lacks"),
+    "sets without poles to explore": (lambda a, w: explorer(w.modules, w.sets[2], enriched=enrich(w.modules, {"s": [f"G{i}" for i in range(9)]}).drop(columns="pole")), KeyError, "enriched lacks"),
     "sets of others to explore": (lambda a, w: explorer(w.modules, w.sets[2], enriched=enrich({"T9": w.modules}, {"s": [f"G{i}" for i in range(9)]})), ValueError, "enriched is"),
     # training
     "no argument": (lambda a, w: fit(a, w, calbacks=[]), ValueError, "did you mean callbacks"),

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, fisher_exact, hypergeom
 
-from scbmlp.enrichment import enrich, gsea, read_gene_sets
+from scbmlp.enrichment import enrich, read_gene_sets
 from scbmlp.modules import GeneModules
 
 GENES = [f"Gene{i:02d}" for i in range(60)]
@@ -100,9 +100,6 @@ def test_genes_that_differ_by_case_alone_are_matched_by_their_exact_names(backgr
         assert row.p == pytest.approx(hypergeom.sf(len(hits) - 1, len(seen), row.size, len(top)))
     if background is None:
         assert set(table["size"]) == {12, 6} and table["overlap"].sum() > 0
-        with pytest.warns(UserWarning, match="30 genes"):
-            ranks = gsea(modules, {"upper; set": genes[1::2]}, n_permutations=20)
-        assert ranks["size"].tolist() == [30] and set(ranks["genes"][0].split(", ")) <= set(genes[1::2])
 
 
 def test_background_in_another_case_than_the_genes_of_the_model():

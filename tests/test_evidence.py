@@ -13,7 +13,7 @@ from scipy.stats import chisquare, pearsonr
 from scbmlp import simulate
 from scbmlp import stability as stable
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets
-from scbmlp.enrichment import enrich, gsea
+from scbmlp.enrichment import enrich
 from scbmlp.evidence import random_directions, trust, without_pairs
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import attributions, audit, decompose, group_means, interaction_matrix
@@ -330,25 +330,3 @@ def test_random_directions_have_the_correlations_of_the_cells(found):
     pairs = np.triu_indices(120, 1)
     assert pearsonr(np.corrcoef(x.T)[pairs], np.corrcoef(np.hstack(draws))[pairs])[0] > 0.5
     assert not np.allclose(draws[0], draws[1], rtol=0.1)  # another draw is another direction
-
-
-def test_gsea_finds_the_sets_at_their_poles_and_agrees_with_a_count(found, caplog):
-    modules, sets = consensus(found.replicas, "on", 2), found.sets
-    table = gsea(modules, sets, n_permutations=200, random_state=1)
-    loading = modules.loadings["module_1"]
-    rows = table[table["module"] == "module_1"].set_index("term")
-    # An independent look: programs whose genes have the largest mean loading are those with the largest score.
-    means = pd.Series({term: loading[genes].mean() for term, genes in sets.items()})
-    best = means.abs().idxmax()
-    assert np.sign(rows.loc[best, "nes"]) == np.sign(means[best]) and rows.loc[best, "q"] < 0.05
-    assert (table["p"] >= 1 / 201).all() and table["p"].is_monotonic_increasing and len(table) == 2 * len(sets)
-    assert set(rows.loc[best, "genes"].split(", ")) <= set(sets[best])
-    pd.testing.assert_frame_equal(table, gsea(modules, sets, n_permutations=200, random_state=1))
-    # Genes that never varied are tied at 0, and stay out of the order.
-    silent = modules.loadings.copy()
-    silent.iloc[:30] = 0.0
-    without = gsea(replace(modules, loadings=silent), sets, n_permutations=20, min_size=1)
-    some = without.set_index(["module", "term"])["size"].loc["module_1"]
-    expected = {term: sum(gene in silent.index[30:] for gene in genes) for term, genes in sets.items()}
-    assert dict(some) == {term: n for term, n in expected.items() if n}
-    assert not caplog.records

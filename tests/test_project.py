@@ -41,7 +41,7 @@ PUBLIC = {
     "knockoffs": "knockoffs pair_discoveries",
     "modules": "gene_modules all_gene_modules GeneModules consensus stability permutation_null truncation_curve",
     "evidence": "trust without_pairs random_directions",
-    "enrichment": "enrich gsea read_gene_sets",
+    "enrichment": "enrich read_gene_sets",
     "plotting": "palette category_colors trust",
     "explorer": "explorer Explorer",
     "report": "report prepare",
