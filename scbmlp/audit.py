@@ -73,16 +73,12 @@ def gain(
         groups = pd.factorize(np.asarray(groups), sort=True)[0]
         n_groups = len(set(groups) - {-1})
         if len(groups) != len(whole) or n_groups < 2 or -1 in groups:
-            raise ValueError(
-                f"groups has {len(groups)} labels of {n_groups} groups for {len(whole)} cells; pass one a cell, none "
-                f"missing, of two groups or more, or leave groups out."
-            )
+            what = f"groups has {len(groups)} labels of {n_groups} groups for {len(whole)} cells"
+            raise ValueError(f"{what}; pass one a cell, none missing, of two groups or more.")
         n_folds = min(n_folds, n_groups)
     if (few := len(whole) < 10 * n_folds) or (y.std(dim=0) == 0).all():
-        raise ValueError(
-            f"there are {len(whole)} cells, {'too few' if few else 'all with the same target'} for n_folds={n_folds}; "
-            f"pass more data sets, or other cells."
-        )
+        what = f"there are {len(whole)} cells, {'too few' if few else 'all with the same target'} for n_folds={n_folds}"
+        raise ValueError(f"{what}; pass more data sets, or other cells.")
     fold, names = nested.fold_of(whole, n_folds, groups), ["all"] if classes else list(whole.output_names)
     outputs, weight, chosen = np.empty((4, *y.shape)), np.ones(len(y)), []
     for i in tqdm(range(n_folds), "gain", delay=2, disable=not (progress and watched())):
@@ -214,10 +210,8 @@ def audit(
     """
     model.check(dataset)
     if (train is None) != (validation is None):
-        raise ValueError(
-            f"audit has {'validation' if train is None else 'train'} alone; interaction and gain need train= to fit "
-            f"additive models and validation= to choose their penalty: pass both, or neither to go without."
-        )
+        alone = "validation" if train is None else "train"
+        raise ValueError(f"audit has {alone} alone; interaction and gain need train= and validation=: pass both.")
     x, target = match_genes(dataset, model.gene_names), dataset.y.numpy()
     reference = _reference(model, x, target, reference)
     constant, linear, quadratic = decompose(model, x, reference)

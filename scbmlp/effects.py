@@ -89,10 +89,8 @@ def mean_effects(
     stratum, names = strata_of(adata, strata)
     controls, stratum = (labels == control).to_numpy(), stratum.to_numpy()
     if lacking := sorted(set(stratum) - set(stratum[controls])):
-        raise ValueError(
-            f"strata={names} have no cell of {control!r} to compare with in {'; '.join(lacking[:5])}; drop the cells "
-            f"of these strata, or name fewer columns."
-        )
+        there = "; ".join(lacking[:5])
+        raise ValueError(f"strata={names} have no cell of {control!r} to compare with in {there}; drop these strata.")
     scores = by_cell(scores, adata, "scores")
     means = pd.DataFrame(scores.to_numpy()[controls]).groupby(stratum[controls]).mean()
     centred = scores - means.loc[stratum].to_numpy()

@@ -59,10 +59,8 @@ def _loaded(gene_sets: str | Path) -> list[tuple[str, list[str]]]:
             raise ValueError(f"no tabs in the line of {short[0][:40]!r}")
         return [(row[0], row[2:]) for row in rows]
     except Exception as error:  # gseapy raises plain Exception, requests and OSError for one and the same cause
-        raise ValueError(
-            f"gene_sets={str(gene_sets)!r} is neither a GMT file that can be read nor an Enrichr library that can "
-            f"be downloaded ({error}); pass the path of a .gmt file or a dictionary."
-        ) from error
+        what = f"gene_sets={str(gene_sets)!r} is neither a GMT file nor a library of Enrichr that can be had ({error})"
+        raise ValueError(f"{what}; pass the path of a .gmt file or a dictionary.") from error
 
 
 def enrich(
@@ -141,8 +139,8 @@ def _tested(
     seen = {term: members & among for term, members in matched(sets, genes | among).items()}
     tested = {term: members for term, members in seen.items() if min_size <= len(members) <= max_size}
     if not tested:
+        sizes = f"min_size={min_size} to max_size={max_size}"
         raise ValueError(
-            f"none of {len(sets)} gene sets has {min_size} to {max_size} of the {len(among)} background genes; "
-            f"check the organism of the symbols, or lower min_size={min_size}."
+            f"none of {len(sets)} gene sets has {sizes} of {len(among)} background genes; check the organism."
         )
     return among, tested

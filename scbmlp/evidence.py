@@ -131,10 +131,10 @@ def trust(
         best = null.attrs["null"]
         if str(output) not in best:
             raise KeyError(f"null has no fits read for {output!r}; it has {', '.join(best)}.")
-        if modules.metric not in (None, null.attrs.get("metric", modules.metric)):
+        own, there = modules.metric, null.attrs.get("metric", modules.metric)
+        if own not in (None, there):
             raise ValueError(
-                f"null is of modules in metric {null.attrs['metric']!r}, these are in metric {modules.metric!r}; pass "
-                f"permutation_null(..., metric={modules.metric!r})."
+                f"null is in metric {there!r}, modules in {own!r}; pass permutation_null(..., metric={own!r})."
             )
         table["r"] = follows_target(modules, models[0], val)
         table["p"] = p_values(table["r"], best[str(output)])

@@ -99,9 +99,7 @@ def _sets(enriched: pd.DataFrame, outputs: list[str]) -> dict[tuple[str, str], l
         raise KeyError(f"enriched lacks the columns {', '.join(missing)}; pass what scbmlp.enrichment.enrich returned.")
     table = enriched[columns].astype({"output": str, "module": str})
     if not table["output"].isin(outputs).any():
-        raise ValueError(
-            f"enriched is of the outputs {', '.join(table['output'].unique()[:5])}, none of which is in modules: "
-            f"{', '.join(outputs[:5])}; pass what enrich returned for these modules."
-        )
+        there = ", ".join(table["output"].unique()[:5])
+        raise ValueError(f"enriched is of {there}, which modules do not have; pass what enrich returned for these.")
     table = table[table["q"] < SIGNIFICANT].sort_values("q", kind="stable")
     return {key: rows.head(N_SETS).to_dict("records") for key, rows in table.groupby(["output", "module"])}

@@ -107,10 +107,7 @@ class InteractionMatrix(LinearOperator):
         """
         size = 8e-9 * self.shape[0] ** 2
         if size > max_gb:
-            raise ValueError(
-                f"the dense matrix of {self.shape[0]} genes takes {size:.1f} GB, more than max_gb={max_gb}; use a "
-                f"method that does not form it, or allow more."
-            )
+            raise ValueError(f"Q takes {size:.1f} GB, more than max_gb={max_gb}; use eigh or between, or allow more.")
         return self.basis @ self.core @ self.basis.T
 
     def quadratic_form(self, x: Any) -> np.ndarray:
@@ -136,10 +133,8 @@ class InteractionMatrix(LinearOperator):
             if isinstance(genes, str):
                 raise ValueError(f"genes {genes!r} is one name; pass a list of names.")
             if unknown := [gene for gene in genes if gene not in self.gene_names]:
-                raise KeyError(
-                    f"{len(unknown)} of {len(genes)} genes are not the model's: {', '.join(map(str, unknown[:5]))}"
-                    f"{nearest(unknown[0], self.gene_names)}."
-                )
+                some = ", ".join(map(str, unknown[:5])) + nearest(unknown[0], self.gene_names)
+                raise KeyError(f"{len(unknown)} of {len(genes)} genes are not the model's: {some}.")
         rows, columns = (self.basis[self.gene_names.get_indexer(genes)] for genes in (genes_a, genes_b))
         return pd.DataFrame(rows @ self.core @ columns.T, genes_a, genes_b)
 
@@ -447,10 +442,7 @@ def similarity(
         center = x.mean(axis=0)
         d = (x - center) / np.sqrt(len(x))  # S = d'd
     elif part == "interaction" or a.direct is not None or b.direct is not None or None in known:
-        raise ValueError(
-            f"part={part!r} of these models needs cells: pairs of genes, linear parts and models without statistics "
-            f"are compared on those that dataset= gives."
-        )
+        raise ValueError(f"part={part!r} of these models needs cells, for their weights do not say it; pass dataset=.")
     elif not all(np.allclose(*pair) for pair in zip(known[0][:2], known[1][:2], strict=True)):
         raise ValueError("a and b were trained on different cells; say by dataset= on which to compare them.")
     else:

@@ -68,10 +68,8 @@ def knockoffs(
     n_genes, (square, long) = len(train.gene_names), ARRAYS[kind]
     size = 8e-9 * n_genes * (square * n_genes + long * max(map(len, (train, *others))))
     if size > max_gb:
-        raise ValueError(
-            f"train has {n_genes} genes, whose {kind} knock-offs take {size:.2g} GB, more than max_gb={max_gb}; keep "
-            f"the most variable genes, or allow more."
-        )
+        what = f"knock-offs of {n_genes} genes take {size:.2g} GB, more than max_gb={max_gb}"
+        raise ValueError(f"{what}; keep the most variable genes, or allow more.")
     rng, found, law = np.random.default_rng(random_state), [], None
     for dataset in (train, *others):
         thin = sparse.issparse(dataset.x)
@@ -192,8 +190,8 @@ def pair_discoveries(
     genes, n_genes = train.gene_names, len(train.gene_names)
     probe = ModelClass(Config(n_genes, 1, len(train.output_names), class_weight=class_weight))
     probe.output_names = train.output_names
-    for one in (train, val):
-        probe.check(one)
+    probe.check(train)
+    probe.check(val)
     mix = direction(probe, output)  # an unknown output is told before the fit
     train, val = knockoffs(train, val, kind=kind, random_state=random_state, max_gb=max_gb)
     top = _strongest(_solved(train, val, mix, class_weight), train, n)

@@ -140,10 +140,8 @@ class GeneModules:
             second = opposite.idxmax() if opposite.any() else min(1, len(opposite) - 1)
         pair = self.eigenvalues[[first, self._name(second)]].sort_values(ascending=False)
         if pair.prod() >= 0:
-            raise ValueError(
-                f"{' and '.join(pair.index)} have eigenvalues {pair.iloc[0]:.3g} and {pair.iloc[1]:.3g}; a product "
-                f"needs one positive and one negative, see eigenvalues, or take more modules."
-            )
+            names, values = " and ".join(pair.index), " and ".join(f"{value:.3g}" for value in pair)
+            raise ValueError(f"{names} have eigenvalues {values}; a product needs one positive and one negative.")
         mix = pd.DataFrame(0.0, self.eigenvalues.index, ["plus", "minus"])
         mix.loc[pair.index] = np.sqrt(pair.abs().to_numpy())[:, None] * [[1, 1], [1, -1]]
         return mix
@@ -158,10 +156,8 @@ class GeneModules:
         ((40, 4), (1000, 4))
         """
         if not isinstance(adata, AnnData):
-            raise ValueError(
-                f"adata is of type {type(adata).__name__}; modules are written to AnnData: open a file by "
-                f"anndata.read_h5ad(path, backed='r')."
-            )
+            kind = type(adata).__name__
+            raise ValueError(f"adata is of type {kind}; AnnData is needed: anndata.read_h5ad(path, backed='r').")
         if key is None:
             # A slash would open a folder in an h5ad file; without it two outputs may meet in one key.
             key = base = f"modules_{self.output}".replace("/", "_")
@@ -287,8 +283,7 @@ def _modules(
     known = model.statistics if dataset is None else statistics(model, dataset)
     if known is None:
         raise ValueError(
-            "the model has no statistics of its training cells, since it was not fitted or was saved by an earlier "
-            "version of scbmlp; pass dataset= with the training cells."
+            "the model has no statistics of training cells, as it was not fitted; pass dataset= with them."
         )
     unit, found = np.ones(len(model.gene_names)) if metric == "identity" else known.sd, []
     matrices = interaction_matrices(model, outputs, scale=unit if metric == "sd" else None)

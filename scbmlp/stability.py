@@ -311,17 +311,13 @@ def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.
     codes, order = np.zeros(len(dataset), int), np.tile(np.arange(len(dataset)), (n + 1, 1))
     if strata is not None:
         if len(strata) <= dataset.indices.max(initial=-1):
-            raise ValueError(
-                f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one "
-                f'label for every cell of the AnnData that the sets are from, such as adata.obs["donor"].'
-            )
+            last = f"the last cell of {name} is cell {dataset.indices.max()}"
+            raise ValueError(f"strata has {len(strata)} labels, {last}; pass one label for every cell of the AnnData.")
         codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
         if -1 in codes:
             raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop or label them.")
         if alone := np.count_nonzero(np.bincount(codes) == 1):
-            raise ValueError(
-                f"strata has {alone} labels with a single cell in {name}; merge them, or drop these cells."
-            )
+            raise ValueError(f"strata has {alone} labels with a single cell in {name}; merge labels, or drop cells.")
     for rows in pd.Series(order[0]).groupby(codes).indices.values():
         order[1:, rows] = rng.permuted(order[1:, rows], axis=1)
     return order

@@ -108,13 +108,6 @@ def test_background_in_another_case_than_the_genes_of_the_model():
     assert set(table["size"]) == {10} and sorted(", ".join(table["genes"]).split(", ")) == GENES[10:20]
 
 
-def test_list_without_a_hit_has_a_p_of_one():
-    modules = modules_of(1)
-    table = enrich(modules, {"out of reach": list(modules.loadings["module_1"].abs().nsmallest(6).index)}, n_top=5)
-    assert (table[["overlap", "odds_ratio"]] == 0).all(axis=None) and (table[["p", "q"]] == 1).all(axis=None)
-    assert list(table["genes"]) == ["", ""]
-
-
 def test_sets_of_other_sizes_are_not_tested_but_their_genes_are_known():
     sets = {"small": GENES[:4], "right": GENES[4:9], "large": GENES[9:30]}
     table = enrich(modules_of(), sets, min_size=5, max_size=20)

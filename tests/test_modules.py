@@ -48,11 +48,6 @@ def regression(fitted, hid=4, **options):
     return model, ExpressionDataset(x, model.outputs(x), model.gene_names, model.output_names)
 
 
-def of_both_signs(modules):
-    """Names of the strongest modules of positive and of negative eigenvalue."""
-    return [modules.eigenvalues.idxmax(), modules.eigenvalues.idxmin()]
-
-
 @every_metric
 def test_modules_are_eigenvectors_in_the_metric_and_add_up_to_the_output(fitted, metric):
     """eq-metric, eq-covariance: against dense algebra."""
@@ -131,7 +126,7 @@ def test_pair_of_modules_is_the_product_of_its_factors(fitted, metric):
     """eq-pair."""
     model, dataset = fitted
     modules = gene_modules(model, 0, None, metric, dataset=dataset)
-    first, second = of_both_signs(modules)
+    first, second = modules.eigenvalues.idxmax(), modules.eigenvalues.idxmin()
     added = modules.contributions(dataset)[[first, second]].sum(axis=1)
     for pair in ((second, first), (first,), (second,)):  # alone: the strongest of the other sign
         product = (modules.scores(dataset) @ modules.factors(*pair)).prod(axis=1)
@@ -260,17 +255,6 @@ def solved(train):
     model = _solved(ScBMLPRegressor, Config(8, 1, 2, linear=True), solution(train, *zip(*recipe, strict=True)), train)
     model.recipe = recipe
     return model
-
-
-def test_consensus_of_one_function_is_that_function(replicas):
-    model = replicas[0]
-    once, same = gene_modules(model, 0, 3, "covariance"), consensus([model] * 2, 0, 3)
-    np.testing.assert_allclose(same.eigenvalues, once.eigenvalues, rtol=1e-6)
-    np.testing.assert_allclose(same.loadings, once.loadings, atol=1e-6)
-    np.testing.assert_allclose(same.weights, once.weights, atol=1e-5)
-    assert same.output == once.output == "product"
-    found = stability([model] * 3, 0, 3)
-    np.testing.assert_allclose(found[["stability", "low", "high"]], 1, atol=1e-6)
 
 
 def test_consensus_is_of_the_mean_interaction_matrix(replicas, planted):
