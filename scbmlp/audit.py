@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from scbmlp import datasets, exact, nested
 from scbmlp.baselines import Axes, accuracy, additive_features, ridge
-from scbmlp.checks import check_class_weight, nearest, whole_number
+from scbmlp.checks import nearest, whole_number
 from scbmlp.datasets import ExpressionDataset, match_genes, product
 from scbmlp.display import watched
 from scbmlp.interactions import Model, decompose, direction, interaction_matrices
@@ -32,7 +32,6 @@ def gain(
     *others: ExpressionDataset,
     groups: Any = None,
     n_folds: int = 3,
-    class_weight: Literal["balanced"] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Say whether products of expression pay on these cells, without any model: nested convex fits, cross-fitted.
@@ -47,8 +46,8 @@ def gain(
         Data sets with the same genes and outputs. All their cells are taken together.
     groups
         Donor or batch of every cell, of all data sets in order. Whole groups are then left out.
-    n_folds, class_weight, progress
-        Number of folds; as in :class:`scbmlp.models.Config`; and whether to show how many folds are done.
+    n_folds, progress
+        Number of folds, and whether to show how many are done.
 
     Returns
     -------
@@ -67,7 +66,6 @@ def gain(
     """
     whole = _whole((train, *others), groups is not None)
     y, classes = exact.targets_of(whole, len(whole.output_names)), whole.y.ndim == 1
-    check_class_weight(class_weight, classes=classes)
     n_folds = whole_number(n_folds, "n_folds", 2)
     if groups is not None:
         groups = pd.factorize(np.asarray(groups), sort=True)[0]
@@ -80,16 +78,15 @@ def gain(
         what = f"there are {len(whole)} cells, {'too few' if few else 'all with the same target'} for n_folds={n_folds}"
         raise ValueError(f"{what}; pass more data sets, or other cells.")
     fold, names = nested.fold_of(whole, n_folds, groups), ["all"] if classes else list(whole.output_names)
-    outputs, weight, chosen = np.empty((4, *y.shape)), np.ones(len(y)), []
+    outputs, chosen = np.empty((4, *y.shape)), []
     for i in tqdm(range(n_folds), "gain", delay=2, disable=not (progress and watched())):
         there = fold == i
-        best, outputs[:, there] = _of_fold(whole, there, groups, class_weight)
-        weight[there] = exact.counts_of(whole.load(there), whole.load(~there), class_weight)
+        best, outputs[:, there] = _of_fold(whole, there, groups)
         for name, mixture, ratio in zip(names, best.mixtures, best.ratios, strict=True):
             chosen.append({"fold": i, "output": name, "rank": mixture.rank, "penalty": ratio, **dict(mixture.weights)})
     target, variance = y.numpy(), y.numpy().var(axis=0)
     if classes:  # in nats, one column
-        losses = -(log_softmax(outputs, axis=2) * target).sum(axis=2, keepdims=True) * (weight / weight.mean())[:, None]
+        losses = -(log_softmax(outputs, axis=2) * target).sum(axis=2, keepdims=True)
     else:
         losses = (outputs - target) ** 2 / np.where(variance > 0, variance, np.nan)
     better, means = losses[0] - losses[1], losses.mean(axis=1)
@@ -102,7 +99,7 @@ def gain(
     table["gain_curved"] = np.where(paid, means[2] - means[3], 0.0)
     if classes:
         for name, found in zip(("without", "with"), outputs[:2], strict=True):
-            table[f"accuracy_{name}"] = accuracy(found, whole.y.numpy(), class_weight)
+            table[f"accuracy_{name}"] = accuracy(found, whole.y.numpy())
     table.attrs["blocks"] = chosen
     return table
 
@@ -129,9 +126,7 @@ def _whole(given: Sequence[ExpressionDataset], labelled: bool) -> ExpressionData
     return nested.pooled(parts)
 
 
-def _of_fold(
-    whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | None, class_weight: Any
-) -> tuple[nested.Trial, np.ndarray]:
+def _of_fold(whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | None) -> tuple[nested.Trial, np.ndarray]:
     """Return the trial with products that all cells but a fold choose, and outputs of the fold's cells.
 
     They are of the trial without and the one with products, then of both through curves (4 x cell x out).
@@ -140,12 +135,10 @@ def _of_fold(
     own = None if groups is None or len(set(groups[~there])) < 2 else groups[~there]
     inner = nested.fold_of(rest, 4 if own is None else min(4, len(set(own))), own)
     fit, val = rest.load(inner != 0), rest.load(inner == 0)
-    trials, of_val = nested.compared(fit, val, class_weight), exact.counts_of(val, fit, class_weight)
-    seen = _both(*nested.kernels_of(fit, val.x, class_weight=class_weight), trials, classes)
-    kernels, targets = nested.kernels_of(rest, whole.x[there], class_weight=class_weight)
-    outputs = _both(kernels, targets, trials, classes)
-    pairs = zip(seen, outputs, strict=True)
-    curved = [_through_curves(of_seen, val.y.numpy(), one, of_val) for of_seen, one in pairs]
+    trials = nested.compared(fit, val)
+    seen = _both(*nested.kernels_of(fit, val.x), trials, classes)
+    outputs = _both(*nested.kernels_of(rest, whole.x[there]), trials, classes)
+    curved = [_through_curves(of_val, val.y.numpy(), one) for of_val, one in zip(seen, outputs, strict=True)]
     return trials[1], np.stack([*outputs, *curved])
 
 

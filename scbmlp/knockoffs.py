@@ -14,7 +14,7 @@ from scipy.special import ndtr, ndtri
 
 from scbmlp.checks import whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, standard_deviation
-from scbmlp.exact import Mixture, counts_of, solution
+from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import InteractionMatrix, Output, direction
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.nested import Search, Trial, leading
@@ -150,7 +150,6 @@ def pair_discoveries(
     clump: float = 0.2,
     random_state: int = 0,
     max_gb: float = 4.0,
-    class_weight: Literal["balanced"] | None = None,
 ) -> pd.DataFrame:
     """Return pairs of genes that interact, with the false discovery rate of each list of the strongest.
 
@@ -168,10 +167,8 @@ def pair_discoveries(
     ----------
     ModelClass, train, val
         ``ScBMLPClassifier`` or ``ScBMLPRegressor``, cells to fit, and cells that choose weight and penalty.
-    output, class_weight
-        As in :func:`scbmlp.interactions.direction` and :class:`scbmlp.models.Config`.
-    kind, random_state, max_gb
-        As in :func:`knockoffs`.
+    output, kind, random_state, max_gb
+        As in :func:`scbmlp.interactions.direction` and :func:`knockoffs`.
     n, clump
         Number of strongest pairs to look at, those with knock-offs included, and the correlation from which on genes go
         along with each other: a pair next to a stronger one of such genes is left out; 1 for none.
@@ -188,18 +185,17 @@ def pair_discoveries(
     check_dataset(train, "train")
     check_dataset(val, "val")
     genes, n_genes = train.gene_names, len(train.gene_names)
-    probe = ModelClass(Config(n_genes, 1, len(train.output_names), class_weight=class_weight))
+    probe = ModelClass(Config(n_genes, 1, len(train.output_names)))
     probe.output_names = train.output_names
     probe.check(train)
     probe.check(val)
     mix = direction(probe, output)  # an unknown output is told before the fit
     train, val = knockoffs(train, val, kind=kind, random_state=random_state, max_gb=max_gb)
-    search = Search([(train, val)], class_weight)
+    search = Search([(train, val)])
     linear = search.path("", Mixture(space="sd"))
     trials = [search.path("", linear.mixtures[0].plus("products", weight), leading(linear)[1]) for weight in WEIGHTS]
     best = reduce(Trial.or_better, trials)
-    counts = None if class_weight is None else counts_of(train, train, class_weight)
-    found = solution(train, best.mixtures, best.ratios, counts=counts)
+    found = solution(train, best.mixtures, best.ratios)
     power = mix @ found.power
     used = np.flatnonzero(power)
     matrix = InteractionMatrix(found.hidden[used].T, np.diag(power[used]), pd.RangeIndex(2 * n_genes))
