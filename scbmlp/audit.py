@@ -144,15 +144,13 @@ def _of_fold(whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | N
 
 def _both(kernels: exact.Kernels, y: torch.Tensor, trials: Sequence[nested.Trial], classes: bool) -> np.ndarray:
     """Return the outputs of two trials (trial x cell x out), the same where they chose the same."""
-    first, second = ([*zip(one.mixtures, one.ratios, strict=True)] for one in trials)
-    without = nested.predicted(kernels, y, *zip(*first, strict=True), classes)[0]
-    differ = [i for i, pair in enumerate(second) if pair != first[i]]
-    both = np.stack([without, without])
-    if differ:
-        mixtures, ratios = zip(*(second[i] for i in differ), strict=True)
-        columns = slice(None) if classes else differ
-        both[1][:, columns] = nested.predicted(kernels, y[:, columns], mixtures, ratios, classes)[0]
-    return both
+    pairs = [zip(one.mixtures, one.ratios, strict=True) for one in trials]
+    differ = [first != second for first, second in zip(*pairs, strict=True)]
+    outputs = [nested.predicted(kernels, y, trials[0].mixtures, trials[0].ratios, classes)[0]] * 2
+    if any(differ):
+        products = nested.predicted(kernels, y, trials[1].mixtures, trials[1].ratios, classes)[0]
+        outputs[1] = np.where(differ, products, outputs[0])
+    return np.stack(outputs)
 
 
 def audit(
@@ -315,38 +313,30 @@ def _beside_rival(
     model: Model, train: ExpressionDataset, validation: ExpressionDataset, x: Any, outputs: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return outputs of the best model without products, and through curves its own and the model's (cell x out)."""
-    y, counts = validation.y.numpy(), model._counts(validation.y.numpy())
-    own = model.outputs(validation).astype(np.float64)
-    seen, found = _rival(model, train, validation, x)
-    curved, *linked = (_through_curves(a, y, b, counts) for a, b in zip(seen, found, strict=True))
-    for again in linked:  # index and link fitted together, where that is better on validation cells
-        error = [np.square(_through_curves(one, y, one, counts) - y).mean(axis=0) for one in seen]
-        curved = np.where(error[1] < error[0], again, curved)
-    of_model = _through_curves(own, y, outputs, counts)
-    return {"score_additive": found[0], "additive_curved": curved, "curved": of_model}
-
-
-def _rival(
-    model: Model, train: ExpressionDataset, validation: ExpressionDataset, x: Any
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return outputs without products of validation cells and others, of targets also an index fitted with its link."""
-    genes, kind, few = model.gene_names, model.cfg.class_weight, []
+    genes, kind, classes, few = model.gene_names, model.cfg.class_weight, train.y.ndim == 1, []
     for part in (train, validation):
         few.append(part.load(datasets.some(len(part), RIVAL_CELLS)))
         few[-1].x, few[-1].gene_names = match_genes(few[-1], genes), genes
-    trial, classes, found = nested.without_products(*few, kind), train.y.ndim == 1, []
+    trial, found = nested.without_products(*few, kind), []
     for i, (_, block) in enumerate(datasets.blocks(x, RIVAL_CELLS)):
         cells = (block,) if i else (match_genes(validation, genes), block)
         kernels, y = nested.kernels_of(few[0], *cells, class_weight=kind)
         forms = [nested.predicted(kernels, y, trial.mixtures, trial.ratios, classes)]
         if not classes:
-            linked = [np.empty(outputs.shape) for outputs in forms[0]]  # indices fitted together with their links
+            linked = [np.empty(one.shape) for one in forms[0]]  # indices fitted together with their links
             for mixture, ratio, here in exact.alike(trial.mixtures, trial.ratios, y.shape[1]):
                 for index, one in zip(linked, nested.linked(kernels, y.numpy()[:, here], mixture, ratio), strict=True):
                     index[:, here] = one
             forms.append(linked)
         found += zip(*forms, strict=True)
-    return list(found[0]), [np.vstack(form) for form in zip(*found[1:], strict=True)]
+    seen, found = found[0], [np.vstack(form) for form in zip(*found[1:], strict=True)]
+    y, counts = validation.y.numpy(), model._counts(validation.y.numpy())
+    curved = _through_curves(seen[0], y, found[0], counts)
+    if not classes:  # index and link fitted together, where that is better on validation cells
+        error = [np.square(_through_curves(one, y, one, counts) - y).mean(axis=0) for one in seen]
+        curved = np.where(error[1] < error[0], _through_curves(seen[1], y, found[1], counts), curved)
+    of_model = _through_curves(model.outputs(validation).astype(np.float64), y, outputs, counts)
+    return {"score_additive": found[0], "additive_curved": curved, "curved": of_model}
 
 
 def _through_curves(
