@@ -16,7 +16,7 @@ from scbmlp.baselines import LARGE
 from scbmlp.checks import whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, dense_tensor, match_genes, some
 from scbmlp.interactions import Model, similarity
-from scbmlp.modules import GeneModules, over
+from scbmlp.modules import GeneModules, _over
 from scbmlp.stability import follows_target, p_values, stability
 
 STABLE, RARE = 0.8, 0.05  # a module is trusted from this stability on, and up to this p
@@ -77,7 +77,7 @@ def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, rando
     x = x[some(x.shape[0], LARGE)]
     mix = np.random.default_rng(random_state).standard_normal((x.shape[0], modules.loadings.shape[1]))
     # The covariance of the genes with noise over cells has the covariance of the genes.
-    drawn = over(np.asarray(x.T @ (mix - mix.mean(axis=0))), modules.unit.to_numpy())
+    drawn = _over(np.asarray(x.T @ (mix - mix.mean(axis=0))), modules.unit.to_numpy())
     drawn *= np.linalg.norm(modules.loadings, axis=0) / np.linalg.norm(drawn, axis=0)
     loadings = pd.DataFrame(drawn, modules.loadings.index, modules.loadings.columns)
     return replace(modules, loadings=loadings, weights=loadings * np.nan, trust=None)

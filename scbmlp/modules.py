@@ -269,7 +269,7 @@ def all_gene_modules(
     return dict(zip(outputs, _modules(model, outputs, n_modules, metric, dataset), strict=True))
 
 
-def check_metric(metric: Any) -> None:
+def _check_metric(metric: Any) -> None:
     """Raise an error for a metric that modules are not taken in."""
     if metric not in ("sd", "identity", "covariance"):
         raise ValueError(f"metric={metric!r} is unknown; choose 'sd', 'identity' or 'covariance'.")
@@ -279,7 +279,7 @@ def _modules(
     model: Model, outputs: list[Output], n_modules: int | None, metric: str, dataset: ExpressionDataset | None
 ) -> list[GeneModules]:
     """Return the modules of every output."""
-    check_metric(metric)
+    _check_metric(metric)
     known = model.statistics if dataset is None else statistics(model, dataset)
     if known is None:
         raise ValueError(
@@ -295,12 +295,12 @@ def _modules(
             parts = values, matrix.basis @ in_basis, covariance @ in_basis
         else:
             values, vectors = matrix.eigh(n)
-            parts = values, over(vectors, unit), vectors * unit[:, None]
+            parts = values, _over(vectors, unit), vectors * unit[:, None]
         found.append(_signed(model, output, known, unit, parts, metric))
     return found
 
 
-def over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
+def _over(columns: np.ndarray, unit: np.ndarray) -> np.ndarray:
     """Divide every gene by its unit; a gene that never varied has neither unit nor loading."""
     return np.divide(columns, unit[:, None], out=np.zeros_like(columns), where=unit[:, None] > 0)
 
@@ -312,7 +312,7 @@ def _signed(
     values, weights, with_genes = parts
     sign = np.where((known.target @ direction(model, output)) @ weights < 0, -1.0, 1.0)
     names, genes = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)]), model.gene_names
-    loadings, weights = (pd.DataFrame(one * sign, genes, names) for one in (over(with_genes, unit), weights))
+    loadings, weights = (pd.DataFrame(one * sign, genes, names) for one in (_over(with_genes, unit), weights))
     origin, unit = (pd.Series(one, genes) for one in (model.origin, unit))
     if isinstance(output, int) and output not in model.output_names:  # the output at that place, which has a name
         output = model.output_names[output]

@@ -20,7 +20,7 @@ from scbmlp.datasets import ExpressionDataset, check_dataset, held, match_genes
 from scbmlp.display import watched
 from scbmlp.exact import Kernels, Mixture, targets_of
 from scbmlp.interactions import Model, Output, direction
-from scbmlp.modules import GeneModules, Metric, _signed, _uncorrelated, _whitened, check_metric, gene_modules
+from scbmlp.modules import GeneModules, Metric, _check_metric, _signed, _uncorrelated, _whitened, gene_modules
 
 DENSE = 400  # components up to which matrices are formed
 System = tuple[torch.Tensor, np.ndarray, torch.Tensor]  # its factor, a target (cell), and W (cell x comp)
@@ -197,7 +197,7 @@ def permutation_null(
     >>> float(table["p"].min())
     0.01
     """
-    check_metric(metric)
+    _check_metric(metric)
     n_modules, n_permutations = whole_number(n_modules, "n_modules"), whole_number(n_permutations, "n_permutations")
     check_dataset(train, "train")
     check_dataset(val, "val")
