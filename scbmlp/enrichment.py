@@ -140,7 +140,5 @@ def _tested(
     tested = {term: members for term, members in seen.items() if min_size <= len(members) <= max_size}
     if not tested:
         sizes = f"min_size={min_size} to max_size={max_size}"
-        raise ValueError(
-            f"none of {len(sets)} gene sets has {sizes} of {len(among)} background genes; check the organism."
-        )
+        raise ValueError(f"none of {len(sets)} gene sets has {sizes} of {len(among)} genes; check the organism.")
     return among, tested

@@ -133,9 +133,7 @@ def trust(
             raise KeyError(f"null has no fits read for {output!r}; it has {', '.join(best)}.")
         own, there = modules.metric, null.attrs.get("metric", modules.metric)
         if own not in (None, there):
-            raise ValueError(
-                f"null is in metric {there!r}, modules in {own!r}; pass permutation_null(..., metric={own!r})."
-            )
+            raise ValueError(f"null is in metric {there!r}, not {own!r}; pass permutation_null(..., metric={own!r}).")
         table["r"] = follows_target(modules, models[0], val)
         table["p"] = p_values(table["r"], best[str(output)])
         trusted &= table["p"] <= RARE

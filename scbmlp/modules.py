@@ -178,16 +178,16 @@ class GeneModules:
 
         >>> on.save("on.safetensors")
         """
-        genes, trust, mix = self.weights.index, self.trust, isinstance(self.output, Mapping)
+        genes = self.weights.index
         known = {
             "class": type(self).__name__,
             "genes": None if isinstance(genes, pd.RangeIndex) else plain_names(genes, "genes").tolist(),
             "modules": self.eigenvalues.index.tolist(),
             # Pairs, for a key of JSON would become text.
-            "output": [list(pair) for pair in self.output.items()] if mix else self.output,
+            "output": [*map(list, self.output.items())] if isinstance(self.output, Mapping) else self.output,
             "layer": self.layer,
             "metric": self.metric,
-            "trust": None if trust is None else trust.to_dict("list"),
+            "trust": None if self.trust is None else self.trust.to_dict("list"),
         }
         parts = ("eigenvalues", "loadings", "weights", "origin", "unit")
         write_file(Path(path), known, {name: torch.tensor(getattr(self, name).to_numpy(np.float64)) for name in parts})
@@ -282,9 +282,7 @@ def _modules(
     _check_metric(metric)
     known = model.statistics if dataset is None else statistics(model, dataset)
     if known is None:
-        raise ValueError(
-            "the model has no statistics of training cells, as it was not fitted; pass dataset= with them."
-        )
+        raise ValueError("the model was not fitted, and has no statistics of training cells; pass dataset= with them.")
     unit, found = np.ones(len(model.gene_names)) if metric == "identity" else known.sd, []
     matrices = interaction_matrices(model, outputs, scale=unit if metric == "sd" else None)
     for output, matrix in zip(outputs, matrices, strict=True):

@@ -11,7 +11,7 @@ from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
 from scbmlp.datasets import ExpressionDataset, get_regression_datasets
-from scbmlp.exact import Mixture, solution
+from scbmlp.exact import Mixture
 from scbmlp.interactions import decompose, interaction_matrices, interaction_matrix, similarity
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, solve_replicas
 from scbmlp.modules import (
@@ -23,7 +23,7 @@ from scbmlp.modules import (
     stability,
     truncation_curve,
 )
-from scbmlp.solving import _solved
+from tests.test_evidence import solved_with
 from tests.test_interactions import random_model
 from tests.test_storage import rewritten
 
@@ -245,10 +245,7 @@ def replicas(planted):
 
 def solved(train):
     """A model of all products of the genes."""
-    recipe = [(Mixture(space="genes").plus("products", 1.0), 1e-1)] * 2
-    model = _solved(ScBMLPRegressor, Config(8, 1, 2, linear=True), solution(train, *zip(*recipe, strict=True)), train)
-    model.recipe = recipe
-    return model
+    return solved_with([(Mixture(space="genes").plus("products", 1.0), 1e-1)] * 2, train)
 
 
 def test_consensus_is_of_the_mean_interaction_matrix(replicas, planted):
