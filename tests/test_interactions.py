@@ -362,6 +362,17 @@ def test_strength_of_pairs_is_that_of_least_squares(monkeypatch):
     assert len(table) == 66
 
 
+def test_pairs_that_are_curves_of_one_gene_do_not_lead():
+    """Six copies of a gene have the largest entries, and products that are functions of the gene."""
+    model, (data,) = audited(12, 5, 1, seed=4, n_cells=[150])
+    data.x = data.x.toarray()
+    data.x[:, :6] = data.x[:, [0]]
+    matrix = interaction_matrix(model, 0)
+    matrix.basis = matrix.basis * np.where(np.arange(12) < 6, 30, 1)[:, None]
+    top = matrix.top_pairs(1, dataset=data).iloc[0]
+    assert not {top["gene_a"], top["gene_b"]} <= {f"gene{i}" for i in range(6)}
+
+
 @pytest.mark.parametrize("linear", [False, True])
 def test_rank_of_the_audit_is_the_smallest_that_keeps_the_score(linear):
     model = random_model(6, 5, 2, seed=7, linear=linear)
