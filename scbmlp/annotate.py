@@ -150,7 +150,7 @@ def annotate(
     if layer is None and adata.raw is not None and entries(expression(adata, None)[0]).min(initial=0) < 0:
         cells = adata.raw.to_adata()
         notes.append("`X` is scaled. `raw` is read, with all its genes.")
-    cells, x = log_normalised(cells, layer, notes, False)
+    cells, x, _ = log_normalised(cells, layer, notes, scaling=model.scaling)
     at, how = _matched(cells.var, model.gene_names)
     missing = model.gene_names[at < 0]
     share = float(_weights(model)[at < 0].sum())

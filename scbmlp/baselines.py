@@ -19,6 +19,7 @@ from threadpoolctl import threadpool_limits
 
 from scbmlp.checks import check_class_weight, warn
 from scbmlp.datasets import ExpressionDataset, check_dataset, dense_tensor, held, match_genes, product, some
+from scbmlp.stores import Scaling
 
 MOST = 8000  # cells, where features are more than that too
 LARGE = 3000  # cells and features from which on few penalties are tried
@@ -38,8 +39,9 @@ class LinearModel:
         Weight of every feature (out x gene), and outputs of a cell whose features are all 0 (out).
     penalty
         Penalty of the sum over cells of squared error (out), or one penalty of the log-loss of all classes.
-    gene_names, layer
-        Genes by which cells are matched, None if features have no names; and layer of AnnData to read, None for ``X``.
+    gene_names, layer, scaling
+        Genes by which cells are matched, None if features have no names; layer of AnnData to read, None for ``X``; and
+        what counts go through.
     class_weight
         How classes were weighted, and are in the score.
     """
@@ -49,6 +51,7 @@ class LinearModel:
     penalty: np.ndarray
     gene_names: pd.Index | None = None
     layer: str | None = None
+    scaling: Scaling | None = None
     class_weight: Literal["balanced"] | None = None
 
     def outputs(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
@@ -68,7 +71,7 @@ class LinearModel:
         (1000, 2)
         """
         names = pd.RangeIndex(self.weight.shape[1]) if self.gene_names is None else self.gene_names
-        return product(match_genes(x, names, layer or self.layer), self.weight.T) + self.constant
+        return product(match_genes(x, names, layer or self.layer, self.scaling), self.weight.T) + self.constant
 
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of classes, their mean recall if they were balanced, or R2 averaged over targets.
@@ -148,7 +151,8 @@ def linear_baseline(
         counts = class_counts(class_weight, train.y.numpy(), len(train.output_names))
         counts = np.ones(len(train.output_names)) if counts is None else counts
         model = _logistic(x, y, x_val, y_val, counts, exact)
-    return replace(model, gene_names=train.gene_names, layer=train.layer, class_weight=class_weight)
+    of_train = {"gene_names": train.gene_names, "layer": train.layer, "scaling": train.scaling}
+    return replace(model, **of_train, class_weight=class_weight)
 
 
 def additive_features(x: Any) -> Any:

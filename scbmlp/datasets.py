@@ -34,6 +34,7 @@ from scbmlp.checks import (
 )
 from scbmlp.display import as_html, listed
 from scbmlp.stores import (
+    Scaling,
     StoredMatrix,
     annotations,
     check_normalisation,
@@ -41,6 +42,7 @@ from scbmlp.stores import (
     normalised,
     open_cells,
     row_totals,
+    scaled_alike,
 )
 
 Matrix: TypeAlias = sparse.csr_matrix | np.ndarray | StoredMatrix
@@ -66,6 +68,8 @@ class ExpressionDataset(Dataset):
         Layer that `x` came from, None for ``X``; a model trained on it reads the same layer again.
     num_workers
         Processes that read stored cells ahead while a model trains.
+    scaling
+        What the counts went through, None if `x` came as it is; a model scales counts that it predicts alike.
 
     Examples
     --------
@@ -86,6 +90,7 @@ class ExpressionDataset(Dataset):
         indices: np.ndarray | None = None,
         layer: str | None = None,
         num_workers: int = 0,
+        scaling: Scaling | None = None,
     ) -> None:
         self.x = x if isinstance(x, StoredMatrix) else numeric_matrix(x, "x", np.float32)
         if not self.stored:  # else each block is checked as it is read
@@ -110,6 +115,7 @@ class ExpressionDataset(Dataset):
                 )
         self.y = torch.as_tensor(y)
         self.indices = np.arange(len(self)) if indices is None else np.asarray(indices)
+        self.scaling = self.x.scaling if self.stored else scaling
         self.layer, self.num_workers = layer, whole_number(num_workers, "num_workers", 0)
         if self.x.shape[1] != len(self.gene_names):
             raise ValueError(f"x has {self.x.shape[1]} columns, gene_names has {len(self.gene_names)}; name every one.")
@@ -253,9 +259,12 @@ def standard_deviation(x: Matrix) -> np.ndarray:
 
 
 def match_genes(
-    x: AnnData | ExpressionDataset | str | Path | Any, gene_names: pd.Index, layer: str | None = None
+    x: AnnData | ExpressionDataset | str | Path | Any,
+    gene_names: pd.Index,
+    layer: str | None = None,
+    scaling: Scaling | None = None,
 ) -> Matrix:
-    """Return expression with exactly these genes, in this order: matched by name where `x` has names."""
+    """Return expression with exactly these genes, in this order, by name where `x` has names; counts scaled alike."""
     names, where, adata = getattr(x, "gene_names", None), "x", None
     if hasattr(x, "obs"):
         check_cells(x)
@@ -263,6 +272,9 @@ def match_genes(
         adata, stored = open_cells(x, layer)
         names = adata.var_names
         x, where = expression(adata, layer) if stored is None else (stored, stored.where)
+        if stored is None:
+            check_finite(x, where)
+        x = scaled_alike(x, scaling, where)
         if stored is not None:
             check_scale(*scale_of(x[:1000]), f"the first block of {where}")
     elif isinstance(x, ExpressionDataset):
@@ -385,9 +397,9 @@ def get_classification_datasets(
             f"missing label, and is taken for a class; leave them out: adata[adata.obs[{class_key!r}] != {name!r}]."
         )
     rows = _rows(adata, labels, train_split, val_split, random_state, split_key)
-    x = _checked(adata, stored, layer, normalize_total, log1p)
+    x, scaling = _checked(adata, stored, layer, normalize_total, log1p)
     genes = adata.var_names
-    sets = tuple(ExpressionDataset(take(x, i), codes[i], genes, classes, i, layer, num_workers) for i in rows)
+    sets = tuple(ExpressionDataset(take(x, i), codes[i], genes, classes, i, layer, num_workers, scaling) for i in rows)
     for name, one in zip(SETS, sets, strict=True):
         lacking = [str(classes[code]) for code in np.setdiff1d(codes, one.y.numpy())]
         if lacking:
@@ -461,8 +473,9 @@ def get_regression_datasets(
             f"learn; drop such columns."
         )
     rows = _rows(adata, None, train_split, val_split, random_state, split_key)
-    x = _checked(adata, stored, layer, normalize_total, log1p)
-    return tuple(ExpressionDataset(take(x, i), y[i], adata.var_names, names, i, layer, num_workers) for i in rows)
+    x, scaling = _checked(adata, stored, layer, normalize_total, log1p)
+    genes = adata.var_names
+    return tuple(ExpressionDataset(take(x, i), y[i], genes, names, i, layer, num_workers, scaling) for i in rows)
 
 
 def _rows(
@@ -509,8 +522,8 @@ def _rows(
 
 def _checked(
     adata: AnnData, x: StoredMatrix | None, layer: str | None, normalize_total: bool | float, log1p: bool
-) -> Matrix:
-    """Return expression of which every value is checked, normalised as asked for."""
+) -> tuple[Matrix, Scaling | None]:
+    """Return expression of which every value is checked, normalised as asked for, and what it went through."""
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
     check_normalisation(normalize_total, log1p)
@@ -523,8 +536,9 @@ def _checked(
             _, *scale = x.totals()
             if not counts:
                 check_scale(*scale, x.where)
-        return x.scaled(normalize_total, log1p)
+        x = x.scaled(normalize_total, log1p)
+        return x, x.scaling
     x, where = expression(adata, layer, np.float32)
     check_log_normalised(x, where, adata, counts=counts)
     target = median_total(row_totals(x), where) if normalize_total is True else normalize_total or None
-    return normalised(x, target, log1p)
+    return normalised(x, target, log1p), Scaling(target, bool(log1p), x.shape[1]) if counts else None

@@ -337,7 +337,7 @@ def decompose(model: Model, x: Any, reference: np.ndarray) -> Parts:
     >>> bool(np.allclose(sum(parts), model.outputs(test), atol=1e-4))
     True
     """
-    x = match_genes(x, model.gene_names, model.layer)
+    x = match_genes(x, model.gene_names, model.layer, model.scaling)
     reference = gene_vector(reference, model.gene_names, "reference")
     constant, axis = _expand(model, reference)
     left, right, p = map(_float64, (model.w_l, model.w_r, model.w_p))
@@ -371,7 +371,7 @@ def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) ->
     >>> set(table.abs().mean().nlargest(20).index) == set(truth["genes"])
     True
     """
-    index, x = datasets.cell_names(x), match_genes(x, model.gene_names, model.layer)
+    index, x = datasets.cell_names(x), match_genes(x, model.gene_names, model.layer, model.scaling)
     datasets.check_in_memory(x, "a table of cells x genes")
     d = dense_tensor(x).numpy() - gene_vector(reference, model.gene_names, "reference")
     matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference)
@@ -389,7 +389,7 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
     >>> table["coexpression"].round(1).to_dict()
     {'off': -0.4, 'on': 0.7}
     """
-    adata, x = x, match_genes(x, model.gene_names, model.layer)
+    adata, x = x, match_genes(x, model.gene_names, model.layer, model.scaling)
     if np.ndim(groups) != 1 or len(groups) != x.shape[0]:
         raise ValueError(f"groups has shape {np.shape(groups)} for {x.shape[0]} cells; pass one label a cell.")
     if isinstance(groups, pd.Series) and isinstance(adata, AnnData) and not isinstance(groups.index, pd.RangeIndex):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scbmlp import exact
 from scbmlp.baselines import LinearModel, accuracy, class_counts, linear_baseline
-from scbmlp.checks import check_class_weight, plain_names, whole_number
+from scbmlp.checks import check_class_weight, plain_names, warn, whole_number
 from scbmlp.datasets import (
     ExpressionDataset,
     blocks,
@@ -29,6 +29,7 @@ from scbmlp.datasets import (
 )
 from scbmlp.display import as_html, listed
 from scbmlp.storage import read_file, write_file
+from scbmlp.stores import Scaling
 from scbmlp.training import Training, check_sets, check_trainer, compare, seeded
 
 __all__ = [
@@ -156,6 +157,7 @@ class _BilinearMLP(nn.Module):
         self._options: dict[str, Any] = {}  # what the constructor takes beside it
         self.gene_names, self.output_names = pd.RangeIndex(cfg.d_input), pd.RangeIndex(cfg.d_output)
         self.layer: str | None = None
+        self.scaling: Scaling | None = None
         with seeded(cfg.seed):
             # Both branches in one layer, so that x is read once and its transposed weight is B = [L' R'].
             self.branches = nn.Linear(cfg.d_input, 2 * cfg.d_hidden, bias=cfg.bias)
@@ -261,6 +263,7 @@ class _BilinearMLP(nn.Module):
     def _adopt(self, train: ExpressionDataset) -> None:
         """Take over the names of the training cells, and how often their classes count."""
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
+        self.scaling = train.scaling
         self.calibration = None  # that of earlier weights
         if self.class_weight is not None:
             counts = class_counts(self.cfg.class_weight, train.y.numpy(), self.cfg.d_output)
@@ -292,6 +295,12 @@ class _BilinearMLP(nn.Module):
             raise ValueError(
                 f"the data have {given}, {type(self).__name__} takes {taken}; cut them by "
                 f"scbmlp.datasets.get_{task}_datasets, or choose the other model."
+            )
+        known = [one.scaling and one.scaling[:2] for one in (dataset, self)]
+        if all(known) and known[0] != known[1]:
+            warn(
+                f"the data were scaled in another way ({dataset.scaling}) than the model's training cells "
+                f"({self.scaling}); cut them with the same normalize_total and log1p."
             )
         sizes = {"d_input": (len(dataset.gene_names), "genes"), "d_output": (len(dataset.output_names), "outputs")}
         for name, (size, what) in sizes.items():
@@ -358,7 +367,8 @@ class _BilinearMLP(nn.Module):
         >>> model.outputs(adata).shape
         (1000, 2)
         """
-        x, batch_size = match_genes(x, self.gene_names, layer or self.layer), whole_number(batch_size, "batch_size")
+        x = match_genes(x, self.gene_names, layer or self.layer, self.scaling)
+        batch_size = whole_number(batch_size, "batch_size")
         was_training, device = self.training, self.branches.weight.device
         self.eval()
         # In double precision, so that a cell's outputs do not depend on which cells are in its batch.
@@ -427,7 +437,7 @@ class _BilinearMLP(nn.Module):
         }
         known |= {name: getattr(self, attribute) for name, attribute in _KEPT.items()}
         known["trials"] = None if self.trials is None else self.trials.to_dict("list")
-        known["calibration"] = self.calibration
+        known |= {"calibration": self.calibration, "scaling": self.scaling}
         known["recipe"] = self.recipe and [[mixture._asdict(), ratio] for mixture, ratio in self.recipe]
         write_file(Path(path), known, self.state_dict() | tensors)
 
@@ -456,6 +466,7 @@ class _BilinearMLP(nn.Module):
             model.statistics = Statistics(*(part.numpy() for part in parts)) if parts else None
             model.trials = pd.DataFrame(known["trials"]) if known["trials"] else None
             model.calibration = known.get("calibration")  # earlier files have none
+            model.scaling = known.get("scaling") and Scaling(*known["scaling"])
             model.recipe = known["recipe"] and [
                 (exact.Mixture(**one | {"weights": tuple(map(tuple, one["weights"]))}), ratio)
                 for one, ratio in known["recipe"]

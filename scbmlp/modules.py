@@ -20,6 +20,7 @@ from scbmlp.display import as_html, listed
 from scbmlp.interactions import Model, Output, decompose, direction, interaction_matrices
 from scbmlp.models import Statistics, statistics
 from scbmlp.storage import read_file, write_file
+from scbmlp.stores import Scaling
 
 __all__ = [
     "GeneModules", "agreement", "all_gene_modules", "consensus", "gene_modules", "permutation_null",
@@ -40,8 +41,9 @@ class GeneModules:
         ``covariance`` loadings are the correlations of the genes with the scores.
     weights, origin, unit
         Log-expression less `origin` (gene) times `weights` (gene x comp) are scores; `unit` is that of genes (gene).
-    output, layer, metric
-        What the modules are of, where the cells were read (None for ``X``), and the metric of :func:`gene_modules`.
+    output, layer, metric, scaling
+        What the modules are of, where the cells were read (None for ``X``), the metric of :func:`gene_modules`, and
+        what counts go through.
     trust
         What speaks for each module, as from :func:`scbmlp.evidence.trust`; None before.
     """
@@ -55,6 +57,7 @@ class GeneModules:
     layer: str | None = None
     trust: pd.DataFrame | None = None
     metric: str | None = None
+    scaling: Scaling | None = None
 
     def _known(self) -> dict[str, str]:
         """Return what a reader sees first."""
@@ -89,7 +92,7 @@ class GeneModules:
         >>> scores.groupby(labels, observed=True).var().round(1).to_dict()
         {'off': 10.3, 'on': 0.5}
         """
-        index, x = cell_names(x), match_genes(x, self.weights.index, layer or self.layer)
+        index, x = cell_names(x), match_genes(x, self.weights.index, layer or self.layer, self.scaling)
         weights = self.weights.to_numpy()
         # The origin is taken off the scores, not the cells, so that sparse cells stay sparse.
         return pd.DataFrame(product(x, weights) - self.origin.to_numpy() @ weights, index, self.weights.columns)
@@ -187,6 +190,7 @@ class GeneModules:
             "output": [*map(list, self.output.items())] if isinstance(self.output, Mapping) else self.output,
             "layer": self.layer,
             "metric": self.metric,
+            "scaling": self.scaling,
             "trust": None if self.trust is None else self.trust.to_dict("list"),
         }
         parts = ("eigenvalues", "loadings", "weights", "origin", "unit")
@@ -214,6 +218,7 @@ class GeneModules:
                 layer=known["layer"],
                 trust=None if trust is None else pd.DataFrame(trust, names),
                 metric=known["metric"],
+                scaling=known.get("scaling") and Scaling(*known["scaling"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             name = Path(path).name
@@ -314,7 +319,8 @@ def _signed(
     origin, unit = (pd.Series(one, genes) for one in (model.origin, unit))
     if isinstance(output, int) and output not in model.output_names:  # the output at that place, which has a name
         output = model.output_names[output]
-    return GeneModules(pd.Series(values, names), loadings, weights, origin, unit, output, model.layer, metric=metric)
+    how = {"layer": model.layer, "metric": metric, "scaling": model.scaling}
+    return GeneModules(pd.Series(values, names), loadings, weights, origin, unit, output, **how)
 
 
 def _whitened(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ MOST_GENES = 10_000  # whose covariance fits into memory, and its eigenvectors i
 SPAN, BLOCK, PANEL = 2**16, 4096, 512  # cells of a task, cells of a block, genes of a part of the covariance
 CHOOSING = 5_000, 20_000  # validation cells, and training cells of classes, that a search makes do with
 SCORE_BYTES = 2**29  # of the component scores that classes of stored cells are solved from
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-7}  # of classes, in nats a cell
 SINGLE = 10**12  # cells x genes x genes from which on products are in single precision, and their sums in double
 
 
@@ -256,11 +257,19 @@ class SumSearch(Search):
             self.counts = torch.as_tensor(known.counts[rows])
             self.scores = [known.scores(one, known.held).float() for one in (take(train.x, rows), x)]
             of_val = torch.as_tensor(counts_of(val, train, class_weight))[:, None]
-            self._last = [None]
+            self._last, self._scale = [None], torch.empty(0)
             self.folds = [(self, targets_of(train, self.n_outputs)[rows], self.y, None, of_val)]
         else:
             scores = known.scores(x, len(known.values)).double()
             self.cells = scores, products_of(scores[:, : known.rank]) - known.expected
+
+    def _start(self, scale: Tensor) -> None:
+        """Turn the last fit to features of another scale, and to more of them."""
+        before, self._scale, fit = self._scale, scale, self._last[0]
+        more = 0 if fit is None else len(scale) - len(before)
+        if fit is not None and more >= 0:
+            cells = fit.cells * (before / scale[: len(before)])[:, None].to(fit.cells)
+            self._last = [fit._replace(cells=torch.cat([cells, cells.new_zeros(more, cells.shape[1])]))]
 
     def leading_features(self, mixture: Mixture) -> list[Tensor]:
         """Return the features of the cells that a search among models of classes makes do with."""
@@ -272,6 +281,7 @@ class SumSearch(Search):
         if mixture.rank > max(self.known.rank, Mixture().rank):
             return np.full((len(self.y), 1 if self.classes else self.n_outputs), np.inf)
         if self.classes:
+            self._start(self.known.features(mixture, self.scores[0]).scale)
             return super().losses(mixture, ratio)
         try:
             linear, products = self.known.ridge(mixture, ratio)
@@ -350,7 +360,13 @@ def solution(
         if train.y.ndim == 1:
             features = known.features(mixture, known.scores(train.x, known.held))
             y, of_cells = targets_of(train, n_outputs).to(features.scores), torch.as_tensor(known.counts)
-            fit = softmax(None, y, ratio, of_cells, features=features, gram=known.gram(features))
+            how = {"tol": TOLERANCE[known.to["dtype"]]}
+            if len(y) > CHOOSING[1]:  # a part of the cells says where to start
+                rows = some(len(y), CHOOSING[1])
+                few = _Features(features.scores[rows], features.scale, features.expected)
+                few = torch.cat([block for _, block in few.blocks()])
+                how["start"] = softmax(None, y[rows], ratio, of_cells[rows], features=few, **how)
+            fit = softmax(None, y, ratio, of_cells, features=features, gram=known.gram(features), **how)
             linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([known.held])
             constant = fit.constant.double().numpy()
         else:

@@ -37,7 +37,7 @@ from scbmlp.display import listed
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
 from scbmlp.storage import writable
-from scbmlp.stores import normalised
+from scbmlp.stores import Scaling, normalised
 from scbmlp.targets import perturbation_response
 
 MOST_GENES = 5000  # of a file with more, the N_GENES most variable are taken
@@ -167,7 +167,7 @@ def prepare(
         adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
     if group_key is not None:
         adata, groups, part = _by_group(adata, group_key, class_key, perturbation_key, seed, notes)
-    adata, x = log_normalised(adata, layer, notes, no_normalize)
+    adata, x, scaling = log_normalised(adata, layer, notes, no_normalize)
     names = adata.var_names
     kept = _most_variable(x, names, n_genes, notes)
     sets = _gene_sets(gene_sets, names[kept], notes)
@@ -189,6 +189,8 @@ def prepare(
     else:
         split = _responses(seen, perturbation_key, control, layer, seed)
         target = f"{len(split[0].output_names)} components of the response to `{perturbation_key}`"
+    for part in split:
+        part.scaling = scaling
     labels = class_key or perturbation_key
     shown = AnnData(x[:, kept], obs=adata.obs[[labels]].astype("category") if labels else None, uns=source)
     strata = groups if group_key else _strata(adata.obs, split, class_key, perturbation_key, notes)
@@ -357,30 +359,35 @@ def fault_of(x: sparse.csr_matrix | np.ndarray) -> str:
     return f"holds values up to {most:.3g}, too large for logarithms" if most > LARGEST else ""
 
 
-def log_normalised(adata: AnnData, layer: str | None, notes: list[str], as_it_is: bool) -> tuple[AnnData, Any]:
-    """Return the cells with the expression to use: that asked for, of counts the logarithm, or ``raw`` of scaled."""
+def log_normalised(
+    adata: AnnData, layer: str | None, notes: list[str], as_it_is: bool = False, scaling: Scaling | None = None
+) -> tuple[AnnData, Any, Scaling | None]:
+    """Return cells, their expression, of counts the logarithm, or ``raw`` of scaled, and what counts went through."""
     x, where = expression(adata, layer)
     check_finite(x, where)
     fault = fault_of(x)
     if not fault:
-        return adata, x
+        return adata, x, None
     if fault in COUNTS and not as_it_is:
         kind = "scaled counts" if fault == COUNTS[1] else "counts"
-        notes.append(f"`{layer or 'X'}` has {kind}. They were scaled to 10,000 a cell, and log1p was taken.")
-        adata, x = adata.copy(), normalised(sparse.csr_matrix(x, dtype=np.float32), 1e4, log1p=True)
+        scaling = scaling or Scaling(1e4, True, x.shape[1])
+        total = f"scaled to {scaling.target_sum:,.0f} a cell" if scaling.target_sum else "not scaled"
+        log = "and log1p was taken" if scaling.log1p else "without log1p"
+        notes.append(f"`{layer or 'X'}` has {kind}. They were {total}, {log}.")
+        adata, x = adata.copy(), normalised(sparse.csr_matrix(x, dtype=np.float32), *scaling[:2])
         if layer is None:
             adata.X = x
         else:
             adata.layers[layer] = x
-        return adata, x
+        return adata, x, scaling
     raw = None if adata.raw is None else adata.raw.to_adata()
     raw_fits = raw is not None and not fault_of(expression(raw, None)[0])
     if layer is None and raw_fits and "negative" in fault:
         genes = adata.var_names
         if genes.isin(raw.var_names).all() and raw.var_names.is_unique:
-            raw = raw[:, genes].copy()
+            raw = writable(raw[:, genes].copy())[0]  # colours that are none become what no file can hold
         notes.append(f"`X` {fault}. `raw` has log-normalised values of the same cells, and the report reads those.")
-        return raw, expression(raw, None)[0]
+        return raw, expression(raw, None)[0], None
     fitting = [name for name in adata.layers if name != layer and not fault_of(expression(adata, name)[0])]
     remedy = f"name a layer that has them: {', '.join(map(repr, fitting))}" if fitting else REMEDY
     remedy = "adata.raw has them: adata.raw.to_adata()" if raw_fits else remedy

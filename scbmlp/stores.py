@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import h5py
 import numpy as np
@@ -19,13 +19,32 @@ from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
 
-from scbmlp.checks import REMEDY, check_finite, check_not_negative, entries, numeric_matrix, scale_of
+from scbmlp.checks import MANY, REMEDY, check_finite, check_not_negative, entries, numeric_matrix, scale_of, warn
 
 # Up to so many cells between two that are wanted, to read and drop them is up to 50 times quicker than a jump.
 GAP = 32
 BLOCK_BYTES, BLOCK_CELLS = 2**26, 8192  # read at a time where all cells are walked
+FEWER = 0.8  # share of the genes of training, below which totals are others
 HELD_BYTES = 2**28  # of stored cells that a method holds, where it needs them at once
 Block: TypeAlias = sparse.csr_matrix | np.ndarray
+
+
+class Scaling(NamedTuple):
+    """What counts went through: each cell scaled to a total of so many genes, if to any, then log1p, if that was asked.
+
+    Examples
+    --------
+    >>> stores.Scaling(1e4, True, n_genes=2000)
+    Scaling(target_sum=10000.0, log1p=True, n_genes=2000)
+    """
+
+    target_sum: float | None
+    log1p: bool
+    n_genes: int
+
+    def __str__(self) -> str:
+        total = f"normalize_total={self.target_sum:,.6g}" if self.target_sum else "no normalize_total"
+        return f"{total}, {'log1p' if self.log1p else 'no log1p'}"
 
 
 class StoredMatrix:
@@ -100,6 +119,12 @@ class StoredMatrix:
     def shape(self) -> tuple[int, int]:
         """Number of cells and of genes."""
         return len(self._rows), len(self.gene_names)
+
+    @property
+    def scaling(self) -> Scaling | None:
+        """What the counts go through as they are read; None for nothing."""
+        asked = self.target_sum or self.log1p
+        return Scaling(self.target_sum, self.log1p, self._in_file[1]) if asked else None
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -270,6 +295,24 @@ def median_total(totals: np.ndarray, where: str) -> float:
     if not (totals > 0).any():
         raise ValueError(f"{where} has no counts in any of {len(totals)} cells; read a layer that has some.")
     return float(np.median(totals[totals > 0]))
+
+
+def scaled_alike(x: Block | StoredMatrix, scaling: Scaling | None, where: str) -> Block | StoredMatrix:
+    """Return counts scaled as those of training were; what is no counts any more stays as it is."""
+    stored = isinstance(x, StoredMatrix)
+    if scaling is None or (stored and x.scaling):
+        return x
+    most, whole, share = scale_of(x[:1000] if stored else x)
+    if not (whole and most > 1) and share <= MANY:
+        return x
+    n_genes = x._in_file[1] if stored else x.shape[1]
+    if scaling.target_sum and n_genes < FEWER * scaling.n_genes:
+        warn(
+            f"{where} has counts of {n_genes:,} genes, and those of training were scaled to a total of "
+            f"{scaling.n_genes:,} genes; pass all genes, or values that are scaled and logged ({scaling})."
+        )
+    target, log1p = scaling[:2]
+    return x._like(target_sum=target, log1p=log1p) if stored else normalised(x, target, log1p)
 
 
 def normalised(x: Block, target_sum: float | None, log1p: bool) -> Block:

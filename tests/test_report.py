@@ -1,5 +1,6 @@
 """Does one command make a page of anybody's cells, and refuse those that do not fit before it trains anything?"""
 
+import base64
 import importlib.util
 import os
 import re
@@ -91,6 +92,9 @@ def test_report_of_a_file_with_scaled_cells_and_log_normalised_raw(tmp_path, cap
     assert not re.search(r"""(src|href)=["'](?!data:|#)|<script|@import|url\((?!data:)""", html)
     assert "&lt;b&gt;" in html and ">b<" not in html and "<b></th>" not in html and "<b></td>" not in html
     assert html.count("<img ") >= 2 and 'alt=""' not in html and "Warning" not in html
+    assert html.index("The answer</h2>") < html.index("The cells</h2>") and html.count("The answer</h2>") == 1
+    table = re.search(r'download="trials.csv" href="data:text/csv;base64,([^"]+)"', html)[1]
+    assert b"linear in genes" in base64.b64decode(table)
 
     notebook = nbformat.read(out / "report.ipynb", as_version=4)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -479,7 +483,7 @@ def test_small_classes_and_cells_without_a_label_are_left_out_and_said():
     assert "10 of 300 cells have no label in `label`" in found.notes[0] and found.notes[1].endswith(": `rare`.")
 
 
-@pytest.mark.parametrize("seed", [3, 137, 201, 7, 8])  # the first three once ended after the last fit
+@pytest.mark.parametrize("seed", [3, 137, 201, 1005, 8])  # four of them once failed
 def test_random_files_end_with_a_page_or_a_sentence(seed, tmp_path):
     words = fuzz.random_file(seed, tmp_path / "cells.h5ad")
     wrong, said = fuzz.ends(tmp_path / "cells.h5ad", words, tmp_path / "out", whole=False)

@@ -29,7 +29,7 @@ from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_
 from scbmlp.evidence import random_directions
 from scbmlp.interactions import audit, decompose, group_means, interaction_matrix, similarity
 from scbmlp.knockoffs import knockoffs
-from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
+from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve
 from scbmlp.modules import gene_modules
 from scbmlp.stores import StoredMatrix
 from tests.test_checks import fitted, small_cells  # noqa: F401, the fixture of small models
@@ -454,3 +454,38 @@ def test_more_processes_than_blocks_are_refused(log_file, monkeypatch):
         loaded.dataset.share_out()
         shares.append(loaded.dataset.own)
     np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.arange(len(train)))
+
+
+@pytest.mark.parametrize(("form", "total"), [("h5ad csr", True), ("zarr dense", False), ("memory", 1e4)])
+def test_a_model_scales_counts_as_those_of_training(counts, tmp_path, form, total):
+    path, _ = (None, None) if form == "memory" else write(counts, tmp_path, form)
+    how = {"normalize_total": total, "log1p": True}
+    train, val, test = get_classification_datasets(path or counts, "type", **how)
+    model = solve(ScBMLPClassifier, train, val, progress=False)
+    baseline = linear_baseline(train, val)
+    expected = model.outputs(test)
+    model.save(tmp_path / "model.safetensors")
+    model = ScBMLPClassifier.load(tmp_path / "model.safetensors")
+    assert model.scaling == train.scaling and model.scaling.log1p and bool(model.scaling.target_sum) == bool(total)
+    mixed = counts[test.indices].copy()[:, ::-1].copy()
+    mixed.write_h5ad(tmp_path / "mixed.h5ad")
+    for cells in (mixed, tmp_path / "mixed.h5ad"):
+        with warnings.catch_warnings(action="error"):
+            np.testing.assert_allclose(model.outputs(cells), expected, atol=2e-5)
+            np.testing.assert_allclose(baseline.outputs(cells), baseline.outputs(test), atol=2e-5)
+            parts = decompose(model, cells, reference=model.origin)
+        np.testing.assert_allclose(sum(parts), expected, atol=1e-4)
+    logged = AnnData(test.load().x, var=pd.DataFrame(index=train.gene_names))  # no counts any more
+    with warnings.catch_warnings(action="error"):
+        np.testing.assert_allclose(model.outputs(logged), expected, atol=2e-5)
+
+
+def test_other_scalings_and_totals_of_few_genes_are_warned_of(counts):
+    train, val, test = get_classification_datasets(counts, "type", normalize_total=1e4, log1p=True)
+    model = solve(ScBMLPClassifier, train, val, progress=False)
+    other = get_classification_datasets(counts, "type", normalize_total=1e3, log1p=True)[2]
+    with pytest.warns(UserWarning, match=r"normalize_total=1,000, log1p.*normalize_total=10,000, log1p.*cut them with"):
+        model.score(other)
+    model.scaling = model.scaling._replace(n_genes=2 * G)
+    with pytest.warns(UserWarning, match="has counts of 20 genes, and those of training were scaled to a total of 40"):
+        model.outputs(counts)
