@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from anndata import AnnData
 from scipy import sparse, stats
 from scipy.special import log_softmax, softmax
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -32,6 +34,8 @@ def gain(
     *others: ExpressionDataset,
     groups: Any = None,
     n_folds: int = 3,
+    n_permutations: int = 0,
+    counts: Any = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Say whether products of expression pay on these cells, without any model: nested convex fits, cross-fitted.
@@ -48,10 +52,16 @@ def gain(
         Donor or batch of every cell, of all data sets in order. Whole groups are then left out.
     n_folds, progress
         Number of folds, and whether to show how many are done.
+    n_permutations
+        How often to permute the targets, with blocks and penalties as chosen: is the gain calibrated?
+    counts
+        Raw counts (cell x gene) of all cells in order, to also take the gain at one depth: is it technical?
 
     Returns
     -------
-    A row an output; one for all classes together, ``all``. ``attrs["blocks"]`` has what every fold chose.
+    A row an output; one for all classes together, ``all``. ``attrs["blocks"]`` has what every fold chose,
+    ``attrs["permuted"]`` the gains of permutations by output, and ``attrs["downsampled"]`` the row of each output at
+    one depth, without the tenth of cells of fewest counts.
 
     - ``without``, ``with``: R2 of either model; for classes log-loss in nats a cell, and accuracies.
     - ``gain``: how much better the latter is; 0 where products paid in no fold.
@@ -64,7 +74,7 @@ def gain(
     >>> table.loc["all", ["without", "with", "gain"]].round(1).tolist()
     [0.4, 0.0, 0.4]
     """
-    whole = _whole((train, *others), groups is not None)
+    whole = _whole((train, *others), groups is not None or counts is not None)
     y, classes = exact.targets_of(whole, len(whole.output_names)), whole.y.ndim == 1
     n_folds = whole_number(n_folds, "n_folds", 2)
     if groups is not None:
@@ -78,17 +88,15 @@ def gain(
         what = f"there are {len(whole)} cells, {'too few' if few else 'all with the same target'} for n_folds={n_folds}"
         raise ValueError(f"{what}; pass more data sets, or other cells.")
     fold, names = nested.fold_of(whole, n_folds, groups), ["all"] if classes else list(whole.output_names)
-    outputs, chosen = np.empty((4, *y.shape)), []
+    orders = whole_number(n_permutations, "n_permutations", 0)
+    orders = [np.random.default_rng(i).permutation(len(whole)) for i in range(orders)]
+    outputs, permuted, chosen = np.empty((4, *y.shape)), np.empty((2, len(orders), *y.shape)), []
     for i in tqdm(range(n_folds), "gain", delay=2, disable=not (progress and watched())):
         there = fold == i
-        best, outputs[:, there] = _of_fold(whole, there, groups)
+        best, outputs[:, there], permuted[:, :, there] = _of_fold(whole, there, groups, orders)
         for name, mixture, ratio in zip(names, best.mixtures, best.ratios, strict=True):
             chosen.append({"fold": i, "output": name, "rank": mixture.rank, "penalty": ratio, **dict(mixture.weights)})
-    target, variance = y.numpy(), y.numpy().var(axis=0)
-    if classes:  # in nats, one column
-        losses = -(log_softmax(outputs, axis=2) * target).sum(axis=2, keepdims=True)
-    else:
-        losses = (outputs - target) ** 2 / np.where(variance > 0, variance, np.nan)
+    losses = _losses(outputs, y.numpy(), classes)
     better, means = losses[0] - losses[1], losses.mean(axis=1)
     error, freedom = _standard_error(better, groups)
     paid = (better != 0).any(axis=0)
@@ -101,7 +109,23 @@ def gain(
         for name, found in zip(("without", "with"), outputs[:2], strict=True):
             table[f"accuracy_{name}"] = accuracy(found, whole.y.numpy())
     table.attrs["blocks"] = chosen
+    if orders:
+        of_each = [_losses(permuted[:, k], y[order].numpy(), classes) for k, order in enumerate(orders)]
+        gains = -np.diff(of_each, axis=1).mean(axis=(1, 2))
+        table.attrs["permuted"] = dict(zip(names, gains.T.tolist(), strict=True))
+    if counts is not None:
+        part, rows = _one_depth(whole, counts)
+        again = gain(part, groups=None if groups is None else groups[rows], n_folds=n_folds, progress=progress)
+        table.attrs["downsampled"] = again.to_dict("index")
     return table
+
+
+def _losses(outputs: np.ndarray, y: np.ndarray, classes: bool) -> np.ndarray:
+    """Return the loss of every cell (trial x cell x out): in nats, one column, or in units of the target's variance."""
+    if classes:
+        return -(log_softmax(outputs, axis=2) * y).sum(axis=2, keepdims=True)
+    variance = y.var(axis=0)
+    return (outputs - y) ** 2 / np.where(variance > 0, variance, np.nan)
 
 
 def _standard_error(better: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, int]:
@@ -126,10 +150,13 @@ def _whole(given: Sequence[ExpressionDataset], labelled: bool) -> ExpressionData
     return nested.pooled(parts)
 
 
-def _of_fold(whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | None) -> tuple[nested.Trial, np.ndarray]:
+def _of_fold(
+    whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | None, orders: list[np.ndarray]
+) -> tuple[nested.Trial, np.ndarray, np.ndarray]:
     """Return the trial with products that all cells but a fold choose, and outputs of the fold's cells.
 
-    They are of the trial without and the one with products, then of both through curves (4 x cell x out).
+    They are of the trial without and the one with products, then of both through curves (4 x cell x out), and of both
+    after each permutation of the targets (2 x permutation x cell x out).
     """
     rest, classes = whole.load(~there), whole.y.ndim == 1
     own = None if groups is None or len(set(groups[~there])) < 2 else groups[~there]
@@ -137,9 +164,18 @@ def _of_fold(whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | N
     fit, val = rest.load(inner != 0), rest.load(inner == 0)
     trials = nested.compared(fit, val)
     seen = _both(*nested.kernels_of(fit, val.x), trials, classes)
-    outputs = _both(*nested.kernels_of(rest, whole.x[there]), trials, classes)
+    kernels, y = nested.kernels_of(rest, whole.x[there])
+    outputs = _both(kernels, y, trials, classes)
     curved = [_through_curves(of_val, val.y.numpy(), one) for of_val, one in zip(seen, outputs, strict=True)]
-    return trials[1], np.stack([*outputs, *curved])
+    y, permuted = exact.targets_of(whole, len(whole.output_names)).to(y), np.empty((2, len(orders), *outputs[0].shape))
+    at_once = 1 if classes else max(len(orders), 1)  # targets are solved together
+    for first in range(0, len(orders), at_once):
+        part = slice(first, first + at_once)
+        n = len(orders[part])
+        again = [replace(one, mixtures=one.mixtures * n, ratios=one.ratios * n) for one in trials]
+        found = _both(kernels, torch.cat([y[order][~there] for order in orders[part]], dim=1), again, classes)
+        permuted[:, part] = np.stack(np.split(found, n, axis=2), axis=1)
+    return trials[1], np.stack([*outputs, *curved]), permuted
 
 
 def _both(kernels: exact.Kernels, y: torch.Tensor, trials: Sequence[nested.Trial], classes: bool) -> np.ndarray:
@@ -151,6 +187,26 @@ def _both(kernels: exact.Kernels, y: torch.Tensor, trials: Sequence[nested.Trial
         products = nested.predicted(kernels, y, trials[1].mixtures, trials[1].ratios, classes)[0]
         outputs[1] = np.where(differ, products, outputs[0])
     return np.stack(outputs)
+
+
+def _one_depth(dataset: ExpressionDataset, counts: Any) -> tuple[ExpressionDataset, np.ndarray]:
+    """Return cells whose counts are drawn to one depth, log-normalised, and which cells have as many."""
+    counts = sparse.csr_matrix(counts)
+    if counts.shape != dataset.x.shape or (counts.data < 0).any() or (counts.data % 1).any():
+        raise ValueError(
+            f"counts has shape {counts.shape}, and the data sets have {dataset.x.shape} (cell x gene); pass raw "
+            f"counts, whole numbers, of the same cells and genes in order."
+        )
+    import scanpy  # it takes a second
+
+    totals = np.asarray(counts.sum(axis=1)).ravel()
+    depth = int(np.quantile(totals, 0.1))
+    rows = np.flatnonzero(totals >= max(depth, 1))
+    few = AnnData(counts[rows].astype(np.float64))
+    scanpy.pp.downsample_counts(few, counts_per_cell=depth, random_state=0)
+    part = dataset.load(rows)
+    part.x = (sparse.csr_matrix(few.X) * (np.median(totals) / depth)).log1p().astype(np.float32)
+    return part, rows
 
 
 def audit(

@@ -60,6 +60,28 @@ def direction(model: Model, output: Output) -> np.ndarray:
     return weights
 
 
+def contrast(output: str | int, dataset: ExpressionDataset) -> dict[str | int, float]:
+    """Return the direction of a class's logit less the mean of all logits, weighted by the classes' shares of cells.
+
+    Its modules are a little steadier over halves of the cells than those of the logit less the plain mean.
+
+    Parameters
+    ----------
+    output, dataset
+        Name of a class, and cells with their classes.
+
+    Examples
+    --------
+    >>> interactions.contrast("on", train)
+    {'off': -0.5, 'on': 0.5}
+    """
+    names = list(dataset.output_names)
+    if output not in names or dataset.y.ndim == 2:
+        raise KeyError(f"output={output!r} is not one of the classes of dataset: {', '.join(map(str, names))}.")
+    shares = np.bincount(dataset.y, minlength=len(names)) / len(dataset)
+    return {name: float(name == output) - share for name, share in zip(names, shares.tolist(), strict=True)}
+
+
 def _place(model: Model, name: int | str) -> int:
     """Return where an output is, by its name, or by its place where outputs are not numbered."""
     names = list(model.output_names)

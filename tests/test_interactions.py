@@ -17,6 +17,7 @@ from scbmlp.baselines import additive_features
 from scbmlp.datasets import ExpressionDataset, get_regression_datasets
 from scbmlp.interactions import (
     audit,
+    contrast,
     decompose,
     direction,
     interaction_matrices,
@@ -121,6 +122,14 @@ def test_directions():
         (regressor, {0: 0.5, "out0": 0.5}, [1, 0, 0]),
     ):
         np.testing.assert_allclose(direction(model, output), expected)
+
+
+def test_a_contrast_is_blind_to_what_all_logits_share_and_weighs_classes_by_their_cells():
+    dataset = ExpressionDataset(np.zeros((4, 4)), np.array([0, 1, 1, 2]), list("abcd"), ["out0", "out1", "out2"])
+    weights = contrast("out1", dataset)
+    assert weights == {"out0": -0.25, "out1": 0.5, "out2": -0.25}
+    model = random_model(4, 2, 3, seed=0, kind=ScBMLPClassifier)
+    np.testing.assert_allclose(direction(model, weights), list(weights.values()))
 
 
 @settings(max_examples=15)

@@ -34,7 +34,9 @@ def as_classes(data):
 
 def test_products_pay_where_they_were_planted_and_nowhere_else():
     data = products_of_genes()
-    table = gain(data.load(slice(200)), data.load(slice(200, None)), progress=False)
+    table = gain(data.load(slice(200)), data.load(slice(200, None)), n_permutations=5, progress=False)
+    permuted = table.attrs["permuted"]["pairs"]
+    assert len(permuted) == 5 and max(permuted) < table.loc["pairs", "gain"] and np.mean(permuted) < 0
     linear, pairs = table.loc["linear"], table.loc["pairs"]
     assert pairs["gain"] > 0.1 and pairs["gain_curved"] > 0.05 and pairs["p"] < 1e-3 and linear["gain"] < 0.01
     np.testing.assert_allclose(table["gain"], table["with"] - table["without"])
@@ -84,11 +86,11 @@ def test_whole_groups_are_left_out_and_stand_together():
 
 
 def test_classes_gain_in_nats():
-    table = gain(as_classes(products_of_genes(300, share=1.0)), progress=False)
+    table = gain(as_classes(products_of_genes(300, share=1.0)), n_permutations=2, progress=False)
     row = table.loc["all"]
     assert table.index.tolist() == ["all"] and row["gain"] > 0.05 and row["p"] < 0.01
     assert row["accuracy_with"] > row["accuracy_without"] + 0.05
-    assert row["gain"] == pytest.approx(row["without"] - row["with"])
+    assert row["gain"] == pytest.approx(row["without"] - row["with"]) and len(table.attrs["permuted"]["all"]) == 2
 
 
 def test_gain_of_no_signal_is_seldom_significant():
@@ -99,6 +101,25 @@ def test_gain_of_no_signal_is_seldom_significant():
     p = gain(many, progress=False)["p"]
     for level in (0.05, 0.2, 0.5):
         assert (p <= level).sum() <= stats.binom.ppf(0.999, 40, level), (level, np.sort(p))
+
+
+def test_a_gain_that_depth_makes_is_gone_at_one_depth():
+    """The target is the share of one gene, known but for what few counts leave; depth alone makes it a product."""
+    rng = np.random.default_rng(0)
+    depth = rng.integers(300, 1500, 240)
+    shares = rng.dirichlet(np.full(12, 3.0), 240)
+    counts = np.stack([rng.multinomial(*pair) for pair in zip(depth, shares, strict=True)])
+    x = np.log1p(counts / depth[:, None] * 900).astype(np.float32)
+    data = ExpressionDataset(x, shares[:, :1].astype(np.float32), pd.RangeIndex(12), pd.Index(["share"]))
+    table = gain(data, counts=counts, progress=False)
+    few = table.attrs["downsampled"]["share"]
+    assert set(few) == set(table.columns) and 0 < few["without"] < table.loc["share", "without"]
+    part, rows = audit._one_depth(data, counts)
+    assert len(part) == len(rows) >= 215
+    drawn = np.expm1(part.x.toarray().astype(np.float64))
+    np.testing.assert_allclose(drawn.sum(axis=1), np.median(depth), rtol=1e-4)
+    with pytest.raises(ValueError, match=r"counts has shape \(240, 11\).*\(240, 12\)"):
+        gain(data, counts=counts[:, 1:])
 
 
 def test_what_gain_refuses():

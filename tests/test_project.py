@@ -37,7 +37,8 @@ PUBLIC = {
     "nested": "Trial Search search choose",
     "moments": "Moments solution",
     "models": "Config ScBMLPClassifier ScBMLPRegressor solve solve_replicas tune statistics",
-    "interactions": "gain interaction_matrix InteractionMatrix decompose audit similarity attributions group_means",
+    "interactions": "gain interaction_matrix InteractionMatrix decompose audit similarity attributions contrast "
+    "group_means",
     "knockoffs": "knockoffs pair_discoveries",
     "modules": "gene_modules all_gene_modules GeneModules consensus stability permutation_null truncation_curve",
     "evidence": "trust without_pairs random_directions",
