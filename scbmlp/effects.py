@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from anndata import AnnData
+from scipy import stats
 from sklearn.linear_model import LinearRegression
 
 from scbmlp.checks import by_cell, control_labels, obs_column, positions, strata_of, whole_number
@@ -188,3 +189,47 @@ def additivity(
             "slope": along / length if of_sum >= AGREE else np.nan,
         }
     return pd.DataFrame(table).T.astype({"n_cells": int})
+
+
+def between_donors(scores: pd.DataFrame, donors: Any, condition: Any) -> pd.DataFrame:
+    """Compare the mean scores of donors between two conditions; a donor counts once, however many cells it has.
+
+    Parameters
+    ----------
+    scores
+        Module scores (cell x comp), such as of :meth:`scbmlp.modules.GeneModules.scores`.
+    donors, condition
+        Donor of every cell, and the condition of that donor (each cell); there are two conditions.
+
+    Returns
+    -------
+    A row a module: the mean of the donors in each condition, their ``difference``, ``n_donors`` of either, ``p`` of
+    Welch's t-test over donors, and ``q`` over modules :cite:p:`benjamini1995`.
+
+    Examples
+    --------
+    >>> scores = pd.DataFrame({"module_1": [0.0, 1, 1, 2, 4, 5, 5, 6]})
+    >>> table = effects.between_donors(
+    ...     scores, list("aabbccdd"), ["ill"] * 4 + ["well"] * 4
+    ... )
+    >>> table.loc["module_1", ["ill", "well", "difference"]].tolist()
+    [1.0, 5.0, 4.0]
+    """
+    known = pd.DataFrame({"donor": np.asarray(donors, str), "condition": np.asarray(condition, str)}, scores.index)
+    of_donor = known.drop_duplicates().set_index("donor")["condition"]
+    sizes = of_donor.value_counts()
+    if not of_donor.index.is_unique or len(sizes) != 2 or sizes.min() < 2:
+        mixed = of_donor.index[of_donor.index.duplicated()].unique()
+        raise ValueError(
+            f"condition has {len(sizes)} values, {', '.join(f'{name!r} in {n} donors' for name, n in sizes.items())}, "
+            f"and {len(mixed)} donors have several; two conditions are needed, each in two donors or more, and a donor "
+            f"has one."
+        )
+    means = scores.groupby(known["donor"].to_numpy()).mean()
+    first, second = (means[of_donor[means.index] == name] for name in sorted(sizes.index))
+    table = pd.DataFrame({name: part.mean() for name, part in zip(sorted(sizes.index), (first, second), strict=True)})
+    table["difference"] = second.mean() - first.mean()
+    table["n_donors"] = f"{len(first)}, {len(second)}"
+    table["p"] = stats.ttest_ind(first, second, equal_var=False).pvalue
+    table["q"] = stats.false_discovery_control(table["p"].fillna(1))
+    return table

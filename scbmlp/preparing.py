@@ -34,6 +34,7 @@ from scbmlp.checks import (
 )
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.display import listed
+from scbmlp.effects import between_donors
 from scbmlp.enrichment import read_gene_sets
 from scbmlp.sources import DataCard, data_card
 from scbmlp.storage import writable
@@ -121,6 +122,7 @@ def prepare(
     min_cells: int | None = None,
     no_normalize: bool = False,
     group_key: str | None = None,
+    condition_key: str | None = None,
     seed: int = 0,
 ) -> Cells:
     """Check the cells of a report and split them; where ``X`` is scaled, ``raw`` is read, of the genes of ``X``.
@@ -147,6 +149,8 @@ def prepare(
         Refuse counts, which are else scaled to 10,000 a cell, and log1p is taken.
     group_key
         Column of ``obs`` with donors or batches, three at least; each is then in one part of the split.
+    condition_key
+        Column of ``obs`` with one of two conditions of each group; module scores are compared over groups.
     seed
         Seed of the split.
 
@@ -176,6 +180,12 @@ def prepare(
         adata = _labelled(adata, class_key, whole_number(min_cells or 0, "min_cells", 0), notes)
     if group_key is not None:
         adata, groups, part = _by_group(adata, group_key, class_key, perturbation_key, seed, notes)
+    if condition_key is not None:
+        if group_key is None:
+            raise ValueError(f"condition_key={condition_key!r} needs a group_key: donors are compared, and not cells.")
+        between_donors(
+            pd.DataFrame({"": range(adata.n_obs)}), groups, obs_column(adata, condition_key, "condition_key")
+        )
     adata, x, scaling = log_normalised(adata, layer, notes, no_normalize)
     names = adata.var_names
     kept = _most_variable(x, names, n_genes, notes)
@@ -240,10 +250,14 @@ def _by_group(
         first, second = [max(int((order <= share).sum()), i) for share, i in ((0.2, 1), (0.4, 2))]
         names = dict.fromkeys(order.index, "train") | dict.fromkeys(order.index[:second], "val")
         part = groups.map(names | dict.fromkeys(order.index[:first], "test"))
-        if len(set(part)) == 3 and set(classes[part == "train"]) == set(classes):
+        few = min(classes[part == name].nunique() for name in ("val", "test"))
+        if len(set(part)) == 3 and set(classes[part == "train"]) == set(classes) and few >= min(2, classes.nunique()):
             break
     else:
-        raise ValueError(f"group_key={key!r}: no split of its groups leaves cells of every class to train on.")
+        raise ValueError(
+            f"group_key={key!r}: no split of its groups has every class among the cells to fit, and two classes among "
+            f"those to choose by and to judge by; the groups tell the class, so leave group_key out."
+        )
     fit, choose, judge = part.groupby(groups).first().value_counts()[["train", "val", "test"]]
     notes.append(f"Each `{key}` is in one part alone: {fit} to fit, {choose} to choose, {judge} to judge.")
     return adata, groups, part

@@ -43,6 +43,7 @@ def report(
     min_cells: int | None = None,
     no_normalize: bool = False,
     group_key: str | None = None,
+    condition_key: str | None = None,
     quick: bool = False,
     seed: int = 0,
     force: bool = False,
@@ -56,7 +57,8 @@ def report(
         Path of an h5ad file, or AnnData, which is not changed.
     out
         Folder to write the page to, its notebook, the model, and ``cells.h5ad``, the cells with their modules.
-    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes, min_cells, no_normalize, group_key
+    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes, min_cells, no_normalize, group_key,
+    condition_key
         As in :func:`prepare`; one of the three keys is needed.
     quick
         Two replicas and 99 permutations, for a first look, in place of 8 and 999.
@@ -95,6 +97,7 @@ def report(
         "min_cells": min_cells,
         "no_normalize": no_normalize or None,
         "group_key": group_key,
+        "condition_key": condition_key,
         "seed": seed,
     }
     found = prepare(cells, **options)
@@ -299,6 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one.add_argument("--min-cells", type=int, help="fewest cells of a class; smaller ones are left out")
     one.add_argument("--no-normalize", action="store_true", help="refuse counts, in place of their logarithms")
     one.add_argument("--group-key", help="column of obs with donors or batches, of which whole ones are kept out")
+    one.add_argument("--condition-key", help="column of obs with two conditions of the groups, to compare scores by")
     one.add_argument("--quick", action="store_true", help="two replicas and 99 permutations, for a first look")
     one.add_argument("--seed", type=int, default=0, help="seed of the split and of all fits")
     one.add_argument("--out", default="report", help="folder to write (report)")

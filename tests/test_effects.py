@@ -8,9 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from anndata import AnnData
-from scipy import sparse
+from scipy import sparse, stats
 
-from scbmlp.effects import additivity, mean_effects, response_directions
+from scbmlp.effects import additivity, between_donors, mean_effects, response_directions
 from scbmlp.targets import dose_coordinates
 
 
@@ -140,3 +140,21 @@ print(additivity(x, AnnData(x, obs=obs), "given", "control", n_splits=3)["r_halv
     environments = [os.environ | {"PYTHONHASHSEED": seed} for seed in "12"]
     one, other = (subprocess.check_output([sys.executable, "-c", script], env=each, text=True) for each in environments)
     assert one == other != ""
+
+
+def test_donors_count_once_however_many_cells_they_have():
+    rng, donors = np.random.default_rng(0), np.repeat(list("abcdef"), [5, 50, 20, 9, 40, 30])
+    condition = np.where(np.isin(donors, list("abc")), "ill", "well")
+    of_donor = dict(zip("abcdef", rng.normal(size=6), strict=True))
+    scores = pd.DataFrame({"noise": [of_donor[donor] for donor in donors], "effect": (condition == "well") * 3.0})
+    scores += rng.normal(0, 0.1, scores.shape)
+    table = between_donors(scores, donors, condition)
+    means = scores.groupby(donors).mean()
+    expected = stats.ttest_ind(means.loc[list("abc")], means.loc[list("def")], equal_var=False)
+    np.testing.assert_allclose(table["p"], expected.pvalue)
+    assert table.loc["effect", "q"] < 0.01 < 0.05 < table.loc["noise", "p"] and set(table["n_donors"]) == {"3, 3"}
+    np.testing.assert_allclose(table["difference"], means.loc[list("def")].mean() - means.loc[list("abc")].mean())
+    assert stats.ttest_ind(*(part["noise"] for _, part in scores.groupby(condition))).pvalue < 0.01  # over cells
+    for bad in (np.where(np.arange(len(donors)) % 2, "ill", "well"), np.full(len(donors), "ill")):
+        with pytest.raises(ValueError, match="two conditions are needed"):
+            between_donors(scores, donors, bad)

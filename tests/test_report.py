@@ -262,6 +262,14 @@ def test_whole_groups_are_in_one_part_and_classes_of_one_group_are_left_out():
         prepare(cells, perturbation_key="drug", control="vehicle", group_key="donor")
     with pytest.raises(KeyError, match="group_key='lane'"):
         prepare(cells, class_key="type", group_key="lane")
+    cells.obs["donor"] = np.arange(cells.n_obs) % 6  # so is the type
+    with pytest.raises(ValueError, match="no split of its groups has every class.*the groups tell the class"):
+        prepare(cells[cells.obs["type"] != "rare"].copy(), class_key="type", group_key="donor")
+    with pytest.raises(ValueError, match="condition_key='drug' needs a group_key"):
+        prepare(cells, class_key="type", condition_key="drug")
+    cells.obs["donor"] = np.arange(cells.n_obs) % 5
+    with pytest.raises(ValueError, match="condition has 3 values.*and 5 donors have several"):
+        prepare(cells, class_key="type", group_key="donor", condition_key="drug")
 
 
 def test_most_variable_genes_are_taken_of_many_or_on_demand(monkeypatch):
