@@ -41,7 +41,7 @@ __all__ = [
 _DEFAULTS = {"n_epochs": (100, 40), "batch_size": (32, 64), "dropout_rate": (0.0, 0.2), "weight_decay": (1e-4, 3e-3)}
 _RATES = {"lr": "positive", "dropout_rate": "at least 0 and below 1"}
 _RATES |= dict.fromkeys(("weight_decay", "weight_decay_linear"), "at least 0")
-_KEPT = {"layer": "layer", "history": "_rows", "baseline": "_baseline", "best_epoch": "best_epoch"}  # in files
+_KEPT = ("layer", "best_epoch", "calibration", "_rows", "_baseline")  # in files, as they are
 
 
 @dataclass
@@ -68,8 +68,6 @@ class Config:
         Seed of the initial weights, the order of the cells and dropout.
     device
         ``"auto"``, or a name that torch understands: ``"cpu"``, ``"cuda:0"``, ``"mps"``.
-    patience
-        Epochs to go on without a better loss on validation cells; the best is kept. If None all epochs are run.
     weight_decay_linear
         L2 penalty of Adam on the weights of the linear term.
     class_weight
@@ -94,7 +92,6 @@ class Config:
     weight_decay: float | None = None
     seed: int = 0
     device: str = "auto"
-    patience: int | None = None
     weight_decay_linear: float = 0.1
     class_weight: Literal["balanced"] | None = None
 
@@ -107,9 +104,8 @@ class Config:
         for name, defaults in _DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.linear])
-        for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size", "patience"):
-            if getattr(self, name) is not None or name != "patience":
-                setattr(self, name, whole_number(getattr(self, name), name, config=True))
+        for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size"):
+            setattr(self, name, whole_number(getattr(self, name), name, config=True))
         self.seed = whole_number(self.seed, "seed", 0, 2**63 - 1, config=True)
         for name, allowed in _RATES.items():
             value, most = getattr(self, name), 1 if name == "dropout_rate" else np.inf
@@ -133,10 +129,8 @@ class Statistics(NamedTuple):
     ----------
     mean, sd
         Mean and standard deviation of every gene (gene), log-expression.
-    covariance
-        Covariance of the genes and the hidden pre-activations [L x, R x] (gene x 2 hid).
-    target
-        Covariance of the genes and the targets, 0 or 1 for classes (gene x out).
+    covariance, target
+        Covariances of the genes with [L x, R x] (gene x 2 hid), and with targets, 0 or 1 for classes (gene x out).
     """
 
     mean: np.ndarray
@@ -156,8 +150,7 @@ class _BilinearMLP(nn.Module):
         self.cfg = cfg
         self._options: dict[str, Any] = {}  # what the constructor takes beside it
         self.gene_names, self.output_names = pd.RangeIndex(cfg.d_input), pd.RangeIndex(cfg.d_output)
-        self.layer: str | None = None
-        self.scaling: Scaling | None = None
+        self.layer, self.scaling = None, None  # of the training cells
         with seeded(cfg.seed):
             # Both branches in one layer, so that x is read once and its transposed weight is B = [L' R'].
             self.branches = nn.Linear(cfg.d_input, 2 * cfg.d_hidden, bias=cfg.bias)
@@ -166,13 +159,17 @@ class _BilinearMLP(nn.Module):
             self.direct = nn.Linear(cfg.d_input, cfg.d_output, bias=False) if cfg.linear else None
         self.register_buffer("center", torch.zeros(cfg.d_input))
         self.register_buffer("class_weight", None if cfg.class_weight is None else torch.ones(cfg.d_output))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Take back what earlier fits have found."""
         self.statistics: Statistics | None = None
         self.best_epoch: int | None = None
-        self._rows: list[dict[str, float]] = []
-        self._baseline: dict[str, float] | None = None
         self.trials: pd.DataFrame | None = None
         self.recipe: list[tuple[exact.Mixture, float]] | None = None
         self.calibration: dict[str, Any] | None = None
+        self._rows: list[dict[str, float]] = []
+        self._baseline: dict[str, float] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p.
@@ -264,7 +261,6 @@ class _BilinearMLP(nn.Module):
         """Take over the names of the training cells, and how often their classes count."""
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
         self.scaling = train.scaling
-        self.calibration = None  # that of earlier weights
         if self.class_weight is not None:
             counts = class_counts(self.cfg.class_weight, train.y.numpy(), self.cfg.d_output)
             self.class_weight.copy_(torch.as_tensor(counts))
@@ -302,11 +298,12 @@ class _BilinearMLP(nn.Module):
                 f"the data were scaled in another way ({dataset.scaling}) than the model's training cells "
                 f"({self.scaling}); cut them with the same normalize_total and log1p."
             )
-        sizes = {"d_input": (len(dataset.gene_names), "genes"), "d_output": (len(dataset.output_names), "outputs")}
-        for name, (size, what) in sizes.items():
-            if (own := getattr(self.cfg, name)) != size:
-                remedy = f"build the model with Config({name}={size})"
-                raise ValueError(f"Config({name}={own}) does not match the data, which have {size} {what}; {remedy}.")
+        for name, given in {"d_input": dataset.gene_names, "d_output": dataset.output_names}.items():
+            if (own := getattr(self.cfg, name)) != (size := len(given)):
+                raise ValueError(
+                    f"Config({name}={own}) does not match the data, which have {size} "
+                    f"{'genes' if name == 'd_input' else 'outputs'}; build the model with Config({name}={size})."
+                )
         named = names and not isinstance(self.output_names, pd.RangeIndex)
         if named and not self.output_names.equals(dataset.output_names):
             given, own = (", ".join(map(str, one.output_names)) for one in (dataset, self))
@@ -317,13 +314,11 @@ class _BilinearMLP(nn.Module):
 
     def _known(self) -> dict[str, str]:
         """Return what a reader wants to know of the model, by name."""
-        cfg, history, score = self.cfg, self.history, f"val_{self.metric}"
+        cfg, score = self.cfg, f"val_{self.metric}"
+        form = f"{'with a linear part' if cfg.linear else 'plain'}{', biases' if cfg.bias else ''}"
+        rows = {"Form": form, "Size": f"{cfg.d_input:,} genes, {cfg.d_hidden:,} hidden units, {cfg.d_output:,} outputs"}
         named = not isinstance(self.output_names, pd.RangeIndex)
-        rows = {
-            "Form": f"{'with a linear part' if cfg.linear else 'plain'}{', biases' if cfg.bias else ''}",
-            "Size": f"{cfg.d_input:,} genes, {cfg.d_hidden:,} hidden units, {cfg.d_output:,} outputs",
-            "Outputs": listed(self.output_names) if named else "without names",
-        }
+        rows["Outputs"] = listed(self.output_names) if named else "without names"
         if self.recipe is not None:
             mixture = self.recipe[0][0]
             of = f"{mixture.rank} components" if mixture.space == "components" else "genes"
@@ -335,9 +330,9 @@ class _BilinearMLP(nn.Module):
             rows["Training"] = "not fitted"
         else:
             rows["Best epoch"] = f"{self.best_epoch} of {cfg.n_epochs}"
-            if score in history and self.best_epoch in history.index:
+            if score in self.history and self.best_epoch in self.history.index:
                 beside = "" if self._baseline is None else f", linear baseline {self._baseline[score]:.3f}"
-                value = f"{history.loc[self.best_epoch, score]:.3f}{beside}"
+                value = f"{self.history.loc[self.best_epoch, score]:.3f}{beside}"
                 rows[f"Validation {self.metric.replace('_', ' ')}"] = value
         return rows
 
@@ -393,17 +388,6 @@ class _BilinearMLP(nn.Module):
         outputs = self.outputs(x, layer=layer)
         return self.output_names.to_numpy()[outputs.argmax(axis=1)] if self._classes else outputs
 
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return what a fit makes small: cross-entropy of class codes (cell), or `loss_fn` of targets (cell x out).
-
-        Examples
-        --------
-        >>> x, y = test[:50]
-        >>> round(model.loss(model(x), y).item(), 2)
-        0.31
-        """
-        return self._loss(outputs, target)
-
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of a classifier, balanced if the classes are, or R2 averaged over the outputs.
 
@@ -431,15 +415,14 @@ class _BilinearMLP(nn.Module):
             "class": type(self).__name__,
             "config": asdict(self.cfg),
             "options": self._options,
-            "gene_names": plain_names(self.gene_names, "gene_names").tolist(),
-            "output_names": plain_names(self.output_names, "output_names").tolist(),
-            "named": [not isinstance(names, pd.RangeIndex) for names in (self.gene_names, self.output_names)],
+            "trials": None if self.trials is None else self.trials.to_dict("list"),
+            "scaling": self.scaling,
+            "recipe": self.recipe,
         }
-        known |= {name: getattr(self, attribute) for name, attribute in _KEPT.items()}
-        known["trials"] = None if self.trials is None else self.trials.to_dict("list")
-        known |= {"calibration": self.calibration, "scaling": self.scaling}
-        known["recipe"] = self.recipe and [[mixture._asdict(), ratio] for mixture, ratio in self.recipe]
-        write_file(Path(path), known, self.state_dict() | tensors)
+        for name in ("gene_names", "output_names"):
+            names = plain_names(getattr(self, name), name)
+            known[name] = None if isinstance(names, pd.RangeIndex) else names.tolist()
+        write_file(Path(path), known | {name: getattr(self, name) for name in _KEPT}, self.state_dict() | tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -454,23 +437,22 @@ class _BilinearMLP(nn.Module):
         known, tensors = read_file(Path(path), cls.__name__)
         try:
             model = cls(Config(**known["config"]), **known["options"])
-            parts = [
-                tensors.pop(f"statistics.{name}") for name in Statistics._fields if f"statistics.{name}" in tensors
-            ]
+            for name in _KEPT:
+                setattr(model, name, known[name])
+            for name in ("gene_names", "output_names"):
+                if known[name] is not None:
+                    setattr(model, name, plain_names(known[name], name))
+            if known["trials"] is not None:
+                model.trials = pd.DataFrame(known["trials"])
+            if known["scaling"] is not None:
+                model.scaling = Scaling(*known["scaling"])
+            if known["recipe"] is not None:
+                recipe = [(tuple(map(tuple, weights)), *rest, ratio) for (weights, *rest), ratio in known["recipe"]]
+                model.recipe = [(exact.Mixture(*mixture), ratio) for *mixture, ratio in recipe]
+            if "statistics.mean" in tensors:
+                parts = [tensors.pop(f"statistics.{name}").numpy() for name in Statistics._fields]
+                model.statistics = Statistics(*parts)
             model.load_state_dict(tensors)
-            for key, named in zip(("gene_names", "output_names"), known["named"], strict=True):
-                if named:
-                    setattr(model, key, plain_names(known[key], key))
-            for key, attribute in _KEPT.items():
-                setattr(model, attribute, known[key])
-            model.statistics = Statistics(*(part.numpy() for part in parts)) if parts else None
-            model.trials = pd.DataFrame(known["trials"]) if known["trials"] else None
-            model.calibration = known.get("calibration")  # earlier files have none
-            model.scaling = known.get("scaling") and Scaling(*known["scaling"])
-            model.recipe = known["recipe"] and [
-                (exact.Mixture(**one | {"weights": tuple(map(tuple, one["weights"]))}), ratio)
-                for one, ratio in known["recipe"]
-            ]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = f"is damaged ({error}); save the model again, or take another copy"
             raise ValueError(f"{Path(path).name} {reason}.") from error
@@ -505,7 +487,15 @@ class ScBMLPClassifier(_BilinearMLP):
         """What the score is: ``accuracy``, or ``balanced_accuracy``."""
         return "accuracy" if self.cfg.class_weight is None else "balanced_accuracy"
 
-    def _loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return what a fit makes small: the cross-entropy of class codes (cell).
+
+        Examples
+        --------
+        >>> x, y = test[:50]
+        >>> round(model.loss(model(x), y).item(), 2)
+        0.31
+        """
         weight = None if self.class_weight is None else self.class_weight.to(outputs)
         # A mean over cells and not over weights, so that losses of batches add up.
         return nn.functional.cross_entropy(outputs, target, weight, reduction="sum") / len(target)
@@ -557,7 +547,15 @@ class ScBMLPRegressor(_BilinearMLP):
         self.loss_fn = loss_fn
         self._options = {"loss_fn": loss_fn}
 
-    def _loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return what a fit makes small: `loss_fn` of targets (cell x out).
+
+        Examples
+        --------
+        >>> x, y = graded[2][:50]
+        >>> bool(regressor.loss(regressor(x), y) < 0.1)
+        True
+        """
         return self._losses[self.loss_fn](outputs, target)
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:

@@ -41,7 +41,7 @@ class Training(lightning.LightningModule):
         self, model: Any, train: ExpressionDataset, val: ExpressionDataset | None, baseline: LinearModel | None
     ) -> None:
         super().__init__()
-        cfg, y = model.cfg, train.y.numpy()
+        cfg = model.cfg
         self.model, self.row, self.best = model, {}, None
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the cells; a checkpoint keeps its state
         self.drawn: list[dict[str, Tensor]] = []
@@ -53,48 +53,52 @@ class Training(lightning.LightningModule):
             for layer in filter(None, (model.branches, model.project, model.direct)):
                 layer.reset_parameters()
         model.train()
-        model._rows, model._baseline, model.statistics, model.trials, model.recipe = [], None, None, None, None
+        model._forget()
         model._adopt(train)
-        shift, scale, units = 0.0, np.ones(1), cfg.linear and y.ndim == 2
-        if units:  # the model learns in standard deviations
-            y = y.astype(np.float64)
-            shift, scale = y.mean(axis=0), np.where(np.ptp(y, axis=0) > 0, y.std(axis=0), 1.0)
-        for name, values in {"mean": shift, "scale": scale}.items():
-            values = torch.as_tensor(values, dtype=torch.float32) if units else None
-            self.register_buffer(name, values, persistent=False)
+        self.register_buffer("mean", None, persistent=False)
+        self.register_buffer("scale", None, persistent=False)
+        outputs = None if baseline is None else self._keep_row_of(baseline, train, val)
         if cfg.linear:
+            self._start_linear(train, val, baseline, outputs)
+
+    def _keep_row_of(
+        self, baseline: LinearModel, train: ExpressionDataset, val: ExpressionDataset | None
+    ) -> np.ndarray | None:
+        """Make the linear baseline the first row of the history, and return its outputs of the validation cells."""
+        self.model._baseline, outputs = {}, None
+        for stage, part in {"train": train, "val": val}.items():
+            if part is not None:
+                outputs = baseline.outputs(part)
+                loss = self.model.loss(torch.as_tensor(outputs, dtype=torch.float32), part.y)
+                self.model._baseline |= self._row(stage, loss, outputs, part.y.numpy())
+        return outputs
+
+    def _start_linear(
+        self, train: ExpressionDataset, val: ExpressionDataset | None, baseline: LinearModel | None, outputs: Any
+    ) -> None:
+        """Start the linear part at the baseline, or at 0, and keep it as the best epoch so far.
+
+        Targets are learnt in standard deviations; classes are as they are.
+        """
+        model, shift, scale = self.model, 0.0, np.ones(1)
+        if not model._classes:
+            y = train.y.numpy().astype(np.float64)
+            shift, scale = y.mean(axis=0), np.where(np.ptp(y, axis=0) > 0, y.std(axis=0), 1.0)
+            self.mean, self.scale = (torch.as_tensor(one, dtype=torch.float32) for one in (shift, scale))
+        with torch.no_grad():
             model.center.copy_(torch.as_tensor(mean(train.x)))
             nn.init.zeros_(model.direct.weight)
             nn.init.zeros_(model.project.bias)
-        sets = {"train": train} if val is None else {"train": train, "val": val}
-        start = None if baseline is None else self._start_at(baseline, sets, shift, scale)
-        if val is None or not (cfg.linear or cfg.patience is not None):
-            return
-        weights = self._weights()
-        if not cfg.linear:
-            outputs = model.outputs(val)
-        else:  # the linear part alone
-            weights["project.weight"].zero_()
-            outputs = np.zeros((len(val), cfg.d_output)) if start is None else (start - shift) / scale
-        target = torch.as_tensor((val.y.numpy() - shift) / scale) if units else val.y
-        self.best = {"loss": float(model.loss(torch.as_tensor(outputs), target)), "epoch": 0, "weights": weights}
-
-    def _start_at(
-        self, baseline: LinearModel, sets: dict[str, ExpressionDataset], shift: Any, scale: np.ndarray
-    ) -> np.ndarray:
-        """Put a linear baseline into history and linear part, and return its outputs of the last set."""
-        model = self.model
-        model._baseline = {}
-        for stage, part in sets.items():
-            outputs = baseline.outputs(part)
-            loss = model.loss(torch.as_tensor(outputs, dtype=torch.float32), part.y)
-            model._baseline |= self._row(stage, loss, outputs, part.y.numpy())
-        if model.cfg.linear:
-            at_center = baseline.constant + baseline.weight @ model.origin
-            with torch.no_grad():
+            if baseline is not None:
+                at_center = baseline.constant + baseline.weight @ model.origin
                 model.direct.weight.copy_(torch.as_tensor(baseline.weight / scale[:, None]))
                 model.project.bias.copy_(torch.as_tensor((at_center - shift) / scale))
-        return outputs
+        if val is not None:
+            weights = self._weights()
+            weights["project.weight"].zero_()  # the linear part alone
+            outputs = np.zeros((len(val), model.cfg.d_output)) if outputs is None else (outputs - shift) / scale
+            target = val.y if model._classes else torch.as_tensor((val.y.numpy() - shift) / scale)
+            self.best = {"loss": float(model.loss(torch.as_tensor(outputs), target)), "epoch": 0, "weights": weights}
 
     def run(self, ckpt_path: str | Path | None, options: dict[str, Any]) -> None:
         """Fit by a trainer with these options, and give the model its best weights, whatever happens."""
@@ -177,9 +181,6 @@ class Training(lightning.LightningModule):
         # An epoch may have no validation, or several, of which its row has the last.
         self.model._rows.append(row | self.row)
         self.row = {}
-        epoch, patience = len(self.model._rows), self.model.cfg.patience
-        if self.best and patience is not None and epoch - self.best["epoch"] >= patience:
-            self.trainer.should_stop = True
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -229,11 +230,6 @@ def check_sets(model: Any, train: ExpressionDataset, val: ExpressionDataset | No
             raise ValueError(
                 "val does not have the genes and outputs of train, in its order; cut both from one AnnData."
             )
-    elif model.cfg.patience is not None:
-        raise ValueError(
-            f"Config(patience={model.cfg.patience}) needs validation cells to tell the best epoch by; pass val= to "
-            f"fit, or patience=None to keep the last."
-        )
     elif model.cfg.linear and baseline is True:
         warn(
             "fit has no validation cells: the linear part starts at 0 and not at the linear baseline, whose penalty "
