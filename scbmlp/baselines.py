@@ -89,10 +89,10 @@ def accuracy(outputs: np.ndarray, target: np.ndarray, class_weight: Literal["bal
 
 def class_counts(
     class_weight: Literal["balanced"] | None, y: np.ndarray, n_classes: int, own: np.ndarray | None = None
-) -> np.ndarray | None:
+) -> np.ndarray:
     """Return how often a cell of each class counts (out), by codes of cells and how often each counts itself (cell)."""
     if class_weight is None:
-        return None
+        return np.ones(n_classes)
     sizes = np.bincount(y, own, n_classes)
     return np.divide(sizes.sum(), np.count_nonzero(sizes) * sizes, out=np.ones(n_classes), where=sizes > 0)
 
@@ -132,7 +132,7 @@ def linear_baseline(
         model = ridge(Axes(x), y, x_val, y_val, exact=exact)
     else:
         counts = class_counts(class_weight, train.y.numpy(), len(train.output_names))
-        model = _logistic(x, y, x_val, y_val, np.ones(len(train.output_names)) if counts is None else counts, exact)
+        model = _logistic(x, y, x_val, y_val, counts, exact)
     return replace(
         model, gene_names=train.gene_names, layer=train.layer, scaling=train.scaling, class_weight=class_weight
     )

@@ -339,8 +339,9 @@ def _minimum(
 
 def counts_of(dataset: ExpressionDataset, train: ExpressionDataset, class_weight: str | None) -> np.ndarray:
     """Return how often each cell counts, by the classes of the training cells (cell)."""
-    of_class = class_counts(class_weight, train.y.numpy(), len(train.output_names))
-    return np.ones(len(dataset)) if of_class is None else of_class[dataset.y.numpy()]
+    if train.y.ndim == 2:
+        return np.ones(len(dataset))
+    return class_counts(class_weight, train.y.numpy(), len(train.output_names))[dataset.y.numpy()]
 
 
 def targets_of(dataset: ExpressionDataset, n_outputs: int) -> Tensor:

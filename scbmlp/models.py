@@ -52,20 +52,14 @@ class Config:
     ----------
     d_input, d_hidden, d_output
         Number of genes, hidden units and outputs: the axes gene, hid and out of the weights.
-    bias
-        Add biases to both hidden branches and to the output.
-    linear
-        Add a linear term on centred genes. It starts at the linear baseline, and the best epoch is kept.
+    bias, linear
+        Add biases; add a linear term on centred genes, which starts at the linear baseline. Its best epoch is kept.
     n_epochs, batch_size
         Passes over the training cells, and cells a step; if None 100 and 32, with `linear` 40 and 64.
-    lr
-        Learning rate of Adam at the start; it falls to zero along a cosine.
-    dropout_rate
-        Chance that a hidden product is dropped in a training step; if None 0, with `linear` 0.2.
-    weight_decay
-        L2 penalty of Adam, which favours interaction matrices of low rank; if None 1e-4, with `linear` 3e-3.
-    seed
-        Seed of the initial weights, the order of the cells and dropout.
+    lr, seed
+        Learning rate of Adam, which falls to zero along a cosine; seed of weights, order of the cells and dropout.
+    dropout_rate, weight_decay
+        Chance that a hidden product is dropped, and L2 penalty; if None 0 and 1e-4, with `linear` 0.2 and 3e-3.
     device
         ``"auto"``, or a name that torch understands: ``"cpu"``, ``"cuda:0"``, ``"mps"``.
     weight_decay_linear
@@ -225,10 +219,9 @@ class _BilinearMLP(nn.Module):
             Cells to learn from, and cells to report on after each epoch.
         baseline
             Whether to fit a linear baseline first, or one of your own; without `val` there is none.
-        ckpt_path
-            Checkpoint of an interrupted fit to go on from; ``"last"`` for the newest in ``default_root_dir``, if any.
-        trainer_kwargs
-            Of ``lightning.Trainer``: ``default_root_dir`` keeps checkpoints, ``strategy="ddp"`` shares every batch.
+        ckpt_path, trainer_kwargs
+            As ``lightning.Trainer`` has them: ``default_root_dir`` keeps checkpoints, of which ``ckpt_path="last"`` is
+            the newest, and ``strategy="ddp"`` shares every batch.
 
         Returns
         -------
@@ -343,19 +336,14 @@ class _BilinearMLP(nn.Module):
     def _repr_html_(self) -> str:
         return as_html(self._known(), type(self).__name__)
 
-    def outputs(
-        self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None, batch_size: int = 1024
-    ) -> np.ndarray:
+    def outputs(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the raw outputs of cells (cell x out): logits of a classifier, predictions of a regressor.
 
         Parameters
         ----------
-        x
-            Cells, cell x gene: AnnData, DataFrame, dataset, file or matrix. Named genes are matched by name.
-        layer
-            Layer of AnnData to read; that of the training cells if None.
-        batch_size
-            Cells made dense at a time; a file is read in blocks of so many.
+        x, layer
+            Cells, as AnnData, DataFrame, dataset, file or matrix (cell x gene), and the layer to read; genes are
+            matched by name where they have names, and the layer is that of the training cells if None.
 
         Examples
         --------
@@ -363,19 +351,18 @@ class _BilinearMLP(nn.Module):
         (1000, 2)
         """
         x = match_genes(x, self.gene_names, layer or self.layer, self.scaling)
-        batch_size = whole_number(batch_size, "batch_size")
         was_training, device = self.training, self.branches.weight.device
         self.eval()
         # In double precision, so that a cell's outputs do not depend on which cells are in its batch.
         precise = torch.float32 if device.type == "mps" else torch.float64
         weights = {name: part.to(precise) for name, part in self.state_dict().items()}
+        parts = [torch.empty(0, self.cfg.d_output)]
         with torch.no_grad():
-            parts = [
-                torch.func.functional_call(self, weights, dense_tensor(block).to(device, precise)).float().cpu()
-                for _, block in blocks(x, batch_size)
-            ]
+            for _, block in blocks(x):
+                found = torch.func.functional_call(self, weights, dense_tensor(block).to(device, precise))
+                parts.append(found.float().cpu())
         self.train(was_training)
-        return torch.cat(parts).numpy() if parts else np.empty((0, self.cfg.d_output), np.float32)
+        return torch.cat(parts).numpy()
 
     def predict(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the names of the most probable classes (cell), or predicted targets (cell x out), of :meth:`outputs`.

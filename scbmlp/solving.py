@@ -163,7 +163,7 @@ def solve_again(
 ) -> ScBMLPClassifier | ScBMLPRegressor:
     """Solve a model on some cells, each so often (cell), by its recipe; statistics and outputs are those of `train`."""
     counts, cfg = counts.astype(float), replace(model.cfg, d_output=len(train.output_names))
-    if cfg.class_weight is not None:
+    if part.y.ndim == 1:
         counts *= class_counts(cfg.class_weight, part.y.numpy(), cfg.d_output, counts)[part.y.numpy()]
     kind = kind_of(cfg.device)
     known = moments.Moments(part, counts, device=kind) if len(train) > moments.LARGE else None
