@@ -136,9 +136,6 @@ class Statistics(NamedTuple):
 class _BilinearMLP(nn.Module):
     """What classifier and regressor share; they add the loss and the score."""
 
-    metric: str
-    _classes: bool
-
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
@@ -387,14 +384,11 @@ class _BilinearMLP(nn.Module):
         return self._measure(self.outputs(dataset), dataset.y.numpy())
 
     def save(self, path: str | Path) -> None:
-        """Write the model to one safetensors file, numbers and text alone; one that was there is whole until then.
+        """Write the model to one safetensors file of numbers and text; one that was there is whole until then.
 
         Examples
         --------
         >>> model.save("model.safetensors")
-        >>> again = ScBMLPClassifier.load("model.safetensors")
-        >>> bool((again.predict(adata) == model.predict(adata)).all())
-        True
         """
         parts = {} if self.statistics is None else self.statistics._asdict()
         tensors = {f"statistics.{name}": torch.as_tensor(part) for name, part in parts.items()}
@@ -451,14 +445,11 @@ class ScBMLPClassifier(_BilinearMLP):
 
     Attributes
     ----------
-    gene_names, output_names
-        Names of the genes and of the classes, known once fitted.
-    best_epoch, statistics
-        The epoch whose weights the model has, 0 for the start; and what modules need of the training cells.
-    trials
-        What :func:`solve` or :func:`tune` tried, a row a setting; else None.
-    calibration
-        What :func:`scbmlp.annotate.calibrate` returned, put here to be saved with the model; else None.
+    gene_names, output_names, statistics, trials
+        Names of genes and outputs, what modules need of the training cells, and what :func:`solve` tried, a row a form.
+    best_epoch, calibration
+        The epoch whose weights the model has, 0 for the start; what :func:`scbmlp.annotate.calibrate` returned, if put
+        here to be saved with the model.
 
     Examples
     --------
@@ -510,10 +501,8 @@ class ScBMLPRegressor(_BilinearMLP):
 
     Parameters
     ----------
-    cfg
-        Size and training.
-    loss_fn
-        Mean squared error, mean absolute error, or Huber's loss with its threshold at 1 target unit.
+    cfg, loss_fn
+        Size and training; mean squared or absolute error, or Huber's loss with its threshold at 1 target unit.
 
     Examples
     --------
