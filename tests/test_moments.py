@@ -45,6 +45,11 @@ def stored(data, folder):
     return ExpressionDataset(StoredMatrix(folder / "cells.h5ad"), data.y.numpy(), data.gene_names, data.output_names)
 
 
+def solved(data, mixtures, ratios, counts=None):
+    """The solution from sums."""
+    return exact.solution(data, mixtures, ratios, known=moments.Moments(data, counts))
+
+
 def outputs(found, x):
     d = x - found.mean
     return found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
@@ -58,7 +63,7 @@ def test_solutions_are_those_of_products_of_cells(x, counts, classes, monkeypatc
     for module in (exact, moments):
         monkeypatch.setattr(module, "softmax", lambda *a, **k: solve_(*a, **k | {"tol": 1e-13}))
     data, recipe = dataset(x, classes), CLASSES if classes else TARGETS
-    there, here = (one.solution(data, *recipe, counts=counts) for one in (exact, moments))
+    there, here = exact.solution(data, *recipe, counts=counts), solved(data, *recipe, counts)
     np.testing.assert_allclose(outputs(here, x), outputs(there, x), atol=1e-4 if classes else 1e-6)
     if not classes:
         np.testing.assert_allclose(here.direct, there.direct, atol=1e-6)
@@ -66,7 +71,7 @@ def test_solutions_are_those_of_products_of_cells(x, counts, classes, monkeypatc
 
 def test_a_constant_gene_and_copies_do_no_harm(x):
     same = np.hstack([x, x[:, :3], np.ones((N, 1), np.float32)])
-    there, here = (one.solution(dataset(same), [PRODUCTS] * 2, [1e-3] * 2) for one in (exact, moments))
+    there, here = (one(dataset(same), [PRODUCTS] * 2, [1e-3] * 2) for one in (exact.solution, solved))
     np.testing.assert_allclose(outputs(here, same), outputs(there, same), atol=1e-6)
 
 
@@ -86,7 +91,7 @@ def test_ridge_is_the_least_of_its_loss_in_double_precision_and_near_it_in_singl
     expected = share @ y + features @ np.linalg.lstsq(system, left, rcond=None)[0]
     for dtype, atol in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
         known = moments.Moments(data, COUNTS, dtype=dtype)
-        found = moments.solution(data, [PRODUCTS] * 2, [1e-2] * 2, known=known)
+        found = exact.solution(data, [PRODUCTS] * 2, [1e-2] * 2, known=known)
         np.testing.assert_allclose(outputs(found, x), expected, atol=atol)
 
 
@@ -94,13 +99,13 @@ def test_ridge_is_the_least_of_its_loss_in_double_precision_and_near_it_in_singl
 def test_blocks_order_and_place_change_nothing(x, classes, monkeypatch, tmp_path):
     data = dataset(x, classes)
     recipe = ([PRODUCTS], [1e-2]) if classes else TARGETS
-    known = outputs(moments.solution(data, *recipe), x)
+    known = outputs(solved(data, *recipe), x)
     turned = data.load(np.random.default_rng(0).permutation(N))
-    np.testing.assert_allclose(outputs(moments.solution(turned, *recipe), x), known, atol=1e-6)
+    np.testing.assert_allclose(outputs(solved(turned, *recipe), x), known, atol=1e-6)
     for name, size in {"BLOCK": 37, "SPAN": 101, "PANEL": 7}.items():
         monkeypatch.setattr(moments, name, size)
-    np.testing.assert_allclose(outputs(moments.solution(data, *recipe), x), known, atol=1e-6)
-    there = moments.solution(stored(data, tmp_path), *recipe)
+    np.testing.assert_allclose(outputs(solved(data, *recipe), x), known, atol=1e-6)
+    there = solved(stored(data, tmp_path), *recipe)
     np.testing.assert_allclose(outputs(there, x), known, atol=1e-3 if classes else 1e-6)
 
 
@@ -108,16 +113,16 @@ def test_processes_and_a_cluster_are_one_process(x, tmp_path, monkeypatch):
     """Of the cluster's two workers one dies meanwhile: what it had is done again."""
     data = stored(dataset(x), tmp_path)
     monkeypatch.setattr(moments, "SPAN", 120)
-    known = outputs(moments.solution(data, *TARGETS), x)
+    known = outputs(solved(data, *TARGETS), x)
     with joblib.parallel_config("loky", n_jobs=2):
-        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
+        np.testing.assert_allclose(outputs(solved(data, *TARGETS), x), known, atol=1e-6)
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         pids = client.run(os.getpid)
-        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
+        np.testing.assert_allclose(outputs(solved(data, *TARGETS), x), known, atol=1e-6)
         os.kill(next(iter(pids.values())), signal.SIGKILL)
-        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
+        np.testing.assert_allclose(outputs(solved(data, *TARGETS), x), known, atol=1e-6)
 
 
 def test_solve_takes_sums_of_many_cells(x, tmp_path, monkeypatch):
@@ -154,7 +159,7 @@ def test_classes_on_disk_are_linear_in_what_memory_holds(x, tmp_path, monkeypatc
     train = stored(data.load(slice(0, 400)), tmp_path)
     known = moments.Moments(train, rank=8)
     assert known.held == 12
-    found = moments.solution(train, [PRODUCTS], [1e-2], known=known)
+    found = exact.solution(train, [PRODUCTS], [1e-2], known=known)
     assert np.linalg.matrix_rank(np.vstack([found.direct, known.axes[:, :12].T]), tol=1e-6) == 12
     trials, _, _ = moments.search(train, data.load(slice(400, None)), groups=np.arange(100) % 20)
     assert trials[0].form == "linear in genes, by 30 leading components" and trials[-1].loss < trials[0].loss
