@@ -163,14 +163,7 @@ class _BilinearMLP(nn.Module):
         self._baseline: dict[str, float] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p.
-
-        Examples
-        --------
-        >>> x, _ = test[:5]
-        >>> tuple(model(x).shape)
-        (5, 2)
-        """
+        """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p."""
         if self.cfg.linear:
             x = x - self.center
         left, right = self.branches(x).chunk(2, dim=-1)
@@ -267,12 +260,7 @@ class _BilinearMLP(nn.Module):
         return pd.DataFrame(rows, index=pd.RangeIndex(first, first + len(rows), name="epoch"))
 
     def check(self, dataset: ExpressionDataset, *, names: bool = True) -> None:
-        """Raise an error if a dataset does not fit the model, whose outputs it must have by name too if `names`.
-
-        Examples
-        --------
-        >>> model.check(test)  # a classifier; graded[2] would be refused
-        """
+        """Raise an error if a dataset does not fit the model, whose outputs it must have by name too if `names`."""
         check_dataset(dataset)
         if (dataset.y.ndim == 1) != self._classes:
             kinds = ["class codes", "continuous targets"]
@@ -466,14 +454,7 @@ class ScBMLPClassifier(_BilinearMLP):
         return "accuracy" if self.cfg.class_weight is None else "balanced_accuracy"
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return what a fit makes small: the cross-entropy of class codes (cell).
-
-        Examples
-        --------
-        >>> x, y = test[:50]
-        >>> round(model.loss(model(x), y).item(), 2)
-        0.31
-        """
+        """Return what a fit makes small: the cross-entropy of class codes (cell)."""
         weight = None if self.class_weight is None else self.class_weight.to(outputs)
         # A mean over cells and not over weights, so that losses of batches add up.
         return nn.functional.cross_entropy(outputs, target, weight, reduction="sum") / len(target)
@@ -524,14 +505,7 @@ class ScBMLPRegressor(_BilinearMLP):
         self._options = {"loss_fn": loss_fn}
 
     def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return what a fit makes small: `loss_fn` of targets (cell x out).
-
-        Examples
-        --------
-        >>> x, y = graded[2][:50]
-        >>> bool(regressor.loss(regressor(x), y) < 0.1)
-        True
-        """
+        """Return what a fit makes small: `loss_fn` of targets (cell x out)."""
         return self._losses[self.loss_fn](outputs, target)
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:

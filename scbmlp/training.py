@@ -9,6 +9,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -42,24 +43,22 @@ class Training(lightning.LightningModule):
     ) -> None:
         super().__init__()
         cfg = model.cfg
-        self.model, self.row, self.best = model, {}, None
+        self.model, self.row, self.best, self.units = model, {}, None, None
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the cells; a checkpoint keeps its state
         self.drawn: list[dict[str, Tensor]] = []
         self.seen: dict[str, list[tuple[Tensor, ...]]] = {"train": [], "val": []}
-        self.loaders = [loader(train, cfg.batch_size, self.order)]
-        if val is not None:
-            self.loaders.append(loader(val, max(cfg.batch_size, 1024)))
         with seeded(cfg.seed):
             for layer in filter(None, (model.branches, model.project, model.direct)):
                 layer.reset_parameters()
         model.train()
         model._forget()
         model._adopt(train)
-        self.register_buffer("mean", None, persistent=False)
-        self.register_buffer("scale", None, persistent=False)
         outputs = None if baseline is None else self._keep_row_of(baseline, train, val)
         if cfg.linear:
             self._start_linear(train, val, baseline, outputs)
+        self.loaders = [loader(self._in_units(train), cfg.batch_size, self.order)]
+        if val is not None:
+            self.loaders.append(loader(self._in_units(val), max(cfg.batch_size, 1024)))
 
     def _keep_row_of(
         self, baseline: LinearModel, train: ExpressionDataset, val: ExpressionDataset | None
@@ -84,7 +83,7 @@ class Training(lightning.LightningModule):
         if not model._classes:
             y = train.y.numpy().astype(np.float64)
             shift, scale = y.mean(axis=0), np.where(np.ptp(y, axis=0) > 0, y.std(axis=0), 1.0)
-            self.mean, self.scale = (torch.as_tensor(one, dtype=torch.float32) for one in (shift, scale))
+            self.units = [torch.as_tensor(one, dtype=torch.float32) for one in (shift, scale)]
         with torch.no_grad():
             model.center.copy_(torch.as_tensor(mean(train.x)))
             nn.init.zeros_(model.direct.weight)
@@ -99,6 +98,15 @@ class Training(lightning.LightningModule):
             outputs = np.zeros((len(val), model.cfg.d_output)) if outputs is None else (outputs - shift) / scale
             target = val.y if model._classes else torch.as_tensor((val.y.numpy() - shift) / scale)
             self.best = {"loss": float(model.loss(torch.as_tensor(outputs), target)), "epoch": 0, "weights": weights}
+
+    def _in_units(self, cells: ExpressionDataset) -> ExpressionDataset:
+        """Return the cells with targets in standard deviations from the mean, if the model learns those."""
+        if self.units is None:
+            return cells
+        mean, scale = self.units
+        cells = copy(cells)
+        cells.y = (cells.y - mean) / scale
+        return cells
 
     def run(self, ckpt_path: str | Path | None, options: dict[str, Any]) -> None:
         """Fit by a trainer with these options, and give the model its best weights, whatever happens."""
@@ -126,8 +134,6 @@ class Training(lightning.LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         """Return the loss of a batch, and keep what the row of the epoch is made of."""
         x, y = batch
-        if self.scale is not None:
-            y = (y - self.mean) / self.scale
         outputs = self.model(x).float()  # losses are of full precision, whatever the products are
         # A process may have no cell of the last batch, and still has to take part in the step.
         loss = self.model.loss(outputs, y) if len(y) else outputs.sum()
@@ -200,8 +206,8 @@ class Training(lightning.LightningModule):
         losses, counts, outputs, targets = zip(*_of_all(own), strict=True)
         loss, outputs, targets = float(sum(losses) / sum(counts)), torch.cat(outputs), torch.cat(targets)
         shown = loss
-        if self.scale is not None:
-            mean, scale = self.mean.cpu(), self.scale.cpu()
+        if self.units is not None:
+            mean, scale = self.units
             shown = self.model.loss(outputs * scale + mean, targets * scale + mean)
         return self._row(stage, shown, outputs.numpy(), targets.numpy()), loss
 
@@ -212,8 +218,8 @@ class Training(lightning.LightningModule):
         with torch.no_grad():
             if self.best is not None:
                 model.load_state_dict(self.best["weights"])
-            if self.scale is not None:
-                mean, scale = self.mean.cpu(), self.scale.cpu()
+            if self.units is not None:
+                mean, scale = self.units
                 for layer in (model.project, model.direct):
                     layer.weight.mul_(scale[:, None])
                 model.project.bias.mul_(scale).add_(mean)
