@@ -436,20 +436,15 @@ def rare_model(class_weight="balanced", **changes):
 
 
 def test_a_balanced_loss_is_torchs_and_adds_up_over_batches():
-    train, _, _ = rare()
-    model = rare_model()
+    train, model = rare()[0], rare_model(n_epochs=1)
     model.fit(train, **ALONE)
-    weight = balance(train.y)
+    weight, outputs = balance(train.y), torch.randn(len(train), 3, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(model.class_weight, weight, rtol=1e-6)
-    outputs = [torch.as_tensor(model.outputs(train)).requires_grad_() for _ in range(3)]
-    losses = cross_entropy(outputs[0], train.y, weight), model.loss(outputs[1], train.y)
+    expected = cross_entropy(outputs, train.y, weight)
+    torch.testing.assert_close(model.loss(outputs, train.y), expected)
     # Of 70 cells each, the last of fewer; a mean over a batch's weights would not add up to that over all.
-    batches = zip(outputs[2].split(70), train.y.split(70), strict=True)
-    losses += (sum(model.loss(y, target) * len(target) for y, target in batches) / len(train),)
-    slopes = [torch.autograd.grad(loss, y)[0] for loss, y in zip(losses, outputs, strict=True)]
-    for loss, slope in zip(losses[1:], slopes[1:], strict=True):
-        torch.testing.assert_close(loss, losses[0])
-        torch.testing.assert_close(slope, slopes[0], atol=1e-9, rtol=1e-4)
+    batches = zip(outputs.split(70), train.y.split(70), strict=True)
+    torch.testing.assert_close(sum(model.loss(y, target) * len(target) for y, target in batches) / len(train), expected)
 
 
 @pytest.mark.parametrize("class_weight", [None, "balanced"])
@@ -676,10 +671,8 @@ def test_outputs_do_not_depend_on_format_order_of_genes_or_batch(classifier, cel
         np.testing.assert_allclose(classifier(torch.as_tensor(cells.X.toarray())), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_neither_noise_of_rounding_nor_threads_change_an_answer(classifier, cells, sets):
+def test_threads_change_no_answer(classifier, cells, sets):
     outputs = classifier.outputs(cells)
-    nudged = classifier.outputs(cells.X * np.float32(1 + 1e-6))
-    np.testing.assert_allclose(nudged, outputs, rtol=1e-4, atol=1e-4)
     one, two = (ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 2}))) for _ in range(2))
     one.fit(sets[0], **ALONE)
     torch.set_num_threads(2)

@@ -58,7 +58,7 @@ def outputs(found, x):
 @pytest.mark.parametrize("classes", [False, True])
 @pytest.mark.parametrize("counts", [None, COUNTS])
 def test_solutions_are_those_of_products_of_cells(x, counts, classes, monkeypatch):
-    """Both end where a step gains next to nothing, here far below what is compared."""
+    """Both end where a step gains next to nothing, here far below what is compared; and near it in single precision."""
     solve_ = exact.softmax
     for module in (exact, moments):
         monkeypatch.setattr(module, "softmax", lambda *a, **k: solve_(*a, **k | {"tol": 1e-13}))
@@ -67,32 +67,14 @@ def test_solutions_are_those_of_products_of_cells(x, counts, classes, monkeypatc
     np.testing.assert_allclose(outputs(here, x), outputs(there, x), atol=1e-4 if classes else 1e-6)
     if not classes:
         np.testing.assert_allclose(here.direct, there.direct, atol=1e-6)
+        single = exact.solution(data, *recipe, known=moments.Moments(data, counts, dtype=torch.float32))
+        np.testing.assert_allclose(outputs(single, x), outputs(there, x), atol=1e-3)
 
 
 def test_a_constant_gene_and_copies_do_no_harm(x):
     same = np.hstack([x, x[:, :3], np.ones((N, 1), np.float32)])
     there, here = (one(dataset(same), [PRODUCTS] * 2, [1e-3] * 2) for one in (exact.solution, solved))
     np.testing.assert_allclose(outputs(here, same), outputs(there, same), atol=1e-6)
-
-
-def test_ridge_is_the_least_of_its_loss_in_double_precision_and_near_it_in_single(x):
-    """By least squares on features that are written out."""
-    data, share = dataset(x), COUNTS / COUNTS.sum()
-    d = x - share @ x
-    scores = d @ np.linalg.svd(d * np.sqrt(share)[:, None], full_matrices=False)[2][:8].T
-    i, j = np.triu_indices(8)
-    products = scores[:, i] * scores[:, j] * np.where(i == j, 1, np.sqrt(2))
-    blocks = ((d, 1.0), (scores, 5.0), (products - share @ products, 2.0))
-    parts = [block * np.sqrt(weight / (share @ (block**2).sum(axis=1))) for block, weight in blocks]
-    features, y = np.hstack(parts), data.y.numpy().astype(float)
-    root = np.sqrt(share)[:, None]
-    system = np.vstack([features * root, np.sqrt(1e-2) * np.eye(features.shape[1])])
-    left = np.vstack([(y - share @ y) * root, np.zeros((features.shape[1], 2))])
-    expected = share @ y + features @ np.linalg.lstsq(system, left, rcond=None)[0]
-    for dtype, atol in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
-        known = moments.Moments(data, COUNTS, dtype=dtype)
-        found = exact.solution(data, [PRODUCTS] * 2, [1e-2] * 2, known=known)
-        np.testing.assert_allclose(outputs(found, x), expected, atol=atol)
 
 
 @pytest.mark.parametrize("classes", [False, True])
