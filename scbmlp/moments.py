@@ -21,12 +21,13 @@ LARGE = 5_000  # training cells from which on sums are taken, and no products of
 MOST_GENES = 10_000  # whose covariance fits into memory, and its eigenvectors into minutes
 SPAN, BLOCK, PANEL = 2**16, 4096, 512  # cells of a task, cells of a block, genes of a part of the covariance
 CHOOSING = 5_000, 20_000  # validation cells, and training cells of classes, that a search makes do with
+RANKS = 50, 30  # leading components whose products can be in a mixture, of cells in memory and stored
 SCORE_BYTES = 2**29  # of the component scores that classes of stored cells are solved from
 SINGLE = 10**12  # cells x genes x genes from which on products are in single precision, and their sums in double
 
 
 class Moments:
-    """Sums over training cells, of genes and of products of `rank` components, from which the model is solved.
+    """Sums over training cells, of genes and of products of leading components, from which the model is solved.
 
     ``joblib.parallel_config``, or an active dask client, sends tasks of 65,536 cells to other processes or machines.
     """
@@ -35,10 +36,7 @@ class Moments:
         self,
         train: ExpressionDataset,
         counts: np.ndarray | None = None,
-        *,
-        rank: int | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
     ) -> None:
         x, y = train.x, targets_of(train, len(train.output_names)).numpy()
         n_cells, n_genes = x.shape
@@ -48,8 +46,7 @@ class Moments:
                 f"{MOST_GENES:,} genes are solved: choose the most variable ones before the data sets are cut, such as "
                 f"by scanpy.pp.highly_variable_genes."
             )
-        if dtype is None:
-            dtype = torch.float32 if n_cells * n_genes**2 > SINGLE else torch.float64
+        dtype = torch.float32 if n_cells * n_genes**2 > SINGLE else torch.float64
         self.to = {"device": device, "dtype": dtype}
         self.counts = np.ones(n_cells) if counts is None else np.asarray(counts, float)
         self.n = self.counts.sum()
@@ -66,8 +63,7 @@ class Moments:
         kept = int((values > max(values[-1], 0) * (1e-10 if dtype == torch.float64 else 1e-7)).sum())
         first = len(values) - kept
         self.values, self.axes = values[first:].flip(0).cpu(), axes[:, first:].flip(1).cpu()
-        rank = (30 if train.stored else 50) if rank is None else rank
-        self.rank = min(rank, kept)
+        self.rank = min(RANKS[train.stored], kept)
         most = SCORE_BYTES // (4 * n_cells) if train.stored else kept
         self.held = min(max(most, self.rank), kept)  # components that classes are linear in
         expected = products_of(torch.diag(self.values[: self.rank].sqrt())).sum(dim=0)

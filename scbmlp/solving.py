@@ -298,19 +298,4 @@ def _solved(
     return model
 
 
-def tune(
-    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
-    train: ExpressionDataset,
-    val: ExpressionDataset,
-    **options: Any,
-) -> ScBMLPClassifier | ScBMLPRegressor:
-    """Solve with validation cells, by :func:`solve` and with its options: the best of all forms, each tuned.
-
-    Examples
-    --------
-    >>> tuned = models.tune(ScBMLPClassifier, train, validation)
-    >>> tuned.trials.loc[tuned.trials["chosen"] > 0, "form"].tolist()
-    ['products of components']
-    """
-    check_dataset(val, "val")
-    return solve(ModelClass, train, val, **options)
+tune = solve  # the name of those who look for a search over settings

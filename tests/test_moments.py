@@ -6,7 +6,6 @@ import signal
 import joblib
 import numpy as np
 import pytest
-import torch
 from anndata import AnnData
 
 from scbmlp import exact, moments
@@ -67,7 +66,8 @@ def test_solutions_are_those_of_products_of_cells(x, counts, classes, monkeypatc
     np.testing.assert_allclose(outputs(here, x), outputs(there, x), atol=1e-4 if classes else 1e-6)
     if not classes:
         np.testing.assert_allclose(here.direct, there.direct, atol=1e-6)
-        single = exact.solution(data, *recipe, known=moments.Moments(data, counts, dtype=torch.float32))
+        monkeypatch.setattr(moments, "SINGLE", 0)
+        single = solved(data, *recipe, counts)
         np.testing.assert_allclose(outputs(single, x), outputs(there, x), atol=1e-3)
 
 
@@ -139,16 +139,19 @@ def test_classes_on_disk_are_linear_in_what_memory_holds(x, tmp_path, monkeypatc
     noise = np.random.default_rng(2).uniform(0, 0.5, (N, 15)).astype(np.float32)
     data = dataset(np.hstack([x, noise]), classes=True)
     train = stored(data.load(slice(0, 400)), tmp_path)
-    known = moments.Moments(train, rank=8)
+    monkeypatch.setattr(moments, "RANKS", (8, 8))
+    known = moments.Moments(train)
     assert known.held == 12
     found = exact.solution(train, [PRODUCTS], [1e-2], known=known)
     assert np.linalg.matrix_rank(np.vstack([found.direct, known.axes[:, :12].T]), tol=1e-6) == 12
+    monkeypatch.setattr(moments, "RANKS", (50, 30))
     trials, _, _ = moments.search(train, data.load(slice(400, None)), groups=np.arange(100) % 20)
     assert trials[0].form == "linear in genes, by 30 leading components" and trials[-1].loss < trials[0].loss
 
 
 def test_too_many_genes_and_products_that_are_in_no_sum_are_refused(x, monkeypatch):
-    known = moments.Moments(dataset(x), rank=10)
+    monkeypatch.setattr(moments, "RANKS", (10, 10))
+    known = moments.Moments(dataset(x))
     for changes in ({"rank": 25}, {"space": "sd"}):
         with pytest.raises(ValueError, match="is not solved with more than 5,000 cells.*up to 10 components"):
             known.ridge(PRODUCTS._replace(**changes), 1e-2)
