@@ -92,7 +92,7 @@ def test_file_without_a_model_is_refused(tmp_path, change):
     path = tmp_path / "model.pt"
     fitted_to_toy().save(path)
     change(path)
-    with pytest.raises(ValueError, match=r"model\.pt is damaged.* save the model again, or take another copy"):
+    with pytest.raises(ValueError, match=r"(?s)model\.pt is damaged.* save the model again, or take another copy"):
         ScBMLPClassifier.load(path)
     assert not (tmp_path / "ran").exists()
 
