@@ -459,7 +459,7 @@ def test_history_baseline_and_best_epoch_are_of_the_loss_that_is_trained_on(line
         loss = -np.log(softmax(outputs, axis=1))[np.arange(len(val)), target]
         assert history.loc[epoch, "val_loss"] == pytest.approx((weight[target] * loss).mean(), rel=1e-4)
         assert history.loc[epoch, f"val_{metric}"] == pytest.approx(score(target, outputs.argmax(axis=1)))
-    assert model.best_epoch == (history["val_loss"].idxmin() if linear else 15) > 0
+    assert model.best_epoch == (history["val_loss"].idxmin() if linear else 15)
     assert model.score(test) == pytest.approx(score(test.y, model.outputs(test).argmax(axis=1)))
     assert f"validation {metric.replace('_', ' ')} {history.loc[model.best_epoch, f'val_{metric}']:.3f}" in repr(model)
 
