@@ -33,10 +33,7 @@ class Moments:
     """
 
     def __init__(
-        self,
-        train: ExpressionDataset,
-        counts: np.ndarray | None = None,
-        device: str | torch.device = "cpu",
+        self, train: ExpressionDataset, counts: np.ndarray | None = None, device: str | torch.device = "cpu"
     ) -> None:
         x, y = train.x, targets_of(train, len(train.output_names)).numpy()
         n_cells, n_genes = x.shape
