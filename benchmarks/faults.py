@@ -16,7 +16,7 @@ from scbmlp import exact, nested, sources
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.effects import additivity
-from scbmlp.interactions import audit, contrast
+from scbmlp.interactions import audit
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor, solve, solve_replicas
 from scbmlp.modules import permutation_null, stability
 
@@ -104,7 +104,9 @@ def steadiness():
     halves = solve_replicas(model, train, 6, "half", **QUIET)
     names = train.output_names
     plain = [stability(halves, name, n_modules=1)["stability"].iloc[0] for name in names]
-    shared = [stability(halves, contrast(name, train), n_modules=1)["stability"].iloc[0] for name in names]
+    shares = dict(zip(names, np.bincount(train.y) / len(train), strict=True))
+    mixes = [{other: (other == name) - share for other, share in shares.items()} for name in names]
+    shared = [stability(halves, mix, n_modules=1)["stability"].iloc[0] for mix in mixes]
     for name, found in (("plain mean", plain), ("mean by shares", shared)):
         yield f"8 stability of a class's leading module, its logit less the {name}: worst, mean", [
             np.min(found), np.mean(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,8 @@ from sklearn.preprocessing import SplineTransformer
 from tqdm.auto import tqdm
 
 from scbmlp import datasets, exact, nested
-from scbmlp.baselines import Axes, LinearModel, accuracy, additive_features, ridge
-from scbmlp.checks import check_class_weight, nearest, whole_number
+from scbmlp.baselines import Axes, accuracy, additive_features, ridge
+from scbmlp.checks import nearest, whole_number
 from scbmlp.datasets import ExpressionDataset, match_genes, product
 from scbmlp.display import watched
 from scbmlp.interactions import Model, decompose, direction, interaction_matrices
@@ -36,15 +36,13 @@ def gain(
     n_folds: int = 3,
     n_permutations: int = 0,
     counts: Any = None,
-    class_weight: Literal["balanced"] | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Say whether products of expression pay on these cells, without any model: nested convex fits, cross-fitted.
 
-    The best model without products is compared with the best that has products of components on top. The former has
-    blocks of genes, components, presence 1[x > 0], squares x^2, and depth. Depth is the total and the number of genes,
-    and either times the components. Some cells of each fold choose blocks, weights and penalties. Both models are then
-    fitted to all cells but the fold, and scored on the fold.
+    The best model without products has blocks of genes, components, presence 1[x > 0], squares x^2, and depth (the
+    total and the number of genes, and either times the components); the other has products of components on top. Some
+    cells of each fold choose blocks and penalties, both are fitted to all cells but the fold, and scored on the fold.
 
     Parameters
     ----------
@@ -52,85 +50,95 @@ def gain(
         Data sets with the same genes and outputs. All their cells are taken together.
     groups
         Donor or batch of every cell, of all data sets in order. Whole groups are then left out.
-    n_folds
-        Number of folds.
+    n_folds, progress
+        Number of folds, and whether to show how many are done.
     n_permutations
-        How often to deal out the targets anew, with blocks and penalties as chosen.
+        How often to permute the targets, with blocks and penalties as chosen: is the gain calibrated?
     counts
         Raw counts (cell x gene) of all cells in order, to also take the gain at one depth: is it technical?
-    class_weight
-        As in :class:`scbmlp.models.Config`.
-    progress
-        Show how many folds are done, in a terminal or a notebook.
 
     Returns
     -------
-    A row an output; one for all classes together, ``all``.
+    A row an output; one for all classes together, ``all``. ``attrs["blocks"]`` has what every fold chose,
+    ``attrs["permuted"]`` the gains of permutations by output, and ``attrs["downsampled"]`` the row of each output at
+    one depth, without the tenth of cells of fewest counts.
 
-    - ``without``, ``with``: R2 of either model; for classes log-loss in nats a cell.
+    - ``without``, ``with``: R2 of either model; for classes log-loss in nats a cell, and accuracies.
     - ``gain``: how much better the latter is; 0 where products paid in no fold.
     - ``standard_error``: of the gain, paired over cells or groups. ``p``: of no gain, one-sided, by t.
     - ``gain_curved``: the gain after both went through a curve of one number, so that a link is no gain.
-    - ``accuracy_without``, ``accuracy_with``: for classes.
-
-    ``attrs["blocks"]`` has what every fold chose, and ``attrs["permuted"]`` the gains of permutations by output.
-    ``attrs["downsampled"]`` has the row of each output at one depth, without the tenth of cells of fewest counts.
 
     Examples
     --------
     >>> table = interactions.gain(train, validation, test)
-    >>> table[["without", "with", "gain"]].round(1)
-            without  with  gain
-    output
-    all         0.4   0.0   0.4
+    >>> table.loc["all", ["without", "with", "gain"]].round(1).tolist()
+    [0.4, 0.0, 0.4]
     """
     whole = _whole((train, *others), groups is not None or counts is not None)
     y, classes = exact.targets_of(whole, len(whole.output_names)), whole.y.ndim == 1
-    check_class_weight(class_weight, classes=classes)
     n_folds = whole_number(n_folds, "n_folds", 2)
-    n_permutations = whole_number(n_permutations, "n_permutations", 0)
     if groups is not None:
         groups = pd.factorize(np.asarray(groups), sort=True)[0]
         n_groups = len(set(groups) - {-1})
         if len(groups) != len(whole) or n_groups < 2 or -1 in groups:
-            raise ValueError(
-                f"groups has {len(groups)} labels of {n_groups} groups for {len(whole)} cells; pass one a cell, none "
-                f"missing, of two groups or more, or leave groups out."
-            )
+            what = f"groups has {len(groups)} labels of {n_groups} groups for {len(whole)} cells"
+            raise ValueError(f"{what}; pass one a cell, none missing, of two groups or more.")
         n_folds = min(n_folds, n_groups)
     if (few := len(whole) < 10 * n_folds) or (y.std(dim=0) == 0).all():
-        raise ValueError(
-            f"there are {len(whole)} cells, {'too few' if few else 'all with the same target'} for n_folds={n_folds}; "
-            f"pass more data sets, or other cells."
-        )
-    rng, fold = np.random.default_rng(0), nested.fold_of(whole, n_folds, groups)
-    orders = [rng.permutation(len(whole)) for _ in range(n_permutations)]
-    names = ["all"] if classes else list(whole.output_names)
-    outputs, dealt, weight, chosen = np.empty((4, *y.shape)), np.empty((2, len(orders), *y.shape)), np.ones(len(y)), []
+        what = f"there are {len(whole)} cells, {'too few' if few else 'all with the same target'} for n_folds={n_folds}"
+        raise ValueError(f"{what}; pass more data sets, or other cells.")
+    fold, names = nested.fold_of(whole, n_folds, groups), ["all"] if classes else list(whole.output_names)
+    orders = whole_number(n_permutations, "n_permutations", 0)
+    orders = [np.random.default_rng(i).permutation(len(whole)) for i in range(orders)]
+    outputs, permuted, chosen = np.empty((4, *y.shape)), np.empty((2, len(orders), *y.shape)), []
     for i in tqdm(range(n_folds), "gain", delay=2, disable=not (progress and watched())):
         there = fold == i
-        trials, outputs[:, there], dealt[:, :, there] = _of_fold(whole, there, groups, orders, class_weight)
-        weight[there] = exact.counts_of(whole.load(there), whole.load(~there), class_weight)
-        for name, mixture, ratio in zip(names, trials[1].mixtures, trials[1].ratios, strict=True):
+        best, outputs[:, there], permuted[:, :, there] = _of_fold(whole, there, groups, orders)
+        for name, mixture, ratio in zip(names, best.mixtures, best.ratios, strict=True):
             chosen.append({"fold": i, "output": name, "rank": mixture.rank, "penalty": ratio, **dict(mixture.weights)})
-    table = _table_of_gain(_losses(outputs, y.numpy(), weight, classes), names, groups, classes)
+    losses = _losses(outputs, y.numpy(), classes)
+    better, means = losses[0] - losses[1], losses.mean(axis=1)
+    error, freedom = _standard_error(better, groups)
+    paid = (better != 0).any(axis=0)
+    table = pd.DataFrame(index=pd.Index(names, name="output"))
+    table["without"], table["with"] = means[:2] if classes else 1 - means[:2]
+    table["gain"], table["standard_error"] = better.mean(axis=0), error
+    table["p"] = np.where(paid, stats.t.sf(table["gain"] / np.where(error > 0, error, 1), freedom), 1.0)
+    table["gain_curved"] = np.where(paid, means[2] - means[3], 0.0)
     if classes:
         for name, found in zip(("without", "with"), outputs[:2], strict=True):
-            table[f"accuracy_{name}"] = accuracy(found, whole.y.numpy(), class_weight)
+            table[f"accuracy_{name}"] = accuracy(found, whole.y.numpy())
     table.attrs["blocks"] = chosen
     if orders:
-        permuted = [_losses(dealt[:, k], y[order].numpy(), weight[order], classes) for k, order in enumerate(orders)]
-        gains = -np.diff(permuted, axis=1).mean(axis=(1, 2))
+        of_each = [_losses(permuted[:, k], y[order].numpy(), classes) for k, order in enumerate(orders)]
+        gains = -np.diff(of_each, axis=1).mean(axis=(1, 2))
         table.attrs["permuted"] = dict(zip(names, gains.T.tolist(), strict=True))
     if counts is not None:
         part, rows = _one_depth(whole, counts)
-        again = gain(part, groups=None if groups is None else groups[rows], n_folds=n_folds, class_weight=class_weight)
+        again = gain(part, groups=None if groups is None else groups[rows], n_folds=n_folds, progress=progress)
         table.attrs["downsampled"] = again.to_dict("index")
     return table
 
 
+def _losses(outputs: np.ndarray, y: np.ndarray, classes: bool) -> np.ndarray:
+    """Return the loss of every cell (trial x cell x out): in nats, one column, or in units of the target's variance."""
+    if classes:
+        return -(log_softmax(outputs, axis=2) * y).sum(axis=2, keepdims=True)
+    variance = y.var(axis=0)
+    return (outputs - y) ** 2 / np.where(variance > 0, variance, np.nan)
+
+
+def _standard_error(better: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, int]:
+    """Return the standard error of a mean over cells (out), whose groups stand together, and degrees of freedom."""
+    left = better - better.mean(axis=0)
+    if groups is not None:
+        left = np.stack([left[groups == group].sum(axis=0) for group in np.unique(groups)])
+    n = len(left)
+    return np.sqrt(n / (n - 1) * (left**2).sum(axis=0)) / len(better), n - 1
+
+
 def _whole(given: Sequence[ExpressionDataset], labelled: bool) -> ExpressionDataset:
-    """Return the cells of several data sets as one; all of them where they are `labelled` by groups or counts."""
+    """Return the cells of several data sets as one; all of them where they are `labelled` by groups."""
     parts, first = [], given[0]
     for i, one in enumerate(given):
         datasets.check_dataset(one, f"data set {i}")
@@ -143,77 +151,42 @@ def _whole(given: Sequence[ExpressionDataset], labelled: bool) -> ExpressionData
 
 
 def _of_fold(
-    whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | None, orders: list[np.ndarray], class_weight: Any
-) -> tuple[tuple[nested.Trial, nested.Trial], np.ndarray, np.ndarray]:
-    """Return the trials without and with products that all cells but a fold choose, and outputs of the fold's cells.
+    whole: ExpressionDataset, there: np.ndarray, groups: np.ndarray | None, orders: list[np.ndarray]
+) -> tuple[nested.Trial, np.ndarray, np.ndarray]:
+    """Return the trial with products that all cells but a fold choose, and outputs of the fold's cells.
 
-    Outputs are of both trials, then of both through curves (4 x cell x out), and of both after each permutation of the
-    targets (2 x permutation x cell x out).
+    They are of the trial without and the one with products, then of both through curves (4 x cell x out), and of both
+    after each permutation of the targets (2 x permutation x cell x out).
     """
     rest, classes = whole.load(~there), whole.y.ndim == 1
     own = None if groups is None or len(set(groups[~there])) < 2 else groups[~there]
     inner = nested.fold_of(rest, 4 if own is None else min(4, len(set(own))), own)
     fit, val = rest.load(inner != 0), rest.load(inner == 0)
-    trials, of_val = nested.compared(fit, val, class_weight), exact.counts_of(val, fit, class_weight)
-    seen = _both(*nested.kernels_of(fit, val.x, class_weight=class_weight), trials, classes)
-    kernels, targets = nested.kernels_of(rest, whole.x[there], class_weight=class_weight)
-    outputs = _both(kernels, targets, trials, classes)
-    pairs = zip(seen, outputs, strict=True)
-    curved = [_through_curves(of_seen, val.y.numpy(), one, of_val) for of_seen, one in pairs]
-    y, dealt = exact.targets_of(whole, len(whole.output_names)), np.empty((2, len(orders), *outputs[0].shape))
-    at_once = 1 if classes else max(len(orders), 1)  # targets are solved together, classes one permutation at a time
+    trials = nested.compared(fit, val)
+    seen = _both(*nested.kernels_of(fit, val.x), trials, classes)
+    kernels, y = nested.kernels_of(rest, whole.x[there])
+    outputs = _both(kernels, y, trials, classes)
+    curved = [_through_curves(of_val, val.y.numpy(), one) for of_val, one in zip(seen, outputs, strict=True)]
+    y, permuted = exact.targets_of(whole, len(whole.output_names)).to(y), np.empty((2, len(orders), *outputs[0].shape))
+    at_once = 1 if classes else max(len(orders), 1)  # targets are solved together
     for first in range(0, len(orders), at_once):
-        batch = orders[first : first + at_once]
-        if class_weight is not None:
-            by_class = exact.counts_of(whole, rest, class_weight)[batch[0]]
-            kernels.counts = torch.as_tensor(by_class[~there])
-        targets = torch.cat([y[order][~there] for order in batch], dim=1)
-        again = [replace(one, mixtures=one.mixtures * len(batch), ratios=one.ratios * len(batch)) for one in trials]
-        found = np.split(_both(kernels, targets, again, classes), len(batch), axis=2)
-        dealt[:, first : first + at_once] = np.stack(found, axis=1)
-    return trials, np.stack([*outputs, *curved]), dealt
+        part = slice(first, first + at_once)
+        n = len(orders[part])
+        again = [replace(one, mixtures=one.mixtures * n, ratios=one.ratios * n) for one in trials]
+        found = _both(kernels, torch.cat([y[order][~there] for order in orders[part]], dim=1), again, classes)
+        permuted[:, part] = np.stack(np.split(found, n, axis=2), axis=1)
+    return trials[1], np.stack([*outputs, *curved]), permuted
 
 
 def _both(kernels: exact.Kernels, y: torch.Tensor, trials: Sequence[nested.Trial], classes: bool) -> np.ndarray:
     """Return the outputs of two trials (trial x cell x out), the same where they chose the same."""
-    first, second = ([*zip(one.mixtures, one.ratios, strict=True)] for one in trials)
-    without = nested.predicted(kernels, y, *zip(*first, strict=True), classes)[0]
-    differ = [i for i, pair in enumerate(second) if pair != first[i]]
-    both = np.stack([without, without])
-    if differ:
-        mixtures, ratios = zip(*(second[i] for i in differ), strict=True)
-        columns = slice(None) if classes else differ
-        both[1][:, columns] = nested.predicted(kernels, y[:, columns], mixtures, ratios, classes)[0]
-    return both
-
-
-def _table_of_gain(losses: np.ndarray, names: list[Any], groups: np.ndarray | None, classes: bool) -> pd.DataFrame:
-    """Return scores and gains from the losses without and with products, and of both through curves."""
-    better, means = losses[0] - losses[1], losses.mean(axis=1)
-    error, freedom = _standard_error(better, groups)
-    paid = (better != 0).any(axis=0)
-    table = pd.DataFrame(index=pd.Index(names, name="output"))
-    table["without"], table["with"] = means[:2] if classes else 1 - means[:2]
-    table["gain"], table["standard_error"] = better.mean(axis=0), error
-    table["p"] = np.where(paid, stats.t.sf(table["gain"] / np.where(error > 0, error, 1), freedom), 1.0)
-    table["gain_curved"] = np.where(paid, means[2] - means[3], 0.0)
-    return table
-
-
-def _losses(outputs: np.ndarray, y: np.ndarray, weight: np.ndarray, classes: bool) -> np.ndarray:
-    """Return the loss of every cell (trial x cell x out): in nats, one column, or in units of the target's variance."""
-    if classes:
-        return -(log_softmax(outputs, axis=2) * y).sum(axis=2, keepdims=True) * (weight / weight.mean())[:, None]
-    return (outputs - y) ** 2 / np.where(y.var(axis=0) > 0, y.var(axis=0), np.nan)
-
-
-def _standard_error(better: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, int]:
-    """Return the standard error of a mean over cells (out), whose groups stand together, and degrees of freedom."""
-    left = better - better.mean(axis=0)
-    if groups is not None:
-        left = np.stack([left[groups == group].sum(axis=0) for group in np.unique(groups)])
-    n = len(left)
-    return np.sqrt(n / (n - 1) * (left**2).sum(axis=0)) / len(better), n - 1
+    pairs = [zip(one.mixtures, one.ratios, strict=True) for one in trials]
+    differ = [first != second for first, second in zip(*pairs, strict=True)]
+    outputs = [nested.predicted(kernels, y, trials[0].mixtures, trials[0].ratios, classes)[0]] * 2
+    if any(differ):
+        products = nested.predicted(kernels, y, trials[1].mixtures, trials[1].ratios, classes)[0]
+        outputs[1] = np.where(differ, products, outputs[0])
+    return np.stack(outputs)
 
 
 def _one_depth(dataset: ExpressionDataset, counts: Any) -> tuple[ExpressionDataset, np.ndarray]:
@@ -247,15 +220,13 @@ def audit(
     """Say how much of each output is quadratic, how much of that is interaction, and whether it pays.
 
     Quadratic is a word about the formula: it depends on the reference cell, and a curve of a single gene is quadratic
-    too. Interaction is what no sum of functions of single genes can do. Such sums stand here as weighted sums of 1, x,
-    x^2 and 1[x > 0] of every gene, fitted on `train` with an L2 penalty that `validation` chooses.
+    too. Interaction is what no sum of functions of single genes can do; such sums are fitted as 1, x, x^2 and 1[x > 0]
+    of every gene.
 
     Parameters
     ----------
-    model
-        A fitted classifier or regressor.
-    dataset
-        Cells with their targets, best ones that neither `train` nor `validation` has.
+    model, dataset
+        A fitted classifier or regressor, and cells with their targets, best ones that no other argument has.
     reference
         Reference cell (gene), or the name of a class for the mean of its cells; the mean of `dataset` if None.
     train, validation
@@ -263,42 +234,31 @@ def audit(
 
     Returns
     -------
-    A row an output.
+    A row an output; ``attrs`` has scores, gains and the rank over all, for classes also ``gain_log_loss`` in nats.
 
     - ``linear``, ``quadratic``: each part's share of the output's variance; ``covariance``: twice theirs as a share.
     - ``self``, ``pair``: the shares of Q_ii d_i^2, summed over genes, and of the rest of the quadratic part.
-    - ``interaction``: share of variance that the best additive predictor of the *output* leaves, at most: more training
-      cells can only lower it. No reference changes it. It says what the model does, not whether the data ask for it.
-    - ``interaction_curved``: the same after the predictor passes through a curve, a link of a sum.
-    - ``gain``: score less that of the best model of the *target* without products, ``score_additive``. This rival is
-      fitted to at most 3,000 cells, on blocks of genes, components, presence 1[x > 0] and squares x^2 that `validation`
-      chooses. A link of a sum of single genes gains as well.
-    - ``gain_curved``: the same after both pass through curves fitted on `validation`; the rival of a target may be
-      fitted with its link. Only a positive one supports interactions in the data. It is 0 for a model without pairs.
-      It is as noisy as a difference of two scores: look at several splits, or take :func:`gain`.
+    - ``interaction``: share of variance that the best additive predictor of the *output* leaves, at most, whatever the
+      reference; ``interaction_curved``: the same after it passes through a curve, a link of a sum.
+    - ``gain``: score less that of the best model of the *target* without products, ``score_additive``, which is fitted
+      to at most 3,000 cells, on blocks that `validation` chooses.
+    - ``gain_curved``: the same after both pass through curves fitted on `validation`. Only a positive one supports
+      interactions in the data. It is as noisy as a difference of two scores: look at several splits, or take
+      :func:`gain`.
     - ``score``: recall of the class, or R2 of the target; ``score_linear`` and ``score_quadratic`` without the other
       part. Both parts were trained together: neither loss proves need.
     - ``rank_99``: number of modules, in metric ``identity``, from which on 99% of the score are kept.
 
-    ``attrs`` has scores, gains and the rank over all outputs, for classes also ``gain_log_loss`` and
-    ``gain_log_loss_curved``, in nats a cell. With ``class_weight`` these are of balanced accuracy and weighted cells,
-    as noisy as the few cells of the rarest class. Shares of variance are of all cells alike.
-
     Examples
     --------
     >>> table = interactions.audit(model, test, train=train, validation=validation)
-    >>> table[["linear", "quadratic", "score", "score_additive", "gain"]].round(2)
-            linear  quadratic  score  score_additive  gain
-    output
-    off       0.04       0.97    1.0            0.45  0.55
-    on        0.04       0.97    1.0            0.48  0.52
+    >>> table.loc["on", ["linear", "quadratic", "gain"]].round(2).tolist()
+    [0.04, 0.97, 0.52]
     """
     model.check(dataset)
     if (train is None) != (validation is None):
-        raise ValueError(
-            f"audit has {'validation' if train is None else 'train'} alone; interaction and gain need train= to fit "
-            f"additive models and validation= to choose their penalty: pass both, or neither to go without."
-        )
+        alone = "validation" if train is None else "train"
+        raise ValueError(f"audit has {alone} alone; interaction and gain need train= and validation=: pass both.")
     x, target = match_genes(dataset, model.gene_names), dataset.y.numpy()
     reference = _reference(model, x, target, reference)
     constant, linear, quadratic = decompose(model, x, reference)
@@ -315,8 +275,8 @@ def audit(
     outputs["score"] = outputs["score_linear"] + quadratic
     paired = None
     if train is not None:
-        for cells in (train, validation):
-            model.check(cells)
+        model.check(train)
+        model.check(validation)
         train, validation = datasets.held(train), datasets.held(validation)
         shares, paired = _interaction(model, train, validation, x, directions)
         table["interaction"], table["interaction_curved"] = shares
@@ -334,7 +294,7 @@ def audit(
         options = {"labels": range(len(table)), "sample_weight": model._counts(target)}
         losses = {name: log_loss(target, softmax(found, axis=1), **options) for name, found in outputs.items()}
         table.attrs["gain_log_loss"] = losses["score_additive"] - losses["score"]
-        table.attrs["gain_log_loss_curved"] = losses["additive_curved"] - losses["curved"] if paired.any() else 0.0
+
     *ranks, table.attrs["rank_99"] = _ranks(model, x, target, 0.99 * scores["score"])
     table["rank_99"] = pd.array(ranks, dtype="Int64")
     return table
@@ -372,7 +332,7 @@ def _ranks(model: Model, x: Any, target: np.ndarray, needed: np.ndarray) -> list
 
 def _self_terms(model: Model, x: Any, reference: np.ndarray) -> np.ndarray:
     """Return the sum over genes of Q_ii d_i^2 of every direction (cell x out), without making cells dense."""
-    own = np.stack([matrix.diagonal() for matrix in interaction_matrices(model)], axis=1)
+    own = np.stack([matrix._diagonal() for matrix in interaction_matrices(model)], axis=1)
     parts = []
     for _, block in datasets.blocks(x, BLOCK_CELLS):
         square = block.multiply(block) if sparse.issparse(block) else np.square(block, dtype=np.float64)
@@ -383,14 +343,10 @@ def _self_terms(model: Model, x: Any, reference: np.ndarray) -> np.ndarray:
 def _interaction(
     model: Model, train: ExpressionDataset, validation: ExpressionDataset, x: Any, directions: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the share that an additive predictor leaves, itself and curved (2 x out), and which outputs have pairs.
-
-    The linear part and the Q_ii d_i^2 are additive as they are: only the pairs need a predictor. All are around the
-    training mean, so that the answer does not depend on a reference.
-    """
+    """Return the share that an additive predictor leaves, itself and curved (2 x out), and which outputs have pairs."""
     cells = [match_genes(train, model.gene_names), match_genes(validation, model.gene_names), x]
     center, pairs, whole = datasets.mean(cells[0]), [], []
-    for part in cells:
+    for part in cells:  # linear part and Q_ii d_i^2 are additive as they are: only the pairs need a predictor
         parts = decompose(model, part, center)
         pairs.append(parts.quadratic @ directions.T - _self_terms(model, part, center))
         whole.append(sum(parts) @ directions.T)
@@ -400,7 +356,8 @@ def _interaction(
     if (varied := paired & (total > 0)).any():
         features = [additive_features(part) for part in cells[:2]]
         fitted = ridge(Axes(features[0]), pairs[0][:, varied], features[1], pairs[1][:, varied])
-        found = fitted.outputs(features[1]), _additive_outputs(fitted, x)
+        blocks = (block for _, block in datasets.blocks(x, BLOCK_CELLS))  # features take thrice the memory of cells
+        found = fitted.outputs(features[1]), np.vstack([fitted.outputs(additive_features(block)) for block in blocks])
         left = [part[:, varied] - one for part, one in zip(pairs[1:], found, strict=True)]
         seen, there = (part[:, varied] for part in whole[1:])
         curved = _through_curves(seen - left[0], seen, there - left[1])
@@ -408,64 +365,40 @@ def _interaction(
     return shares, pairs[0].std(axis=0) > 1e-6 * whole[0].std(axis=0)
 
 
-def _additive_outputs(fitted: LinearModel, x: Any) -> np.ndarray:
-    """Return the outputs (cell x out) of a model of additive features, which take three times the memory of cells."""
-    return np.vstack([fitted.outputs(additive_features(block)) for _, block in datasets.blocks(x, BLOCK_CELLS)])
-
-
 def _beside_rival(
     model: Model, train: ExpressionDataset, validation: ExpressionDataset, x: Any, outputs: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Return outputs of the best model without products, and through curves its own and the model's (cell x out)."""
-    y, counts = validation.y.numpy(), model._counts(validation.y.numpy())
-    own = model.outputs(validation).astype(np.float64)
-    seen, found = _rival(model, train, validation, x)
-    curved, *linked = (_through_curves(a, y, b, counts) for a, b in zip(seen, found, strict=True))
-    for again in linked:  # index and link fitted together, where that is better on validation cells
-        error = [np.square(_through_curves(one, y, one, counts) - y).mean(axis=0) for one in seen]
-        curved = np.where(error[1] < error[0], again, curved)
-    of_model = _through_curves(own, y, outputs, counts)
-    return {"score_additive": found[0], "additive_curved": curved, "curved": of_model}
-
-
-def _rival(
-    model: Model, train: ExpressionDataset, validation: ExpressionDataset, x: Any
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return outputs of the best model without products, and of targets also an index fitted with its link.
-
-    For validation cells, and for others (each cell x out).
-    """
-    genes, kind, few = model.gene_names, model.cfg.class_weight, []
+    genes, kind, classes, few = model.gene_names, model.cfg.class_weight, train.y.ndim == 1, []
     for part in (train, validation):
         few.append(part.load(datasets.some(len(part), RIVAL_CELLS)))
         few[-1].x, few[-1].gene_names = match_genes(few[-1], genes), genes
-    trial, classes, found = nested.without_products(*few, kind), train.y.ndim == 1, []
+    trial, found = nested.without_products(*few, kind), []
     for i, (_, block) in enumerate(datasets.blocks(x, RIVAL_CELLS)):
         cells = (block,) if i else (match_genes(validation, genes), block)
         kernels, y = nested.kernels_of(few[0], *cells, class_weight=kind)
         forms = [nested.predicted(kernels, y, trial.mixtures, trial.ratios, classes)]
         if not classes:
-            forms.append(_linked(kernels, y.numpy(), trial))
+            linked = [np.empty(one.shape) for one in forms[0]]  # indices fitted together with their links
+            for mixture, ratio, here in exact.alike(trial.mixtures, trial.ratios, y.shape[1]):
+                for index, one in zip(linked, nested.linked(kernels, y.numpy()[:, here], mixture, ratio), strict=True):
+                    index[:, here] = one
+            forms.append(linked)
         found += zip(*forms, strict=True)
-    return list(found[0]), [np.vstack(form) for form in zip(*found[1:], strict=True)]
-
-
-def _linked(kernels: exact.Kernels, y: np.ndarray, trial: nested.Trial) -> list[np.ndarray]:
-    """Return indices of the other cells (each cell x out), fitted together with their links to targets (cell x out)."""
-    found = [np.empty((len(part), y.shape[1])) for part in kernels.d[1:]]
-    for mixture, ratio, here in exact.alike(trial.mixtures, trial.ratios, y.shape[1]):
-        for index, one in zip(found, nested.linked(kernels, y[:, here], mixture, ratio), strict=True):
-            index[:, here] = one
-    return found
+    seen, found = found[0], [np.vstack(form) for form in zip(*found[1:], strict=True)]
+    y, counts = validation.y.numpy(), model._counts(validation.y.numpy())
+    curved = _through_curves(seen[0], y, found[0], counts)
+    if not classes:  # index and link fitted together, where that is better on validation cells
+        error = [np.square(_through_curves(one, y, one, counts) - y).mean(axis=0) for one in seen]
+        curved = np.where(error[1] < error[0], _through_curves(seen[1], y, found[1], counts), curved)
+    of_model = _through_curves(model.outputs(validation).astype(np.float64), y, outputs, counts)
+    return {"score_additive": found[0], "additive_curved": curved, "curved": of_model}
 
 
 def _through_curves(
     seen: np.ndarray, target: np.ndarray, outputs: np.ndarray, counts: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return outputs (cell x out), each through a curve of that one number, fitted on other cells, counted so often.
-
-    A curve is a spline that follows the target, or for classes the log-probability of the class.
-    """
+    """Return outputs (cell x out), each through a spline fitted on other cells that count so often, to their target."""
     curved, classes = np.empty_like(outputs, dtype=np.float64), target.ndim == 1
     if classes:  # of a class: its logit less the mean of all, since a softmax is blind to that
         seen, outputs = (y - y.mean(axis=1, keepdims=True) for y in (seen, outputs))

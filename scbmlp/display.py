@@ -9,12 +9,9 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
-
-if TYPE_CHECKING:  # importing it takes a second
-    from matplotlib.figure import Figure
 
 
 def watched() -> bool:
@@ -42,9 +39,9 @@ def as_html(rows: Mapping[str, Any], title: str = "", table: pd.DataFrame | None
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that carries its description to every page that shows it."""
+    """A figure of matplotlib that carries its description to every page that shows it."""
 
-    figure: Figure
+    figure: Any
     alt: str
 
     def _repr_html_(self) -> str:

@@ -1,4 +1,4 @@
-"""What perturbations do to scores of cells: directions, means against control cells, and whether two of them add up."""
+"""What perturbations do to cells: directions, mean scores against control cells, and whether two of them add up."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ import pandas as pd
 from anndata import AnnData
 from sklearn.linear_model import LinearRegression
 
-from scbmlp.checks import by_cell, control_labels, obs_column, obs_labels, positions, strata_of, whole_number
+from scbmlp.checks import by_cell, control_labels, obs_column, positions, strata_of, whole_number
 
 AGREE = 0.2  # correlation of halves from which on they say the same
-Scores = pd.DataFrame | pd.Series
 Columns = str | Sequence[str] | None
 
 
@@ -26,14 +25,9 @@ def response_directions(
     ----------
     adata, embedding, doses
         Cells, and keys of ``obsm``: an embedding (cell x comp), and a DataFrame of doses (cell x compound).
-    strata
-        Column of ``obs``, such as the cell line: each stratum gets slopes and an intercept of its own.
-    cells
-        Positions or mask of the cells to fit on; all if None.
-
-    Returns
-    -------
-    What the highest dose adds to each component: a row a compound, or ``(stratum, compound)``.
+    strata, cells
+        Column of ``obs``, each label of which gets slopes and an intercept of its own, such as the cell line; and
+        positions or mask of the cells to fit on, all if None.
 
     Examples
     --------
@@ -47,52 +41,16 @@ def response_directions(
         if key not in adata.obsm:
             raise KeyError(f"{key!r} is not in adata.obsm; there are: {', '.join(adata.obsm)}.")
     table, y = adata.obsm[doses], adata.obsm[embedding]
-    rows = positions(cells, adata)
-    labels = np.full(adata.n_obs, "all") if strata is None else obs_labels(adata, strata, "strata").astype(str)
+    rows, labels = positions(cells, adata), strata_of(adata, strata)[0].to_numpy()
     found = {}
-    for name, group in pd.Series(rows).groupby(np.asarray(labels)[rows]):
+    for name, group in pd.Series(rows).groupby(labels[rows]):
         fitted = LinearRegression().fit(table.to_numpy()[group], np.asarray(y)[group])
         found[name] = pd.DataFrame(fitted.coef_.T, table.columns, getattr(y, "columns", None))
     return found["all"] if strata is None else pd.concat(found, names=[strata, None])
 
 
-def against_control(
-    scores: Scores, adata: AnnData, perturbation_key: str, control: Any, *, strata: Columns = None
-) -> pd.DataFrame:
-    """Return scores of cells less the mean of their stratum's control cells, in the controls' standard deviation.
-
-    Parameters
-    ----------
-    scores, adata
-        Scores (cell x score) and their cells, matched by name where scores have names.
-    perturbation_key, control
-        Column of ``obs`` with the perturbation of every cell, and its label for control cells.
-    strata
-        Columns of ``obs`` within which cells are compared. The standard deviation is pooled over the strata.
-
-    Examples
-    --------
-    >>> score = screen.to_df()["DHRS2"]
-    >>> z = effects.against_control(
-    ...     score, screen, "perturbation", "control", strata="cell_line"
-    ... )
-    >>> float(z[screen.obs["perturbation"] == "AR-42"]["DHRS2"].mean().round(1))
-    0.5
-    """
-    return _against(scores, adata, *_controls(adata, perturbation_key, control, strata))
-
-
-def _against(scores: Scores, adata: AnnData, controls: np.ndarray, stratum: np.ndarray) -> pd.DataFrame:
-    """Return scores of cells less the mean of their stratum's controls, in the controls' standard deviation."""
-    scores = by_cell(scores, adata, "scores")
-    means = pd.DataFrame(scores.to_numpy()[controls]).groupby(stratum[controls]).mean()
-    centred = scores - means.loc[stratum].to_numpy()
-    freedom = max(int(controls.sum()) - len(means), 1)  # as many means were fitted as there are strata
-    return centred / np.sqrt((centred.to_numpy()[controls] ** 2).sum(axis=0) / freedom)
-
-
 def mean_effects(
-    scores: Scores,
+    scores: pd.DataFrame | pd.Series,
     adata: AnnData,
     perturbation_key: str,
     control: Any,
@@ -103,21 +61,20 @@ def mean_effects(
 ) -> pd.DataFrame:
     """Return the mean score of every condition against control cells of the same strata, with its standard error.
 
-    The error has the noise of the control means, and not what differs from well to well.
+    Scores are in standard deviations of the controls, pooled over the strata. The error has the noise of the controls'
+    means, and not what differs from well to well; ``z`` is the effect over it.
 
     Parameters
     ----------
-    scores, adata, perturbation_key, control, strata
-        As in :func:`against_control`; all control cells of `adata` are compared with.
-    by
-        Columns of ``obs`` that make the conditions, such as compound and dose; `perturbation_key` if None.
+    scores, adata
+        Scores (cell x score) and their cells, matched by name where scores have names.
+    perturbation_key, control
+        Column of ``obs`` with the perturbation of every cell, and its label for control cells.
+    by, strata
+        Columns of ``obs`` that make the conditions, such as compound and dose, `perturbation_key` if None; and those
+        within which cells are compared.
     cells
-        Positions or mask of the cells to average; all if None.
-
-    Returns
-    -------
-    A row a condition and score: ``effect`` in standard deviations of the controls, ``error``, ``z`` (their ratio) and
-    ``n_cells``. Conditions of a single cell have no error.
+        Positions or mask of the cells to average; all if None. They are compared with all control cells.
 
     Examples
     --------
@@ -128,8 +85,17 @@ def mean_effects(
     score
     DHRS2     0.5    0.2  3.2       65
     """
-    controls, stratum = _controls(adata, perturbation_key, control, strata)
-    effects = _against(scores, adata, controls, stratum)
+    labels, control = control_labels(adata, perturbation_key, control)
+    stratum, names = strata_of(adata, strata)
+    controls, stratum = (labels == control).to_numpy(), stratum.to_numpy()
+    if lacking := sorted(set(stratum) - set(stratum[controls])):
+        there = "; ".join(lacking[:5])
+        raise ValueError(f"strata={names} have no cell of {control!r} to compare with in {there}; drop these strata.")
+    scores = by_cell(scores, adata, "scores")
+    means = pd.DataFrame(scores.to_numpy()[controls]).groupby(stratum[controls]).mean()
+    centred = scores - means.loc[stratum].to_numpy()
+    freedom = max(int(controls.sum()) - len(means), 1)  # as many means were fitted as there are strata
+    effects = centred / np.sqrt((centred.to_numpy()[controls] ** 2).sum(axis=0) / freedom)
     per_stratum = pd.Series(stratum[controls]).value_counts()
     by = [by] if isinstance(by, str) else list(by or [perturbation_key])
     keys = [obs_column(adata, key, "by").to_numpy() for key in by]
@@ -151,7 +117,6 @@ def additivity(
     perturbation_key: str,
     control: Any,
     *,
-    separator: str = "+",
     n_splits: int = 100,
     random_state: int = 0,
 ) -> pd.DataFrame:
@@ -163,8 +128,8 @@ def additivity(
     ----------
     values
         Expression or an embedding of the cells of `adata` (cell x feature).
-    adata, perturbation_key, control, separator
-        As in :func:`against_control`, and what joins two perturbations in the label of both.
+    adata, perturbation_key, control
+        As in :func:`mean_effects`; the label of two perturbations has a plus between theirs, such as ``A+B``.
     n_splits, random_state
         Number of random halvings to average over, and their seed.
 
@@ -172,7 +137,6 @@ def additivity(
     -------
     A row a double perturbation whose two singles are there.
 
-    - ``n_cells``: fewest cells of the three and the controls.
     - ``r``: correlation of the double's effect and the singles' sum. Shared controls raise it, noise lowers it.
     - ``r_halves``: the same between halves, so that no cell is in both.
     - ``ceiling``: what ``r_halves`` reaches if effects add up; near 0, nothing can be said.
@@ -188,11 +152,11 @@ def additivity(
     labels = labels.to_numpy()
     x = by_cell(values, adata, "values").to_numpy(np.float64)
     present = set(labels)
-    pairs = {name: name.split(separator) for name in sorted(present)}
+    pairs = {name: name.split("+") for name in sorted(present)}
     pairs = {name: pair for name, pair in pairs.items() if len(pair) == 2 and present.issuperset(pair)}
     if not pairs:
-        there = f"{separator!r}; there are: {', '.join(sorted(present)[:10])}."
-        raise ValueError(f"no label of obs[{perturbation_key!r}] is two others joined by {there}")
+        there = f"there are: {', '.join(sorted(present)[:10])}"
+        raise ValueError(f"no label of obs[{perturbation_key!r}] is two others joined by '+'; {there}.")
     # In order: a set's differs from process to process, and the halves with it.
     names = sorted({control, *pairs, *sum(pairs.values(), [])})
     cells = {name: np.flatnonzero(labels == name) for name in names}
@@ -224,16 +188,3 @@ def additivity(
             "slope": along / length if of_sum >= AGREE else np.nan,
         }
     return pd.DataFrame(table).T.astype({"n_cells": int})
-
-
-def _controls(adata: AnnData, perturbation_key: str, control: Any, strata: Columns) -> tuple[np.ndarray, np.ndarray]:
-    """Return which cells are controls and the stratum of every cell; every stratum has controls."""
-    labels, control = control_labels(adata, perturbation_key, control)
-    stratum, names = strata_of(adata, strata)
-    cells, stratum = (labels == control).to_numpy(), stratum.to_numpy()
-    if lacking := sorted(set(stratum) - set(stratum[cells])):
-        raise ValueError(
-            f"strata={names} have no cell of {control!r} to compare with in {'; '.join(lacking[:5])}; drop the cells "
-            f"of these strata, or name fewer columns."
-        )
-    return cells, stratum

@@ -31,14 +31,10 @@ def read_gene_sets(gene_sets: GeneSets) -> dict[str, list[str]]:
     >>> enrichment.read_gene_sets({"insulin secretion ": ["Ins1", " Ins2"]})
     {'insulin secretion': ['Ins1', 'Ins2']}
     """
-    if isinstance(gene_sets, Mapping):
-        named = list(gene_sets.items())
-    elif isinstance(gene_sets, str | Path):
-        named = _loaded(gene_sets)
-    else:
+    if not isinstance(gene_sets, Mapping | str | Path):
         raise ValueError(f"gene_sets is of type {type(gene_sets).__name__}; pass a path, a name or a dictionary.")
     sets: dict[str, list[str]] = {}
-    for term, genes in named:
+    for term, genes in gene_sets.items() if isinstance(gene_sets, Mapping) else _loaded(gene_sets):
         name = str(term).strip()
         if isinstance(genes, str) or not isinstance(genes, Iterable):
             raise ValueError(f"gene_sets has {genes!r} for {name!r}; a list of genes is needed.")
@@ -63,10 +59,8 @@ def _loaded(gene_sets: str | Path) -> list[tuple[str, list[str]]]:
             raise ValueError(f"no tabs in the line of {short[0][:40]!r}")
         return [(row[0], row[2:]) for row in rows]
     except Exception as error:  # gseapy raises plain Exception, requests and OSError for one and the same cause
-        raise ValueError(
-            f"gene_sets={str(gene_sets)!r} is neither a GMT file that can be read nor an Enrichr library that can "
-            f"be downloaded ({error}); pass the path of a .gmt file or a dictionary."
-        ) from error
+        what = f"gene_sets={str(gene_sets)!r} is neither a GMT file nor a library of Enrichr that can be had ({error})"
+        raise ValueError(f"{what}; pass the path of a .gmt file or a dictionary.") from error
 
 
 def enrich(
@@ -81,7 +75,8 @@ def enrich(
     """Test gene sets for over-representation among the top genes of each pole of each module.
 
     One Benjamini-Hochberg correction :cite:p:`benjamini1995` covers all hypergeometric tests of the call. Symbols match
-    whatever their case, so that mouse genes meet human sets; of those that differ by case alone by exact name.
+    whatever their case, so that mouse genes meet human sets. ``attrs`` counts the sets tested, ``n_terms``, and the
+    background genes that are in no set, ``n_unmatched``.
 
     Parameters
     ----------
@@ -89,15 +84,8 @@ def enrich(
         Modules of one output, or of several by name, and sets as in :func:`read_gene_sets`.
     background
         Genes that could have been found; if None, those of each output's own model.
-    n_top
-        Most genes taken from each pole.
-    min_size, max_size
-        Sets are tested if the background has this many of their genes.
-
-    Returns
-    -------
-    A row a test, the most significant first; ``overlap`` and ``size`` count genes. ``attrs["n_terms"]`` counts the sets
-    tested, ``attrs["n_unmatched"]`` the background genes that are in no set given.
+    n_top, min_size, max_size
+        Most genes taken from each pole, and how many genes of a set the background must have, and may.
 
     Examples
     --------
@@ -111,8 +99,12 @@ def enrich(
     if isinstance(background, str):
         raise ValueError(f"background is one name, {background!r}; pass a list of genes.")
     background = None if background is None else [str(gene).strip() for gene in background]
-    named, sets = _given(modules, gene_sets)
-    rows, terms, unmatched = [], set(), set()
+    named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
+    if not named:
+        raise ValueError("modules is empty; pass those of one output, or a dictionary of several by name.")
+    if words := next(filter(None, (by_case_alone(module_set.loadings.index) for module_set in named.values())), ""):
+        warn(words)
+    sets, rows, terms, unmatched = read_gene_sets(gene_sets), [], set(), set()
     for output, module_set in named.items():
         # Each output is held against the genes that its own model could have found.
         genes, tested = _tested(sets, module_set.loadings.index, background, min_size, max_size)
@@ -122,99 +114,18 @@ def enrich(
             top = genes & set(map(str, module_set.top_genes(module, n_top, pole=pole).index))
             for term, members in tested.items():
                 hits = sorted(members & top)
-                rows.append(
-                    (output, module, pole, term, ", ".join(hits), len(hits), len(members), len(top), len(genes))
-                )
+                counts = len(hits), len(members), len(top), len(genes)
+                rows.append((output, module, pole, term, ", ".join(hits), *counts))
     columns = ["output", "module", "pole", "term", "genes", "overlap", "size", "top", "all"]
     table = pd.DataFrame(rows, columns=columns)
     x, m, k, n = table[columns[-4:]].to_numpy(np.int64).T
     odds = (x + 0.5) * (n - m - k + x + 0.5) / ((m - x + 0.5) * (k - x + 0.5))  # 0.5 keeps it finite, as in gseapy
-    table = table.assign(odds_ratio=np.where(x > 0, odds, 0.0), p=hypergeom.sf(x - 1, n, m, k))
-    table = _corrected(table, ["output", "module", "pole", "term", "overlap", "size", "odds_ratio", "p", "q", "genes"])
+    p = hypergeom.sf(x - 1, n, m, k)
+    table = table.assign(odds_ratio=np.where(x > 0, odds, 0.0), p=p, q=false_discovery_control(p) if len(p) else p)
+    table = table.sort_values(["p", *columns[:4]], ignore_index=True)
+    table = table[[*columns[:4], "overlap", "size", "odds_ratio", "p", "q", "genes"]]
     table.attrs = {"n_terms": len(terms), "n_unmatched": len(unmatched)}
     return table
-
-
-def gsea(
-    modules: GeneModules | Mapping[str, GeneModules],
-    gene_sets: GeneSets,
-    *,
-    n_permutations: int = 1000,
-    min_size: int = 5,
-    max_size: int = 500,
-    random_state: int = 0,
-) -> pd.DataFrame:
-    """Test whether the genes of a set gather at one pole of a module, over all genes and without a cut.
-
-    Pre-ranked gene-set enrichment :cite:p:`subramanian2005` by gseapy :cite:p:`fang2023gseapy`, genes in the order of
-    their loadings; genes that never varied are left out. Its permutations take genes for independent, which they are
-    not: compare with :func:`scbmlp.evidence.random_directions`.
-
-    Parameters
-    ----------
-    modules, gene_sets, min_size, max_size
-        As in :func:`enrich`.
-    n_permutations, random_state
-        Number of permutations of the genes, and their seed.
-
-    Returns
-    -------
-    A row a module and set, the most significant first. ``nes``, the normalised enrichment score, is positive at the
-    pole of positive loading; ``q`` is as in :func:`enrich`; ``genes`` are the leading edge.
-
-    Examples
-    --------
-    >>> table = enrichment.gsea(on, programs, n_permutations=100)
-    >>> table[["module", "term", "nes"]].head(2).round(1)
-         module        term  nes
-    0  module_1  program_01 -2.1
-    1  module_1  program_02 -1.7
-    """
-    n_permutations = whole_number(n_permutations, "n_permutations")
-    options = {"min_size": 1, "permutation_num": n_permutations, "seed": whole_number(random_state, "random_state", 0)}
-    options |= {"threads": 1, "outdir": None, "no_plot": True, "verbose": False}
-    named, sets = _given(modules, gene_sets)
-    tables = []
-    for output, module_set in named.items():
-        varied = module_set.loadings[(module_set.loadings != 0).any(axis=1)]  # the others have no place in an order
-        _, tested = _tested(sets, varied.index, None, min_size, max_size)
-        # By place, for gseapy turns names to capitals and joins them by semicolons.
-        place = {str(gene): str(i) for i, gene in enumerate(varied.index)}
-        lists = {term: sorted(place[gene] for gene in members) for term, members in tested.items()}
-        names = list(place)
-        varied = varied.set_axis(list(place.values()))
-        for module, loading in varied.items():
-            ranked = loading.sort_values(ascending=False, kind="stable")
-            found = gseapy.prerank(ranked, lists, max_size=len(names), **options).res2d
-            columns = {
-                "output": output,
-                "module": module,
-                "term": found["Term"],
-                "size": [len(tested[term]) for term in found["Term"]],
-                "nes": found["NES"].astype(float),
-                # A p of 0 means that no permutation of that many was as good.
-                "p": found["NOM p-val"].astype(float).clip(lower=1 / (1 + n_permutations)),
-                "genes": [", ".join(names[int(i)] for i in edge.split(";") if i) for edge in found["Lead_genes"]],
-            }
-            tables.append(pd.DataFrame(columns))
-    return _corrected(pd.concat(tables), ["output", "module", "term", "size", "nes", "p", "q", "genes"])
-
-
-def _given(modules: Any, gene_sets: GeneSets) -> tuple[Mapping[str, GeneModules], dict[str, list[str]]]:
-    """Return modules by output, and gene sets."""
-    named = modules if isinstance(modules, Mapping) else {str(modules.output): modules}
-    if not named:
-        raise ValueError("modules is empty; pass those of one output, or a dictionary of several by name.")
-    if words := next(filter(None, (by_case_alone(module_set.loadings.index) for module_set in named.values())), ""):
-        warn(words)
-    return named, read_gene_sets(gene_sets)
-
-
-def _corrected(table: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """Return some columns, with q over all rows, the most significant first."""
-    table = table.assign(q=false_discovery_control(table["p"]) if len(table) else 0.0)
-    order = [name for name in ("p", "output", "module", "pole", "term") if name in table]
-    return table.sort_values(order, ignore_index=True)[columns]
 
 
 def _tested(
@@ -228,8 +139,6 @@ def _tested(
     seen = {term: members & among for term, members in matched(sets, genes | among).items()}
     tested = {term: members for term, members in seen.items() if min_size <= len(members) <= max_size}
     if not tested:
-        raise ValueError(
-            f"none of {len(sets)} gene sets has {min_size} to {max_size} of the {len(among)} background genes; "
-            f"check the organism of the symbols, or lower min_size={min_size}."
-        )
+        sizes = f"min_size={min_size} to max_size={max_size}"
+        raise ValueError(f"none of {len(sets)} gene sets has {sizes} of {len(among)} genes; check the organism.")
     return among, tested

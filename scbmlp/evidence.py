@@ -1,4 +1,4 @@
-"""What speaks for modules and pairs: ablation, cells without pairs, directions at random, and one table of trust."""
+"""What speaks for modules and pairs: cells without pairs, directions at random, and one table of trust."""
 
 from __future__ import annotations
 
@@ -15,58 +15,15 @@ from sklearn.cluster import KMeans
 from scbmlp.baselines import LARGE
 from scbmlp.checks import whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, dense_tensor, match_genes, some
-from scbmlp.interactions import Model, direction, similarity
-from scbmlp.modules import GeneModules
+from scbmlp.interactions import Model, similarity
+from scbmlp.modules import GeneModules, _over
 from scbmlp.stability import follows_target, p_values, stability
 
 STABLE, RARE = 0.8, 0.05  # a module is trusted from this stability on, and up to this p
 
 
-def ablation(model: Model, modules: GeneModules, dataset: ExpressionDataset) -> pd.DataFrame:
-    """Take one module at a time out of the model, and say what is lost, and in which cells.
-
-    Parameters
-    ----------
-    model, modules
-        A fitted classifier or regressor, and modules of one of its outputs.
-    dataset
-        Cells to score on, with their targets.
-
-    Returns
-    -------
-    A row a module: what the ``score`` over all outputs loses, and the recall or R2 of every output. ``changed`` is the
-    share of cells whose predicted class changes, or the root mean square change in standard deviations of the target.
-
-    Examples
-    --------
-    >>> evidence.ablation(solved, on, test).loc[["module_1"]].round(2)
-              score  changed   off   on
-    module_1   0.03     0.03  0.05  0.0
-    """
-    model.check(dataset)
-    if isinstance(modules.output, Mapping) or modules.output not in model.output_names:
-        names = ", ".join(map(str, model.output_names))
-        raise KeyError(f"modules.output={modules.output!r} is not one output of the model; they are {names}.")
-    at = model.output_names.get_loc(modules.output)
-    target, added = dataset.y.numpy(), modules.contributions(dataset)
-    # A class is read as its logit less the mean of all, to which a softmax is blind.
-    full = model.outputs(dataset) @ np.stack([direction(model, name) for name in model.output_names]).T
-    cut = [full - np.outer(one, np.eye(full.shape[1])[at]) for one in added.to_numpy().T]
-    scores = np.array([[model._measure(y, target), *model._measure_each(y, target)] for y in (full, *cut)])
-    if target.ndim == 1:
-        changed = [(y.argmax(axis=1) != full.argmax(axis=1)).mean() for y in cut]
-    else:
-        changed = [np.sqrt((added[name] ** 2).mean()) / target[:, at].std() for name in added]
-    lost = scores[0] - scores[1:]
-    columns = ["score", "changed", *model.output_names]
-    return pd.DataFrame(np.column_stack([lost[:, 0], changed, lost[:, 1:]]), added.columns, columns)
-
-
 def without_pairs(dataset: ExpressionDataset, *, n_groups: int = 10, random_state: int = 0) -> ExpressionDataset:
-    """Return cells whose genes keep their own relation to the target, and lose every other: a null for pairs.
-
-    Among cells of alike targets, each gene is dealt out anew by itself. For classes, the best classifier is then a sum
-    of functions of single genes. What a model fitted to such cells calls interaction is its error.
+    """Return cells whose genes are dealt out, each by itself, among cells of alike targets: a null for pairs.
 
     Parameters
     ----------
@@ -103,14 +60,12 @@ def without_pairs(dataset: ExpressionDataset, *, n_groups: int = 10, random_stat
 def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, random_state: int = 0) -> GeneModules:
     """Return as many directions as there are modules, drawn with the correlations of the cells and blind to any target.
 
-    Gene sets are rich in genes that rise together. Any direction of the data has some terms; modules need more.
+    Gene sets are rich in genes that rise together: any direction has some terms, and modules need more.
 
     Parameters
     ----------
-    modules, dataset
-        Modules to draw a counterpart of, in their units, and cells, of which at most 3,000 are used.
-    random_state
-        Seed of the directions.
+    modules, dataset, random_state
+        Modules to draw a counterpart of, in their units; cells, of which at most 3,000 are used; and the seed.
 
     Examples
     --------
@@ -119,11 +74,10 @@ def random_directions(modules: GeneModules, dataset: ExpressionDataset, *, rando
     9
     """
     x = match_genes(dataset, modules.loadings.index)
-    x, unit = x[some(x.shape[0], LARGE)], modules.unit.to_numpy()[:, None]
+    x = x[some(x.shape[0], LARGE)]
     mix = np.random.default_rng(random_state).standard_normal((x.shape[0], modules.loadings.shape[1]))
     # The covariance of the genes with noise over cells has the covariance of the genes.
-    drawn = np.asarray(x.T @ (mix - mix.mean(axis=0)))
-    drawn = np.divide(drawn, unit, out=np.zeros_like(drawn), where=unit > 0)
+    drawn = _over(np.asarray(x.T @ (mix - mix.mean(axis=0))), modules.unit.to_numpy())
     drawn *= np.linalg.norm(modules.loadings, axis=0) / np.linalg.norm(drawn, axis=0)
     loadings = pd.DataFrame(drawn, modules.loadings.index, modules.loadings.columns)
     return replace(modules, loadings=loadings, weights=loadings * np.nan, trust=None)
@@ -139,32 +93,22 @@ def trust(
     enriched: pd.DataFrame | None = None,
     enriched_random: pd.DataFrame | None = None,
 ) -> GeneModules | dict[str, GeneModules]:
-    """Gather what speaks for each module, and say which of them may be interpreted.
+    """Gather what speaks for each module into their ``trust``, and say which of them may be interpreted.
+
+    A module is ``trusted`` with a stability of at least 0.8, p of at most 0.05, and no fewer gene sets of q below 0.05,
+    its ``terms``, than a random direction has on average. It would then come back, and is about its target; that its
+    genes *interact* takes ``gain_curved``. ``similarity`` is that of the output, mean over pairs of six replicas.
 
     Parameters
     ----------
     modules
         Modules of one output of a model, or of a consensus; or of several outputs by name.
-    models
-        Replicas of the model, as from :func:`scbmlp.models.solve_replicas`.
-    val
-        Cells that no weight was fitted to, those of `null`.
+    models, val
+        Replicas of the model, as from :func:`scbmlp.models.solve_replicas`, and cells that no weight was fitted to.
     null, audit
         What :func:`scbmlp.modules.permutation_null` and :func:`scbmlp.interactions.audit` returned.
     enriched, enriched_random
         What :func:`scbmlp.enrichment.enrich` returned for the modules, and for :func:`random_directions` of them.
-
-    Returns
-    -------
-    The modules, whose ``trust`` has a row a module.
-
-    - ``eigenvalue``, ``stability``, ``low``: as from :func:`scbmlp.modules.stability`.
-    - ``r``, ``p``: as from ``permutation_null``. Only permutations count with their best module, so ``p`` is safe.
-    - ``similarity``: of the output as a function, mean over pairs of at most six replicas.
-    - ``interaction``, ``gain_curved``: of the output, as from ``audit``.
-    - ``terms``, ``terms_random``: gene sets with q below 0.05 of the module, and of a random direction on average.
-    - ``trusted``: stability of at least 0.8, p of at most 0.05, and no fewer terms than a random direction, where
-      counted. The module would come back and is about its target. That its genes *interact* takes ``gain_curved``.
 
     Examples
     --------
@@ -187,11 +131,9 @@ def trust(
         best = null.attrs["null"]
         if str(output) not in best:
             raise KeyError(f"null has no fits read for {output!r}; it has {', '.join(best)}.")
-        if modules.metric not in (None, null.attrs.get("metric", modules.metric)):
-            raise ValueError(
-                f"null is of modules in metric {null.attrs['metric']!r}, these are in metric {modules.metric!r}; pass "
-                f"permutation_null(..., metric={modules.metric!r})."
-            )
+        own, there = modules.metric, null.attrs.get("metric", modules.metric)
+        if own not in (None, there):
+            raise ValueError(f"null is in metric {there!r}, not {own!r}; pass permutation_null(..., metric={own!r}).")
         table["r"] = follows_target(modules, models[0], val)
         table["p"] = p_values(table["r"], best[str(output)])
         trusted &= table["p"] <= RARE

@@ -11,7 +11,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader
 
 from scbmlp.checks import plain_names
-from scbmlp.datasets import ExpressionDataset
+from scbmlp.datasets import ExpressionDataset, check_dataset
 from scbmlp.modules import GeneModules
 from scbmlp.plotting import NEGATIVE, POSITIVE
 
@@ -25,15 +25,7 @@ templates.globals |= {"positive": POSITIVE, "negative": NEGATIVE}
 
 @dataclass(frozen=True)
 class Explorer:
-    """A table of modules, shown by a notebook as the last value of a cell.
-
-    The address holds what is searched, chosen and open, as ``#explorer:find=Ins1&output=Beta&open=2``.
-
-    Parameters
-    ----------
-    rows
-        What is shown, a dictionary a module.
-    """
+    """A table of modules, a dictionary each in `rows`, shown by a notebook as the last value of a cell."""
 
     rows: list[dict[str, Any]]
 
@@ -46,8 +38,6 @@ class Explorer:
     def save(self, path: str | Path) -> None:
         """Write an HTML file, which a browser opens from disk.
 
-        Examples
-        --------
         >>> explorer.explorer(on, test).save("modules.html")
         """
         Path(path).write_text(self._render(page=True), "utf-8")
@@ -66,10 +56,8 @@ def explorer(
 
     Parameters
     ----------
-    modules
-        Modules of one output, or of several by name.
-    dataset
-        Cells to score; where they have classes, the mean score of each is shown.
+    modules, dataset
+        Modules of one output, or of several by name, and cells to score, whose classes' mean scores are shown.
     enriched
         Result of :func:`scbmlp.enrichment.enrich` for the modules; up to 10 sets with q below 0.05 are shown.
 
@@ -79,12 +67,10 @@ def explorer(
     Explorer: 4 modules of 1 outputs
     """
     several = modules if isinstance(modules, Mapping) else {getattr(modules, "output", None): modules}
-    other = [type(one).__name__ for one in several.values() if not isinstance(one, GeneModules)]
-    if other or not several:
-        kind = f"holds {other[0]}" if other else "is empty"
-        raise ValueError(f"modules {kind}; pass GeneModules of one output, or a dictionary of several by name.")
-    if not isinstance(dataset, ExpressionDataset):
-        raise ValueError(f"dataset is of type {type(dataset).__name__}; pass a data set, such as the test cells.")
+    if not several or not all(isinstance(one, GeneModules) for one in several.values()):
+        kinds = ", ".join(type(one).__name__ for one in several.values()) or "nothing"
+        raise ValueError(f"modules holds {kinds}; pass GeneModules of one output, or a dictionary of several by name.")
+    check_dataset(dataset)
     names, rows = plain_names(map(str, several), "modules"), []
     sets = None if enriched is None else _sets(enriched, list(names))
     classes = pd.Categorical.from_codes(dataset.y.numpy(), dataset.output_names) if dataset.y.ndim == 1 else None
@@ -113,9 +99,7 @@ def _sets(enriched: pd.DataFrame, outputs: list[str]) -> dict[tuple[str, str], l
         raise KeyError(f"enriched lacks the columns {', '.join(missing)}; pass what scbmlp.enrichment.enrich returned.")
     table = enriched[columns].astype({"output": str, "module": str})
     if not table["output"].isin(outputs).any():
-        raise ValueError(
-            f"enriched is of the outputs {', '.join(table['output'].unique()[:5])}, none of which is in modules: "
-            f"{', '.join(outputs[:5])}; pass what enrich returned for these modules."
-        )
+        there = ", ".join(table["output"].unique()[:5])
+        raise ValueError(f"enriched is of {there}, which modules do not have; pass what enrich returned for these.")
     table = table[table["q"] < SIGNIFICANT].sort_values("q", kind="stable")
     return {key: rows.head(N_SETS).to_dict("records") for key, rows in table.groupby(["output", "module"])}

@@ -20,12 +20,11 @@ from scbmlp import datasets
 from scbmlp.baselines import LARGE
 from scbmlp.checks import nearest, of_cells, whole_number
 from scbmlp.datasets import ExpressionDataset, dense_tensor, gene_vector, match_genes
-from scbmlp.display import listed
 from scbmlp.models import ScBMLPClassifier, ScBMLPRegressor
 
 __all__ = [
-    "InteractionMatrix", "Model", "Output", "Parts", "attributions", "audit", "contrast", "decompose", "direction",
-    "gain", "group_means", "interaction_matrices", "interaction_matrix", "linear_axis", "similarity",
+    "InteractionMatrix", "Model", "Output", "Parts", "attributions", "audit", "decompose", "direction", "gain",
+    "group_means", "interaction_matrices", "interaction_matrix", "linear_axis", "similarity",
 ]  # fmt: skip
 
 Model = ScBMLPClassifier | ScBMLPRegressor
@@ -78,7 +77,7 @@ def contrast(output: str | int, dataset: ExpressionDataset) -> dict[str | int, f
     """
     names = list(dataset.output_names)
     if output not in names or dataset.y.ndim == 2:
-        raise KeyError(f"output={output!r} is not one of the classes of dataset: {listed(map(str, names))}.")
+        raise KeyError(f"output={output!r} is not one of the classes of dataset: {', '.join(map(str, names))}.")
     shares = np.bincount(dataset.y, minlength=len(names)) / len(dataset)
     return {name: float(name == output) - share for name, share in zip(names, shares.tolist(), strict=True)}
 
@@ -106,21 +105,15 @@ class InteractionMatrix(LinearOperator):
 
     Parameters
     ----------
-    basis, core
-        B = [L' R'] (gene x 2 hid), of a solved model L' of the hidden units that the output uses; symmetric C.
-    gene_names, output
-        Names of the rows and columns (gene), and what the matrix is of, for the eye alone.
+    basis, core, gene_names
+        B = [L' R'] (gene x 2 hid), of a solved model L' of the hidden units that the output uses; C; and genes' names.
     """
 
-    def __init__(self, basis: np.ndarray, core: np.ndarray, gene_names: pd.Index, output: Any = None) -> None:
+    def __init__(self, basis: np.ndarray, core: np.ndarray, gene_names: pd.Index) -> None:
         super().__init__(np.dtype(np.float64), (len(basis), len(basis)))
-        self.basis, self.core, self.gene_names, self.output = basis, core, gene_names, output
+        self.basis, self.core, self.gene_names = basis, core, gene_names
         self._thin = cache(lambda: np.linalg.qr(basis))  # made when it is first asked for
         self._columns: np.ndarray | slice = slice(None)  # those of [L' R'] that the basis has
-
-    def __repr__(self) -> str:
-        of, (n, rank) = "" if self.output is None else f"output {self.output}; ", self.basis.shape
-        return f"InteractionMatrix: {of}genes {n:,} x {n:,}, held as factors; rank at most {min(n, rank):,}"
 
     def _matmat(self, x: np.ndarray) -> np.ndarray:
         return self.basis @ (self.core @ (self.basis.T @ x))
@@ -131,92 +124,65 @@ class InteractionMatrix(LinearOperator):
     def to_dense(self, *, max_gb: float = 4.0) -> np.ndarray:
         """Return the whole matrix (gene x gene), if it takes at most `max_gb` GB.
 
-        Examples
-        --------
         >>> q.to_dense().shape
         (40, 40)
         """
         size = 8e-9 * self.shape[0] ** 2
         if size > max_gb:
-            raise ValueError(
-                f"the dense matrix of {self.shape[0]} genes takes {size:.1f} GB, more than max_gb={max_gb}; use "
-                f"eigh, between, top_pairs or quadratic_form, which do not form it, or allow more."
-            )
+            raise ValueError(f"Q takes {size:.1f} GB, more than max_gb={max_gb}; use eigh or between, or allow more.")
         return self.basis @ self.core @ self.basis.T
 
     def quadratic_form(self, x: Any) -> np.ndarray:
         """Return x' Q x of every cell (cell), of cells (cell x gene) as in ``model.outputs``.
 
-        Examples
-        --------
         >>> q.quadratic_form(adata).shape
         (1000,)
         """
         projected = datasets.product(match_genes(x, self.gene_names), self.basis)
         return np.einsum("ci,ij,cj->c", projected, self.core, projected, optimize=True)
 
-    def diagonal(self) -> np.ndarray:
-        """Return what each gene does with itself (gene); the sum is the trace.
-
-        Examples
-        --------
-        >>> bool(np.isclose(q.diagonal().sum(), q.eigh()[0].sum()))
-        True
-        """
+    def _diagonal(self) -> np.ndarray:
+        """Return what each gene does with itself (gene)."""
         return np.einsum("gi,gi->g", self.basis @ self.core, self.basis)
 
     def between(self, genes_a: list[str], genes_b: list[str]) -> pd.DataFrame:
         """Return the interactions of two lists of names of genes (genes_a x genes_b).
 
-        Examples
-        --------
         >>> q.between(["Sim0017"], ["Sim0030", "Sim0032"]).to_numpy().round(1)
         array([[-0.6, -0.7]])
         """
-        rows, columns = (self.basis[self._positions(genes)] for genes in (genes_a, genes_b))
+        for genes in (genes_a, genes_b):
+            if isinstance(genes, str):
+                raise ValueError(f"genes {genes!r} is one name; pass a list of names.")
+            if unknown := [gene for gene in genes if gene not in self.gene_names]:
+                some = ", ".join(map(str, unknown[:5])) + nearest(unknown[0], self.gene_names)
+                raise KeyError(f"{len(unknown)} of {len(genes)} genes are not the model's: {some}.")
+        rows, columns = (self.basis[self.gene_names.get_indexer(genes)] for genes in (genes_a, genes_b))
         return pd.DataFrame(rows @ self.core @ columns.T, genes_a, genes_b)
-
-    def _positions(self, genes: list[str]) -> np.ndarray:
-        """Return where genes are in the matrix."""
-        if isinstance(genes, str):
-            raise ValueError(f"genes {genes!r} is one name; pass a list of names.")
-        if unknown := [gene for gene in genes if gene not in self.gene_names]:
-            raise KeyError(
-                f"{len(unknown)} of {len(genes)} genes are not the model's: {', '.join(map(str, unknown[:5]))}"
-                f"{nearest(unknown[0], self.gene_names)}."
-            )
-        return self.gene_names.get_indexer(genes)
 
     def scaled(self, scale: np.ndarray) -> InteractionMatrix:
         """Return S Q S with S = diag(scale), for genes in units of `scale` (gene), a Series matched by name.
 
-        Examples
-        --------
         >>> q.scaled(train.x.std(axis=0)).shape
         (40, 40)
         """
         scale = gene_vector(scale, self.gene_names, "scale")
-        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names, self.output)
+        return InteractionMatrix(self.basis * scale[:, None], self.core, self.gene_names)
 
     def eigh(self, k: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return the `k` strongest eigenvalues (comp) and their eigenvectors (gene x comp), by falling absolute value.
+        """Return the `k` strongest eigenvalues (comp), all that can be non-zero if None, and vectors (gene x comp).
 
-        They are exact: with the thin QR B = U T, T C T' has all that are not 0. None returns all min(gene, 2 hid).
-
-        Examples
-        --------
         >>> values, vectors = q.eigh(2)
         >>> np.abs(values).round(1), vectors.shape
         (array([4.5, 4.5]), (40, 2))
         """
         u, t = self._thin()
-        if k is not None and not (isinstance(k, int | np.integer) and 1 <= k <= len(t)):
-            raise ValueError(f"k={k!r} eigenpairs were asked for; 1 to {len(t)} can be non-zero.")
+        k = k if k is None else whole_number(k, "k", 1, len(t))
         values, vectors = self._thin_eigh()
         return values[:k], u @ vectors[:, :k]
 
     def _thin_eigh(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return all eigenvalues and the eigenvectors in the coordinates of U, by falling absolute value."""
+        """Return all eigenvalues of T C T', with B = U T, and its eigenvectors, by falling absolute value."""
         _, t = self._thin()
         small = t @ self.core @ t.T
         values, vectors = np.linalg.eigh((small + small.T) / 2)
@@ -224,23 +190,19 @@ class InteractionMatrix(LinearOperator):
         return values[order], vectors[:, order]
 
     def top_pairs(self, n: int = 20, *, dataset: ExpressionDataset | None = None) -> pd.DataFrame:
-        """Return the `n` strongest interactions of two different genes, strongest first.
-
-        With `dataset`, strength is in units of the output: 2 abs(Q_ij) times the deviation of d_i d_j, d = x - mean,
-        beyond functions 1, x, x^2 and 1[x > 0] of either gene, which least squares take off. Barely expressed genes
-        and curves of single genes then do not lead. Without `dataset`, pairs are ordered by abs(Q_ij).
+        """Return the `n` strongest interactions of two different genes, strongest first, by abs(Q_ij).
 
         Parameters
         ----------
         n, dataset
-            Number of pairs, and cells to measure strength on, at most 3,000; for a matrix that is not scaled.
+            Number of pairs; and cells, of which 3,000 at most are used, to order pairs by ``strength``: 2 abs(Q_ij)
+            times the deviation of d_i d_j, d = x - mean, beyond functions 1, x, x^2 and 1[x > 0] of either gene.
 
         Examples
         --------
-        >>> q.top_pairs(n=2, dataset=train).round(1)
+        >>> q.top_pairs(n=1, dataset=train).round(1)
             gene_a   gene_b  interaction  strength
         0  Sim0017  Sim0030         -0.6       0.2
-        1  Sim0017  Sim0032         -0.7       0.2
         """
         n = min(whole_number(n, "n"), comb(self.shape[0], 2))
         table = self._largest(n) if dataset is None else self._strongest(n, _drawn(dataset, self.gene_names))
@@ -298,21 +260,18 @@ def _beyond_single(x: np.ndarray, d: np.ndarray, i: np.ndarray, j: np.ndarray) -
 
 
 def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = False) -> InteractionMatrix:
-    """Read the interaction matrix of an output off the weights, after :cite:t:`pearce2025bilinear`.
-
-    Q = sym(L' diag(p) R), p its row of P, is the quadratic part of y: all of y without biases and linear part.
+    """Read the interaction matrix Q = sym(L' diag(p) R) of an output off the weights :cite:p:`pearce2025bilinear`.
 
     Parameters
     ----------
-    model, output
-        As in :func:`direction`.
-    homogeneous
-        Add a row and column ``"(constant)"`` for biases and linear part; then y = [x; 1]' Q [x; 1].
+    model, output, homogeneous
+        As in :func:`direction`; and whether to add a row and column ``"(constant)"`` for biases and linear part, so
+        that y = [x; 1]' Q [x; 1].
 
     Examples
     --------
-    >>> interactions.interaction_matrix(model, "on")
-    InteractionMatrix: output on; genes 40 x 40, held as factors; rank at most 16
+    >>> interactions.interaction_matrix(model, "on").shape
+    (40, 40)
     """
     matrix = interaction_matrices(model, [output])[0]
     if not homogeneous:
@@ -321,23 +280,14 @@ def interaction_matrix(model: Model, output: Output, *, homogeneous: bool = Fals
     constant, slopes = (direction(model, output) @ part for part in _expand(model, np.zeros(len(matrix.basis))))
     basis = block_diag(np.column_stack([matrix.basis, slopes]), 1.0)
     core = block_diag(matrix.core, [[0.0, 0.5], [0.5, constant]])
-    return InteractionMatrix(basis, core, matrix.gene_names.append(pd.Index(["(constant)"])), output)
+    return InteractionMatrix(basis, core, matrix.gene_names.append(pd.Index(["(constant)"])))
 
 
 def interaction_matrices(
     model: Model, outputs: Iterable[Output] | None = None, *, scale: np.ndarray | None = None
 ) -> list[InteractionMatrix]:
-    """Read the interaction matrices of several outputs, with one QR decomposition for all.
+    """Read the matrices of several outputs, all if None, with genes in units of `scale` and one QR decomposition.
 
-    Parameters
-    ----------
-    model, outputs
-        As in :func:`direction`; every output if None.
-    scale
-        Unit to measure every gene in (gene), as in :meth:`InteractionMatrix.scaled`.
-
-    Examples
-    --------
     >>> [matrix.shape for matrix in interactions.interaction_matrices(model)]
     [(40, 40), (40, 40)]
     """
@@ -349,7 +299,7 @@ def interaction_matrices(
         weight = direction(model, output) @ p
         columns = np.flatnonzero(weight) if alike else slice(None)
         core = np.diag(weight[columns]) if alike else np.kron([[0, 1], [1, 0]], np.diag(weight) / 2)
-        matrix = InteractionMatrix(whole[:, columns], core, model.gene_names, output)
+        matrix = InteractionMatrix(whole[:, columns], core, model.gene_names)
         first = shared.setdefault(columns.tobytes() if alike else b"", matrix)
         matrix.basis, matrix._thin, matrix._columns = first.basis, first._thin, columns
         matrices.append(matrix)
@@ -413,25 +363,17 @@ def decompose(model: Model, x: Any, reference: np.ndarray) -> Parts:
     reference = gene_vector(reference, model.gene_names, "reference")
     constant, axis = _expand(model, reference)
     left, right, p = map(_float64, (model.w_l, model.w_r, model.w_p))
-    linear, quadratic = [], []
+    parts = []
     for _, block in datasets.blocks(x):
         d = dense_tensor(block).numpy() - reference
-        linear.append(d @ axis.T)
-        quadratic.append(((d @ left.T) * (d @ right.T)) @ p.T)
-    linear, quadratic = np.vstack(linear), np.vstack(quadratic)
+        parts.append((d @ axis.T, ((d @ left.T) * (d @ right.T)) @ p.T))
+    linear, quadratic = map(np.vstack, zip(*parts, strict=True))
     return Parts(np.broadcast_to(constant, linear.shape), linear, quadratic)
 
 
 def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Series:
-    """Return the slope of an output at a reference cell: what each gene does alone (gene).
+    """Return the slope of an output at a reference cell as in :func:`decompose`: what each gene does alone (gene).
 
-    Parameters
-    ----------
-    model, output, reference
-        As in :func:`direction` and :func:`decompose`.
-
-    Examples
-    --------
     >>> interactions.linear_axis(model, "on", model.origin).nlargest(2).round(
     ...     2
     ... ).to_dict()
@@ -444,52 +386,27 @@ def linear_axis(model: Model, output: Output, reference: np.ndarray) -> pd.Serie
 def attributions(model: Model, output: Output, x: Any, reference: np.ndarray) -> pd.DataFrame:
     """Return what each gene adds to an output of cells beside a reference cell (cell x gene); an identity, not a fit.
 
-    With d = x - reference, gene i adds d_i (axis_i + (Q d)_i), half of what it does with each other gene. All add up to
-    the output less that of the reference. This is the Shapley value :cite:p:`shapley1953`, and the integrated gradient
-    from the reference :cite:p:`sundararajan2017`.
+    It is d_i (axis_i + (Q d)_i), d = x - reference: the Shapley value :cite:p:`shapley1953`, and the integrated
+    gradient from the reference :cite:p:`sundararajan2017`. Arguments are as in :func:`direction` and :func:`decompose`.
 
-    Parameters
-    ----------
-    model, output, x, reference
-        As in :func:`direction` and :func:`decompose`.
-
-    Examples
-    --------
     >>> table = interactions.attributions(model, "on", adata, reference=model.origin)
     >>> set(table.abs().mean().nlargest(20).index) == set(truth["genes"])
     True
     """
-    d, index = _around(model, x, reference)
-    matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference)
-    return pd.DataFrame(d * (axis.to_numpy() + (matrix @ d.T).T), index, axis.index)
-
-
-def _around(model: Model, x: Any, reference: np.ndarray) -> tuple[np.ndarray, pd.Index | None]:
-    """Return cells less a reference cell (cell x gene), and their names where they have any."""
     index, x = datasets.cell_names(x), match_genes(x, model.gene_names, model.layer, model.scaling)
     datasets.check_in_memory(x, "a table of cells x genes")
-    return dense_tensor(x).numpy() - gene_vector(reference, model.gene_names, "reference"), index
+    d = dense_tensor(x).numpy() - gene_vector(reference, model.gene_names, "reference")
+    matrix, axis = interaction_matrix(model, output), linear_axis(model, output, reference)
+    return pd.DataFrame(d * (axis.to_numpy() + (matrix @ d.T).T), index, axis.index)
 
 
 def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np.ndarray) -> pd.DataFrame:
     """Split the mean output of each donor, or other group of cells, into pseudobulk and co-expression; an identity.
 
-    With m a group's mean less the reference and S its covariance of genes, the mean output is constant + axis m +
-    m' Q m + tr(Q S). A comparison of mean expression sees the pseudobulk m' Q m and not tr(Q S).
+    With m a group's mean less the reference and S its covariance, it is constant + axis m + m' Q m + tr(Q S).
 
-    Parameters
-    ----------
-    model, output, x, reference
-        As in :func:`attributions`.
-    groups
-        Label of every cell (cell), a Series matched with AnnData by name; cells without a label are left out.
+    Labels in `groups` (cell), a Series, are matched with AnnData by name; cells without one are left out.
 
-    Returns
-    -------
-    A row a group: ``n_cells``, ``constant``, ``linear``, ``pseudobulk``, ``coexpression``, and ``mean``, their sum.
-
-    Examples
-    --------
     >>> table = interactions.group_means(model, "on", adata, labels, model.origin)
     >>> table["coexpression"].round(1).to_dict()
     {'off': -0.4, 'on': 0.7}
@@ -517,11 +434,10 @@ def group_means(model: Model, output: Output, x: Any, groups: Any, reference: np
 def similarity(
     a: Model, b: Model, output: Output, part: Part = "all", *, dataset: ExpressionDataset | None = None
 ) -> float:
-    """Return the correlation of an output of two models, as functions of cells, read off the weights.
+    """Return the correlation of an output of two models, as functions of normal cells, read off the weights.
 
-    An output is constant + a'd + d'Qd around the mean cell. Over normal cells of covariance S, outputs f and g have the
-    covariance a_f' S a_g + 2 tr(Q_f S Q_g S), as in :cite:t:`gonzalez2026`, who take inputs as white. It is NaN if a
-    model has no such part. Models with a linear part or other training cells, and pairs of genes, need `dataset`.
+    With a'd + d'Qd around the mean cell and S the covariance of the genes, the covariance of outputs f and g is
+    a_f' S a_g + 2 tr(Q_f S Q_g S), as in :cite:t:`gonzalez2026`, who take inputs as white.
 
     Parameters
     ----------
@@ -540,34 +456,29 @@ def similarity(
     if part not in get_args(Part):
         raise ValueError(f"part={part!r} is unknown; choose {', '.join(map(repr, get_args(Part)))}.")
     if not a.gene_names.equals(b.gene_names):
-        raise ValueError(
-            f"a and b have {len(a.gene_names)} and {len(b.gene_names)} genes, which are not the same in one order; fit "
-            f"both on the same genes."
-        )
+        sizes = f"{len(a.gene_names)} and {len(b.gene_names)}"
+        raise ValueError(f"a and b have {sizes} genes, not the same in one order; fit both on the same genes.")
     known, d = [a.statistics, b.statistics], None
     if dataset is not None:
         x = _drawn(dataset, a.gene_names).astype(np.float64)
         center = x.mean(axis=0)
         d = (x - center) / np.sqrt(len(x))  # S = d'd
     elif part == "interaction" or a.direct is not None or b.direct is not None or None in known:
-        raise ValueError(
-            f"part={part!r} of these models needs cells: pairs of genes, linear parts and models without statistics "
-            f"are compared on those that dataset= gives."
-        )
+        raise ValueError(f"part={part!r} of these models needs cells, for their weights do not say it; pass dataset=.")
     elif not all(np.allclose(*pair) for pair in zip(known[0][:2], known[1][:2], strict=True)):
         raise ValueError("a and b were trained on different cells; say by dataset= on which to compare them.")
     else:
         center = known[0].mean
     forms = [_form(model, output, center, d) for model in (a, b)]
     if part == "interaction":  # of two cells: what the pairs of different genes make of them
-        pairs = [basis @ q.core @ basis.T - d * q.diagonal() @ d.T for q, _, _, basis, _ in forms]
+        pairs = [one[:, 1:] @ q.core @ one[:, 1:].T - d * q._diagonal() @ d.T for q, one, _ in forms]
 
     def covariance(i: int, j: int) -> float:
         if part == "interaction":
             return 2 * np.sum(pairs[i] * pairs[j])
-        (q, axis, _, basis, _), (other, _, s_axis, _, s_basis) = forms[i], forms[j]
-        between = basis.T @ s_basis
-        linear, quadratic = axis @ s_axis, 2 * np.sum((q.core @ between) * (between @ other.core))
+        (q, one, _), (other, _, of_s) = forms[i], forms[j]
+        linear, between = one[:, 0] @ of_s[:, 0], one[:, 1:].T @ of_s[:, 1:]
+        quadratic = 2 * np.sum((q.core @ between) * (between @ other.core))
         return {"all": linear + quadratic, "linear": linear, "quadratic": quadratic}[part]
 
     scale = covariance(0, 0) * covariance(1, 1)
@@ -575,15 +486,15 @@ def similarity(
 
 
 def _form(model: Model, output: Output, center: np.ndarray, d: np.ndarray | None) -> tuple[Any, ...]:
-    """Return Q = B C B' and the axis a of an output at the mean cell: Q, a, S a, B, S B; or of S = d'd a half each."""
-    q, axis = interaction_matrix(model, output), linear_axis(model, output, center).to_numpy()
+    """Return Q = B C B', [a B] with the axis a at the mean cell, and S [a B]; or, of S = d'd, d [a B] twice."""
+    q = interaction_matrix(model, output)
+    both = np.column_stack([linear_axis(model, output, center), q.basis])
     if d is not None:
-        axis, basis = d @ axis, d @ q.basis
-        return q, axis, axis, basis, basis
+        return q, d @ both, d @ both
     covariance = model.statistics.covariance  # S [L' R'], of which a is a mix, for there is no linear part
     p, (at_left, at_right) = direction(model, output) @ _float64(model.w_p), _branches(model, center)
     s_axis = covariance @ np.concatenate([p * at_right, p * at_left])
-    return q, axis, s_axis, q.basis, covariance[:, q._columns]
+    return q, both, np.column_stack([s_axis, covariance[:, q._columns]])
 
 
 def __getattr__(name: str) -> Any:

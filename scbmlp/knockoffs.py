@@ -14,7 +14,7 @@ from scipy.special import ndtr, ndtri
 
 from scbmlp.checks import whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, check_in_memory, standard_deviation
-from scbmlp.exact import Mixture, counts_of, solution
+from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import InteractionMatrix, Output, direction
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.nested import Search, Trial, leading
@@ -35,23 +35,16 @@ def knockoffs(
 ) -> list[ExpressionDataset]:
     """Put beside every gene a knock-off: values of its own in other cells, drawn without a look at the targets.
 
-    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores. They have a gene's correlations with all
-    others, by a factor model of what stands out of noise, as in :cite:t:`laloux1999`. Tied cells, such as zeros, get
-    scores that the other genes make likely. Permuted ones are a gene's values in random order: right only where genes
-    are independent.
+    Gaussian knock-offs are those of :cite:t:`candes2018` on normal scores, with a gene's correlations with all others
+    by a factor model of what stands out of noise, as in :cite:t:`laloux1999`. Permuted ones are a gene's values in
+    random order: right only where genes are independent.
 
     Parameters
     ----------
     train, others
         Cells in memory. The correlations are those of `train`; each data set keeps marginals of its own.
-    kind, random_state
-        ``"gaussian"`` or ``"permuted"``, and the seed of the draw.
-    max_gb
-        Most memory to use, in GB. Gaussian knock-offs need dense arrays of gene x gene and of cell x gene.
-
-    Returns
-    -------
-    For each data set one with twice the genes, the second half called ``"<gene> (knock-off)"``.
+    kind, random_state, max_gb
+        ``"gaussian"`` or ``"permuted"``, the seed of the draw, and most memory to use, in GB.
 
     Examples
     --------
@@ -70,18 +63,13 @@ def knockoffs(
         raise ValueError(f"train has {len(train)} cells; correlations need at least 3: pass more cells.")
     names = pd.Index([*map(str, train.gene_names), *(f"{name} (knock-off)" for name in train.gene_names)], dtype=object)
     if not names.is_unique:
-        raise ValueError(
-            f"train has genes that are knock-offs already, such as {names[names.duplicated()][0]!r}; pass the data "
-            f"set without them."
-        )
-    n_genes, n_cells = len(train.gene_names), max(map(len, (train, *others)))
-    size = _gigabytes(kind, n_genes, n_cells)
+        twice = names[names.duplicated()][0]
+        raise ValueError(f"train has genes that are knock-offs already, such as {twice!r}; pass it without them.")
+    n_genes, (square, long) = len(train.gene_names), ARRAYS[kind]
+    size = 8e-9 * n_genes * (square * n_genes + long * max(map(len, (train, *others))))
     if size > max_gb:
-        fit = np.count_nonzero(_gigabytes(kind, np.arange(1, n_genes), n_cells) <= max_gb)
-        raise ValueError(
-            f"train has {n_genes} genes, whose {kind} knock-offs take {size:.1f} GB, more than max_gb={max_gb}; of "
-            f"{n_cells} cells {fit} genes would fit: keep the most variable {fit} of them, or allow more."
-        )
+        what = f"knock-offs of {n_genes} genes take {size:.2g} GB, more than max_gb={max_gb}"
+        raise ValueError(f"{what}; keep the most variable genes, or allow more.")
     rng, found, law = np.random.default_rng(random_state), [], None
     for dataset in (train, *others):
         thin = sparse.issparse(dataset.x)
@@ -98,12 +86,6 @@ def knockoffs(
         outputs, y = dataset.output_names, dataset.y.numpy()
         found.append(ExpressionDataset(both, y, names, outputs, dataset.indices, dataset.layer))
     return found
-
-
-def _gigabytes(kind: str, n_genes: int | np.ndarray, n_cells: int) -> Any:
-    """Return how much memory knock-offs take, in GB."""
-    square, long = ARRAYS[kind]
-    return 8e-9 * n_genes * (square * n_genes + long * n_cells)
 
 
 def _scores(x: np.ndarray, rng: np.random.Generator, law: Law | None) -> tuple[np.ndarray, Law]:
@@ -168,7 +150,6 @@ def pair_discoveries(
     clump: float = 0.2,
     random_state: int = 0,
     max_gb: float = 4.0,
-    class_weight: Literal["balanced"] | None = None,
 ) -> pd.DataFrame:
     """Return pairs of genes that interact, with the false discovery rate of each list of the strongest.
 
@@ -176,36 +157,21 @@ def pair_discoveries(
     their standard deviation. Pairs with a knock-off in them show how strong pairs come out that do not interact, as
     decoys do for peptides :cite:p:`walzthoeni2012` and knock-offs for interactions :cite:p:`chen2025diamond`.
 
-    A pair's contrast is its strength, as in ``top_pairs(dataset=train)``, over the noise: the root of the product of
-    both genes' median strengths. A pair is left out next to a stronger one whose genes go along with its own.
+    ``contrast`` is a pair's strength, as in ``top_pairs(dataset=train)``, over the noise: the root of the product of
+    both genes' median strengths. ``q`` is the least of (1 + pairs with knock-offs) / pairs of genes over the lists from
+    the top that the pair is in; ten pairs can have 0.1, and no less. This estimate is no theorem: it is right in
+    expectation or too large for genes one of which does not matter, and two that both matter, but not as a pair, have
+    no like among knock-offs. Look at several draws. ``benchmarks/pairs.py`` measures rate and power.
 
     Parameters
     ----------
-    ModelClass
-        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
-    train, val
-        Cells to fit, and cells that choose the weight of the products and the penalty.
-    output, class_weight
-        As in :func:`scbmlp.interactions.direction` and :class:`scbmlp.models.Config`.
-    kind, random_state, max_gb
-        As in :func:`knockoffs`.
-    n
-        Number of strongest pairs to look at, those with knock-offs included.
-    clump
-        Correlation over the training cells from which on genes go along with each other; 1 for none but themselves.
-
-    Returns
-    -------
-    A row a pair, greatest ``contrast`` first: ``gene_a``, ``gene_b``, ``interaction`` and ``strength`` as in
-    ``top_pairs``. ``q`` is the least estimated false discovery rate, (1 + pairs with knock-offs) / pairs of genes, of
-    all lists from the top that the pair is in. Ten pairs can have 0.1, and no less.
-
-    Notes
-    -----
-    The estimate is no theorem. For a gene that matters and one that does not, it is right in expectation or too large.
-    For two genes that do not matter, it is three times too large. Two genes that both matter, but not as a pair, have
-    no like among knock-offs; clumping takes most of these off. Knock-offs lack what is beyond correlations of ranks.
-    Look at several draws. ``benchmarks/pairs.py`` measures rate and power.
+    ModelClass, train, val
+        ``ScBMLPClassifier`` or ``ScBMLPRegressor``, cells to fit, and cells that choose weight and penalty.
+    output, kind, random_state, max_gb
+        As in :func:`scbmlp.interactions.direction` and :func:`knockoffs`.
+    n, clump
+        Number of strongest pairs to look at, those with knock-offs included, and the correlation from which on genes go
+        along with each other: a pair next to a stronger one of such genes is left out; 1 for none.
 
     Examples
     --------
@@ -215,39 +181,30 @@ def pair_discoveries(
     """
     n = whole_number(n, "n")
     if not (isinstance(clump, Real) and 0 < clump <= 1):
-        raise ValueError(
-            f"clump={clump!r} is no correlation; a number above 0 and at most 1 is needed: pass 1 for no clumps."
-        )
+        raise ValueError(f"clump={clump!r} is no correlation: a number above 0 and at most 1 is needed, 1 for none.")
     check_dataset(train, "train")
     check_dataset(val, "val")
     genes, n_genes = train.gene_names, len(train.gene_names)
-    probe = ModelClass(Config(n_genes, 1, len(train.output_names), class_weight=class_weight))
+    probe = ModelClass(Config(n_genes, 1, len(train.output_names)))
     probe.output_names = train.output_names
-    for one in (train, val):
-        probe.check(one)
+    probe.check(train)
+    probe.check(val)
     mix = direction(probe, output)  # an unknown output is told before the fit
     train, val = knockoffs(train, val, kind=kind, random_state=random_state, max_gb=max_gb)
-    top = _strongest(_solved(train, val, mix, class_weight), train, n)
+    search = Search([(train, val)])
+    linear = search.path("", Mixture(space="sd"))
+    trials = [search.path("", linear.mixtures[0].plus("products", weight), leading(linear)[1]) for weight in WEIGHTS]
+    best = reduce(Trial.or_better, trials)
+    found = solution(train, best.mixtures, best.ratios)
+    power = mix @ found.power
+    used = np.flatnonzero(power)
+    matrix = InteractionMatrix(found.hidden[used].T, np.diag(power[used]), pd.RangeIndex(2 * n_genes))
+    top = _strongest(matrix, train, n)
     top = top[(top["contrast"] > 0) & (top["gene_a"] % n_genes != top["gene_b"] % n_genes)]
     top = top[_leading(top["gene_a"].to_numpy(), top["gene_b"].to_numpy(), train.x, clump)]
     i, j = top["gene_a"].to_numpy(), top["gene_b"].to_numpy()
     top = top.assign(gene_a=genes[i % n_genes], gene_b=genes[j % n_genes], q=_q_values((i >= n_genes) | (j >= n_genes)))
     return top[(i < n_genes) & (j < n_genes)].reset_index(drop=True)
-
-
-def _solved(
-    train: ExpressionDataset, val: ExpressionDataset, mix: np.ndarray, class_weight: str | None
-) -> InteractionMatrix:
-    """Return the interaction matrix of a mix of outputs, products of genes in units of their sd, genes by position."""
-    search = Search([(train, val)], class_weight)
-    linear = search.path("", Mixture(space="sd"))
-    trials = [search.path("", linear.mixtures[0].plus("products", weight), leading(linear)[1]) for weight in WEIGHTS]
-    best = reduce(Trial.or_better, trials)
-    counts = None if class_weight is None else counts_of(train, train, class_weight)
-    found = solution(train, best.mixtures, best.ratios, counts=counts)
-    power = mix @ found.power
-    used = np.flatnonzero(power)
-    return InteractionMatrix(found.hidden[used].T, np.diag(power[used]), pd.RangeIndex(len(train.gene_names)))
 
 
 def _strongest(matrix: InteractionMatrix, dataset: ExpressionDataset, n: int) -> pd.DataFrame:

@@ -32,20 +32,15 @@ Metric = Literal["sd", "identity", "covariance"]
 
 @dataclass(frozen=True)
 class GeneModules:
-    """Modules of one output, strongest first.
-
-    A module has two poles, genes of positive and of negative loading. Cells that the output is about score high.
+    """Modules of one output, strongest first, each with genes of positive and of negative loading as its two poles.
 
     Parameters
     ----------
-    eigenvalues
-        Strength of every module (comp); positive ones push the output up, negative ones down.
-    loadings
-        Eigenvectors (gene x comp); in metric ``covariance`` the correlations of the genes with the scores.
-    weights, origin
-        Log-expression less `origin` (gene) times `weights` (gene x comp) are scores; `origin` is that of the model.
-    unit
-        Standard deviation of every gene, or 1 in metric ``identity`` (gene), log-expression.
+    eigenvalues, loadings
+        Strength (comp), positive where a module pushes the output up, and eigenvectors (gene x comp); in metric
+        ``covariance`` loadings are the correlations of the genes with the scores.
+    weights, origin, unit
+        Log-expression less `origin` (gene) times `weights` (gene x comp) are scores; `unit` is that of genes (gene).
     output, layer, metric, scaling
         What the modules are of, where the cells were read (None for ``X``), the metric of :func:`gene_modules`, and
         what counts go through.
@@ -67,7 +62,7 @@ class GeneModules:
     def _known(self) -> dict[str, str]:
         """Return what a reader sees first."""
         rows = {"Output": str(self.output), "Modules": f"{len(self.eigenvalues):,} of {len(self.loadings):,} genes"}
-        rows |= {} if self.metric is None else {"Metric": self.metric}
+        rows |= {"Metric": self.metric} if self.metric else {}
         return rows if self.trust is None else rows | {"Trusted": f"{int(self.trust['trusted'].sum()):,}"}
 
     def __repr__(self) -> str:
@@ -91,15 +86,8 @@ class GeneModules:
         return module if module in names else names[module]
 
     def scores(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
-        """Return the module scores v'(x - origin) of cells (cell x comp).
+        """Return the scores of cells (cell x comp), as in ``model.outputs``; those that the output is about score high.
 
-        Parameters
-        ----------
-        x, layer
-            Cells (cell x gene) as in ``model.outputs``, and the layer to read; that of the training cells if None.
-
-        Examples
-        --------
         >>> scores = on.scores(adata)["module_1"]
         >>> scores.groupby(labels, observed=True).var().round(1).to_dict()
         {'off': 10.3, 'on': 0.5}
@@ -110,12 +98,8 @@ class GeneModules:
         return pd.DataFrame(product(x, weights) - self.origin.to_numpy() @ weights, index, self.weights.columns)
 
     def contributions(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> pd.DataFrame:
-        """Return what each module adds to the output of cells as in :meth:`scores` (cell x comp).
+        """Return what each module adds to the output of cells (cell x comp): its eigenvalue times squared score.
 
-        It is eigenvalue times squared score. All modules add up to the output, less biases and linear part.
-
-        Examples
-        --------
         >>> added = on.contributions(adata)["module_1"]
         >>> added.groupby(labels, observed=True).mean().round(2).to_dict()
         {'off': -5.89, 'on': -0.3}
@@ -144,17 +128,10 @@ class GeneModules:
         return loading.loc[key.sort_values(ascending=False, kind="stable").index[:n]]
 
     def factors(self, first: int | str = 0, second: int | str | None = None) -> pd.DataFrame:
-        """Return what turns two modules of opposite sign into the two factors whose product they are (comp x 2).
+        """Return what turns scores, or loadings, into two factors (comp x 2), whose product two modules contribute.
 
-        The product of ``scores(x) @ factors()`` is what both contribute; ``loadings @ factors()`` has the genes.
+        The modules, by rank or name, have opposite signs; without `second`, it is the strongest of the other sign.
 
-        Parameters
-        ----------
-        first, second
-            Rank or name of two modules of opposite sign; without `second`, the strongest of the other sign.
-
-        Examples
-        --------
         >>> genes = on.loadings @ on.factors()
         >>> set(genes["plus"].nlargest(10).index) == set(programs["program_03"])
         True
@@ -166,36 +143,24 @@ class GeneModules:
             second = opposite.idxmax() if opposite.any() else min(1, len(opposite) - 1)
         pair = self.eigenvalues[[first, self._name(second)]].sort_values(ascending=False)
         if pair.prod() >= 0:
-            raise ValueError(
-                f"{' and '.join(pair.index)} have eigenvalues {pair.iloc[0]:.3g} and {pair.iloc[1]:.3g}; a product "
-                f"needs one positive and one negative, see eigenvalues, or take more modules."
-            )
+            names, values = " and ".join(pair.index), " and ".join(f"{value:.3g}" for value in pair)
+            raise ValueError(f"{names} have eigenvalues {values}; a product needs one positive and one negative.")
         mix = pd.DataFrame(0.0, self.eigenvalues.index, ["plus", "minus"])
         mix.loc[pair.index] = np.sqrt(pair.abs().to_numpy())[:, None] * [[1, 1], [1, -1]]
         return mix
 
     def to_adata(self, adata: AnnData, *, key: str | None = None, layer: str | None = None) -> None:
-        """Write the modules into AnnData, where scanpy finds them.
+        """Write loadings into ``varm[key]``, scores into ``obsm[f"X_{key}"]``, and the rest into ``uns[key]``.
 
-        ``varm[key]`` gets the loadings, NaN for other genes; ``obsm[f"X_{key}"]`` the scores; ``uns[key]`` eigenvalues,
-        output and trust. A file that backs `adata` stays as it is.
+        Cells are as in :meth:`scores`; `key` is ``modules_<output>`` if it is None.
 
-        Parameters
-        ----------
-        adata, key, layer
-            Cells as in :meth:`scores`, and where to write; ``modules_<output>`` if `key` is None.
-
-        Examples
-        --------
         >>> on.to_adata(adata)
         >>> adata.varm["modules_on"].shape, adata.obsm["X_modules_on"].shape
         ((40, 4), (1000, 4))
         """
         if not isinstance(adata, AnnData):
-            raise ValueError(
-                f"adata is of type {type(adata).__name__}; modules are written to AnnData: open a file by "
-                f"anndata.read_h5ad(path, backed='r')."
-            )
+            kind = type(adata).__name__
+            raise ValueError(f"adata is of type {kind}; AnnData is needed: anndata.read_h5ad(path, backed='r').")
         if key is None:
             # A slash would open a folder in an h5ad file; without it two outputs may meet in one key.
             key = base = f"modules_{self.output}".replace("/", "_")
@@ -214,21 +179,19 @@ class GeneModules:
     def save(self, path: str | Path) -> None:
         """Write the modules to one file of numbers and text, so that they score other cells without the model.
 
-        Examples
-        --------
         >>> on.save("on.safetensors")
         """
-        genes, trust, mix = self.weights.index, self.trust, isinstance(self.output, Mapping)
+        genes = self.weights.index
         known = {
             "class": type(self).__name__,
             "genes": None if isinstance(genes, pd.RangeIndex) else plain_names(genes, "genes").tolist(),
             "modules": self.eigenvalues.index.tolist(),
             # Pairs, for a key of JSON would become text.
-            "output": [list(pair) for pair in self.output.items()] if mix else self.output,
+            "output": [*map(list, self.output.items())] if isinstance(self.output, Mapping) else self.output,
             "layer": self.layer,
             "metric": self.metric,
             "scaling": self.scaling,
-            "trust": None if trust is None else trust.to_dict("list"),
+            "trust": None if self.trust is None else self.trust.to_dict("list"),
         }
         parts = ("eigenvalues", "loadings", "weights", "origin", "unit")
         write_file(Path(path), known, {name: torch.tensor(getattr(self, name).to_numpy(np.float64)) for name in parts})
@@ -237,8 +200,6 @@ class GeneModules:
     def load(cls, path: str | Path) -> Self:
         """Read modules that :meth:`save` wrote; no code is run from the file.
 
-        Examples
-        --------
         >>> on.save("on.safetensors")
         >>> again = modules.GeneModules.load("on.safetensors")
         >>> bool(np.allclose(again.scores(adata), on.scores(adata)))
@@ -272,11 +233,7 @@ def gene_modules(
     *,
     dataset: ExpressionDataset | None = None,
 ) -> GeneModules:
-    """Take the leading eigenvectors of an interaction matrix as gene modules.
-
-    S Q S = V Lambda V' is solved, where S holds the unit of each gene. In raw units, barely expressed genes can lead,
-    whose weights were hardly trained. In metric ``covariance``, S is the root of the genes' covariance: scores are
-    uncorrelated over the training cells, with variance 1.
+    """Take the leading eigenvectors of S Q S, where S holds the unit of each gene, as gene modules.
 
     Parameters
     ----------
@@ -285,7 +242,8 @@ def gene_modules(
     n_modules
         Number of modules; all that can be non-zero if None.
     metric
-        Unit of genes: their standard deviation, log-expression as it is, or one in which genes do not correlate.
+        Unit of genes: their standard deviation; log-expression as it is, by which barely expressed genes can lead; or
+        the root of their covariance, by which scores are uncorrelated over the training cells, with variance 1.
     dataset
         Cells that give the units and the signs; the training cells, whose statistics the model keeps, if None.
 
@@ -306,17 +264,8 @@ def all_gene_modules(
     *,
     dataset: ExpressionDataset | None = None,
 ) -> dict[str | int, GeneModules]:
-    """Take the gene modules of several outputs, by output, with one decomposition of the genes for all.
+    """Take the modules of several outputs, all if None, as in :func:`gene_modules`, with one decomposition for all.
 
-    Parameters
-    ----------
-    outputs
-        Names or positions of outputs; every output of the model if None.
-    model, n_modules, metric, dataset
-        As in :func:`gene_modules`.
-
-    Examples
-    --------
     >>> each = modules.all_gene_modules(model, n_modules=2)
     >>> {name: found.eigenvalues.round(3).tolist() for name, found in each.items()}
     {'off': [-0.075, 0.045], 'on': [0.075, -0.045]}
@@ -338,10 +287,7 @@ def _modules(
     _check_metric(metric)
     known = model.statistics if dataset is None else statistics(model, dataset)
     if known is None:
-        raise ValueError(
-            "the model has no statistics of its training cells, since it was not fitted or was saved by an earlier "
-            "version of scbmlp; pass dataset= with the training cells."
-        )
+        raise ValueError("the model was not fitted, and has no statistics of training cells; pass dataset= with them.")
     unit, found = np.ones(len(model.gene_names)) if metric == "identity" else known.sd, []
     matrices = interaction_matrices(model, outputs, scale=unit if metric == "sd" else None)
     for output, matrix in zip(outputs, matrices, strict=True):
@@ -369,14 +315,10 @@ def _signed(
     values, weights, with_genes = parts
     sign = np.where((known.target @ direction(model, output)) @ weights < 0, -1.0, 1.0)
     names, genes = pd.Index([f"module_{i}" for i in range(1, len(values) + 1)]), model.gene_names
-    # A number stands for the output at that place, which has a name.
-    named = isinstance(output, int) and output not in model.output_names
     loadings, weights = (pd.DataFrame(one * sign, genes, names) for one in (_over(with_genes, unit), weights))
-    origin, unit, output = (
-        pd.Series(model.origin, genes),
-        pd.Series(unit, genes),
-        model.output_names[output] if named else output,
-    )
+    origin, unit = (pd.Series(one, genes) for one in (model.origin, unit))
+    if isinstance(output, int) and output not in model.output_names:  # the output at that place, which has a name
+        output = model.output_names[output]
     how = {"layer": model.layer, "metric": metric, "scaling": model.scaling}
     return GeneModules(pd.Series(values, names), loadings, weights, origin, unit, output, **how)
 
@@ -393,8 +335,7 @@ def _uncorrelated(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues (comp) and weights of uncorrelated scores (basis x comp), from what ``_whitened`` returns."""
     values, vectors = np.linalg.eigh(root[:, None] * (axes.T @ core @ axes) * root)
-    if n_modules is not None and not (isinstance(n_modules, int | np.integer) and 1 <= n_modules <= len(values)):
-        raise ValueError(f"n_modules={n_modules!r} were asked for; there are {len(values)} uncorrelated modules.")
+    n_modules = n_modules if n_modules is None else whole_number(n_modules, "n_modules", 1, len(values))
     order = np.argsort(-np.abs(values), kind="stable")[:n_modules]
     return values[order], axes / root @ vectors[:, order]
 
@@ -413,17 +354,11 @@ def truncation_curve(
     ks
         Numbers of modules to keep; 0, 1, 2, 4, 8 and so on if None.
 
-    Returns
-    -------
-    A row a ``k``: ``score`` over all outputs, and a column for the recall or R2 of each output.
-
     Examples
     --------
     >>> each = modules.all_gene_modules(model, n_modules=None)
-    >>> modules.truncation_curve(model, each, test, [0, 1, 2])["score"].round(
-    ...     2
-    ... ).tolist()
-    [0.46, 0.75, 1.0]
+    >>> modules.truncation_curve(model, each, test, [0, 2])["score"].round(2).tolist()
+    [0.46, 1.0]
     """
     model.check(dataset)
     if missing := [str(name) for name in model.output_names if name not in modules]:

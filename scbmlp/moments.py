@@ -23,6 +23,7 @@ SPAN, BLOCK, PANEL = 2**16, 4096, 512  # cells of a task, cells of a block, gene
 CHOOSING = 5_000, 20_000  # validation cells, and training cells of classes, that a search makes do with
 RANKS = 50, 30  # leading components whose products can be in a mixture, of cells in memory and stored
 SCORE_BYTES = 2**29  # of the component scores that classes of stored cells are solved from
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-7}  # of classes, in nats a cell
 SINGLE = 10**12  # cells x genes x genes from which on products are in single precision, and their sums in double
 
 
@@ -141,7 +142,13 @@ class Moments:
         if train.y.ndim == 1:
             features = self.features(mixture, self.scores(train.x, self.held))
             y, counts = targets_of(train, len(self.target)).to(features.scores), torch.as_tensor(self.counts)
-            fit = softmax(None, y, ratio, counts, features=features, gram=self.gram(features))
+            how = {"tol": TOLERANCE[self.to["dtype"]]}
+            if len(y) > CHOOSING[1]:  # a part of the cells says where to start
+                rows = some(len(y), CHOOSING[1])
+                few = _Features(features.scores[rows], features.scale, features.expected)
+                few = torch.cat([block for _, block in few.blocks()])
+                how["start"] = softmax(None, y[rows], ratio, counts[rows], features=few, **how)
+            fit = softmax(None, y, ratio, counts, features=features, gram=self.gram(features), **how)
             linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([self.held])
             constant = fit.constant.double()
         else:
@@ -244,10 +251,19 @@ class SumSearch(Search):
             y, self.counts = targets_of(train, self.n_outputs)[rows], torch.as_tensor(known.counts[rows])
             self.scores = [known.scores(one, known.held).float() for one in (take(train.x, rows), x)]
             of_val = torch.as_tensor(counts_of(val, train, class_weight))[:, None]
+            self._scale = torch.empty(0)
         else:
             scores = known.scores(x, len(known.values)).double()
             self.scores = [scores, products_of(scores[:, : known.rank]) - known.expected]
         self.folds = [(self, y, targets_of(val, self.n_outputs), known.variance.clamp_min(1e-30), of_val)]
+
+    def _start(self, scale: Tensor) -> None:
+        """Turn the last fit to features of another scale, and to more of them."""
+        before, self._scale, fit = self._scale, scale, self._last[0]
+        more = 0 if fit is None else len(scale) - len(before)
+        if fit is not None and more >= 0:
+            cells = fit.cells * (before / scale[: len(before)])[:, None].to(fit.cells)
+            self._last = [fit._replace(cells=torch.cat([cells, cells.new_zeros(more, cells.shape[1])]))]
 
     def leading_features(self, mixture: Mixture) -> list[Tensor]:
         """Return the features of the cells that a search among models of classes makes do with."""
@@ -262,6 +278,7 @@ class SumSearch(Search):
 
     def _outputs(self, i: int, known: Any, y: Tensor | None, mixture: Mixture, ratio: float) -> Tensor:
         if self.classes:
+            self._start(self.known.features(mixture, self.scores[0]).scale)
             return super()._outputs(i, known, y, mixture, ratio)
         linear, products = self.known.ridge(mixture, ratio)
         return self.scores[0] @ linear + self.scores[1][:, : len(products)] @ products + self.known.target

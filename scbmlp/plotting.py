@@ -30,8 +30,6 @@ DIVERGING = sns.diverging_palette(272, 10, s=80, l=45, as_cmap=True)  # about th
 def palette(categories: Iterable[str]) -> dict[str, str]:
     """Return a colour for every category; up to nine are safe for colour-blind readers.
 
-    Examples
-    --------
     >>> plotting.palette(["Alpha", "Beta"])
     {'Alpha': '#332288', 'Beta': '#88CCEE'}
     """
@@ -43,8 +41,6 @@ def palette(categories: Iterable[str]) -> dict[str, str]:
 def category_colors(adata: AnnData, key: str) -> dict[str, str]:
     """Return the colours of the labels that cells have: those that scanpy keeps, or those of :func:`palette`.
 
-    Examples
-    --------
     >>> plotting.category_colors(adata, "label")
     {'off': '#332288', 'on': '#88CCEE'}
     """
@@ -59,8 +55,6 @@ def category_colors(adata: AnnData, key: str) -> dict[str, str]:
 def plain(name: Any) -> str:
     r"""Return a name that matplotlib shows as it is: a dollar sign starts no formula.
 
-    Examples
-    --------
     >>> print(plotting.plain("T$reg$"))
     T\$reg\$
     """
@@ -70,8 +64,6 @@ def plain(name: Any) -> str:
 def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw the counts of cells by true class (rows) and predicted class, shaded by the share of the true class.
 
-    Examples
-    --------
     >>> table = pd.crosstab(test.output_names[test.y], model.predict(test))
     >>> plotting.confusion(table, ax=ax)
     <Axes: xlabel='predicted', ylabel='true'>
@@ -86,8 +78,6 @@ def confusion(table: pd.DataFrame, *, ax: Axes) -> Axes:
 def spectrum(eigenvalues: pd.Series, *, ax: Axes) -> Axes:
     """Draw eigenvalues (comp), strongest first, as bars coloured by sign: those above 0 push the output up.
 
-    Examples
-    --------
     >>> plotting.spectrum(on.eigenvalues, ax=ax)
     <Axes: xlabel='module', ylabel='eigenvalue'>
     """
@@ -100,8 +90,6 @@ def spectrum(eigenvalues: pd.Series, *, ax: Axes) -> Axes:
 def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
     """Draw the `n` strongest genes of both poles of a module, from its loadings (gene).
 
-    Examples
-    --------
     >>> plotting.loadings(on.loadings["module_1"], ax=ax)
     <Axes: xlabel='loading'>
     """
@@ -115,17 +103,8 @@ def loadings(values: pd.Series, n: int = 10, *, ax: Axes) -> Axes:
 
 
 def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, str], *, ax: Axes) -> Axes:
-    """Draw histograms of a module's score, one class above the other, each scaled to the same height.
+    """Draw histograms of a module's score (cell), one class above the other as in `colors`, each of the same height.
 
-    Parameters
-    ----------
-    scores, labels
-        Score and class of every cell (cell).
-    colors
-        Class to colour, from top to bottom.
-
-    Examples
-    --------
     >>> colors = plotting.category_colors(adata, "label")
     >>> plotting.score_histogram(on.scores(adata)["module_1"], labels, colors, ax=ax)
     <Axes: xlabel='module score'>
@@ -135,12 +114,8 @@ def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, s
         counts, _ = np.histogram(scores[np.asarray(labels == name)], edges)
         ax.stairs(0.9 * counts / max(counts.max(), 1) - row, edges, baseline=-row, fill=True, color=color)
         ax.axhline(-row, color=color, linewidth=0.8)
-    ax.set(
-        xlabel="module score",
-        yticks=-np.arange(len(colors)),
-        yticklabels=map(plain, colors),
-        xlim=(edges[0], edges[-1]),
-    )
+    ax.set(xlabel="module score", xlim=(edges[0], edges[-1]))
+    ax.set(yticks=-np.arange(len(colors)), yticklabels=map(plain, colors))
     ax.tick_params(axis="y", length=0)
     return ax
 
@@ -148,12 +123,9 @@ def score_histogram(scores: pd.Series, labels: pd.Series, colors: Mapping[str, s
 def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], *, ax: Axes) -> Axes:
     """Draw cells in two dimensions (cell x 2), coloured by label (cell), each label with an entry for a legend.
 
-    Examples
-    --------
     >>> points = on.scores(adata)[["module_1", "module_2"]].to_numpy()
-    >>> ax = plotting.embedding(points, labels, {"on": "red"}, ax=ax)
-    >>> ax.get_legend_handles_labels()[1]
-    ['on']
+    >>> plotting.embedding(points, labels, {"on": "red"}, ax=ax)
+    <Axes: >
     """
     for name, color in colors.items():
         ax.scatter(*points[np.asarray(labels == name)].T, s=3, color=color, rasterized=True)
@@ -164,11 +136,8 @@ def embedding(points: np.ndarray, labels: pd.Series, colors: Mapping[str, str], 
 def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw a table as points: a line a row, the first on top, a colour and marker a column; NaN is left out.
 
-    Examples
-    --------
-    >>> ax = plotting.dots(regressor.evaluate(graded[2]), ax=ax)
-    >>> ax.get_legend_handles_labels()[1]
-    ['r2', 'mae']
+    >>> plotting.dots(regressor.evaluate(graded[2]), ax=ax)
+    <Axes: >
     """
     _points(table, (POSITIVE, MUTED[2], "black", NEGATIVE, NEUTRAL), "oD|s^", (26, 26, 90, 26, 26), ax)
     ax.margins(y=0.05)
@@ -178,8 +147,6 @@ def dots(table: pd.DataFrame, *, ax: Axes) -> Axes:
 def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw the audit's shares of the variance of every output: linear, quadratic and, at most, interaction.
 
-    Examples
-    --------
     >>> table = interactions.audit(model, test, train=train, validation=validation)
     >>> plotting.shares(table, ax=ax)
     <Axes: xlabel='share of the variance over cells'>
@@ -193,12 +160,8 @@ def shares(table: pd.DataFrame, *, ax: Axes) -> Axes:
 
 
 def dose_response(table: pd.DataFrame, *, ax: Axes) -> Axes:
-    """Draw effects with their 95% interval against the dose on a log scale, a line a compound.
+    """Draw ``effect`` by compound and dose (rows) with its 95% interval, from :func:`scbmlp.effects.mean_effects`.
 
-    The table has ``effect`` and ``error`` by compound and dose (rows), as :func:`scbmlp.effects.mean_effects` gives.
-
-    Examples
-    --------
     >>> score, by = screen.to_df()["DHRS2"], ["perturbation", "dose_value"]
     >>> table = effects.mean_effects(score, screen, "perturbation", "control", by=by)
     >>> plotting.dose_response(table.droplevel("score").drop("control"), ax=ax)
@@ -215,20 +178,10 @@ def dose_response(table: pd.DataFrame, *, ax: Axes) -> Axes:
 
 
 def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *, ax: Axes) -> Axes:
-    """Draw a table with its numbers, shaded around 0.
+    """Draw a table with its numbers as `fmt` says, shaded around 0; darkest at `limit`, or its largest, of either sign.
 
-    Parameters
-    ----------
-    limit
-        Value of the darkest shades, either sign; the largest of the table if None.
-    fmt
-        Format of the numbers.
-
-    Examples
-    --------
-    >>> ax = plotting.heatmap(adata.to_df().iloc[:, :4].corr(), ax=ax)
-    >>> [text.get_text() for text in ax.texts[:4]]
-    ['1.0', '0.0', '0.0', '0.0']
+    >>> plotting.heatmap(adata.to_df().iloc[:, :4].corr(), ax=ax)
+    <Axes: >
     """
     text = {"annot": True, "fmt": f"z{fmt}", "annot_kws": {"fontsize": "small"}}  # z: no "-0.0"
     _around_zero(table, limit, ax, cmap="PuOr_r", cbar=False, **text).set(xlabel="", ylabel="")
@@ -238,12 +191,9 @@ def heatmap(table: pd.DataFrame, limit: float | None = None, fmt: str = ".1f", *
 def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
     """Draw ``InteractionMatrix.between`` as a heatmap, red where two genes together push the output up.
 
-    Examples
-    --------
     >>> table = q.between(programs["program_03"], programs["program_04"])
-    >>> ax = plotting.interactions(table, ax=ax)
-    >>> [label.get_text() for label in ax.get_xticklabels()[:2]]
-    ['Sim0006', 'Sim0008']
+    >>> plotting.interactions(table, ax=ax)
+    <Axes: >
     """
     return _around_zero(table, None, ax, cmap=DIVERGING, square=True, cbar_kws={"label": "interaction", "shrink": 0.7})
 
@@ -251,11 +201,8 @@ def interactions(table: pd.DataFrame, *, ax: Axes) -> Axes:
 def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Axes:
     """Draw the values of groups as points, the first group on top, over a band of `band` to either side of 0.
 
-    Examples
-    --------
-    >>> ax = plotting.strip({"HDAC": [3.0, 4.0], "silent": [0.5]}, band=2, ax=ax)
-    >>> [label.get_text() for label in ax.get_yticklabels()]
-    ['HDAC', 'silent']
+    >>> plotting.strip({"HDAC": [3.0, 4.0], "silent": [0.5]}, band=2, ax=ax)
+    <Axes: >
     """
     rng = np.random.default_rng(0)
     for row, values in enumerate(groups.values()):
@@ -271,8 +218,6 @@ def strip(groups: Mapping[str, Iterable[float]], band: float, *, ax: Axes) -> Ax
 def trust(table: pd.DataFrame) -> Styler:
     """Style the ``trust`` of :class:`scbmlp.modules.GeneModules`, or several joined: untrusted modules in grey.
 
-    Examples
-    --------
     >>> plotting.trust(evidence.trust(on, replicas, validation).trust)
     <pandas.io.formats.style.Styler object at 0x...>
     """
@@ -283,10 +228,9 @@ def trust(table: pd.DataFrame) -> Styler:
     style = shown.style.set_uuid("trust").format(precision=2).format_index(escape="html")
     style = style.format("{:.3f}", subset=shown.columns.intersection(["eigenvalue", "p", "gain curved"]))
     # Eleven columns in the width of a page.
-    cells = {"selector": "th, td", "props": "padding: 0.15em 0.4em"}
-    heads = {"selector": "th.row_heading", "props": "white-space: nowrap"}
-    style = style.set_table_attributes('style="font-size: 0.72em"').set_table_styles([cells, heads])
-    return style.apply(lambda _: grey, axis=0)
+    rules = {"th, td": "padding: 0.15em 0.4em", "th.row_heading": "white-space: nowrap"}
+    style = style.set_table_styles([{"selector": at, "props": props} for at, props in rules.items()])
+    return style.set_table_attributes('style="font-size: 0.72em"').apply(lambda _: grey, axis=0)
 
 
 def _points(table: pd.DataFrame, colors: Iterable[str], markers: str, sizes: Iterable[float | None], ax: Axes) -> None:

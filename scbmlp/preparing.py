@@ -55,7 +55,16 @@ READERS: dict[str, Callable[[Path], AnnData]] = {
 }
 SYMBOLS = ("feature_name", "gene_symbols", "gene_symbol", "gene_name", "gene_short_name")  # columns of var
 GROUPS = r"(?i)(?:donor|batch|sample|patient|replicate|(?:^|_)rep|plate|individual|subject)"  # names of columns
-IDS = r"(ENS[A-Z]*G\d{11}|WBGene\d{8}|FBgn\d{7})(\.\d+)?"
+IDS = r"(ENS[A-Z]*G\d{11}|WBGene\d{8}|FBgn\d{7})(\.\d+)?|\d+"  # a loom file may have numbers alone
+WAYS = {  # on, for files of other kinds
+    ".zip": "unzip it, and give the folder",
+    ".h5mu": "write one modality of it: muon.read(path)['rna'].write_h5ad(...)",
+    ".gz": "unzip it, or give the folder of 10x's matrices that it lies in",
+    ".mtx": "give the folder that it lies in, with its lists of cells and genes",
+    ".rds": "write it as h5ad in R, such as by anndataR or zellkonverter",
+    ".csv": "make an h5ad file of it: scanpy.read_csv(path).write_h5ad(...), cells in rows",
+}
+WAYS |= {".rdata": WAYS[".rds"], ".h5seurat": WAYS[".rds"], ".tsv": WAYS[".csv"], ".txt": WAYS[".csv"]}
 
 
 @dataclass(frozen=True)
@@ -291,7 +300,9 @@ def opened(path: Path) -> AnnData:
             return READERS[kind](path)
     except Exception as error:  # h5py, anndata and scanpy raise many kinds
         words = f"is no {kind[1:]} file that can be read" if kind else "is no folder of 10x's matrices"
-        raise ValueError(f"cells={path.name!r} {words} ({error}).") from error
+        empty = path.is_file() and path.stat().st_size == 0
+        way = "the file is empty" if empty else WAYS.get(path.suffix.lower(), "take a whole copy of it")
+        raise ValueError(f"cells={path.name!r} {words}: {way}. ({error})") from error
 
 
 def _with_symbols(adata: AnnData, notes: list[str]) -> AnnData:
@@ -385,7 +396,7 @@ def log_normalised(
     if layer is None and raw_fits and "negative" in fault:
         genes = adata.var_names
         if genes.isin(raw.var_names).all() and raw.var_names.is_unique:
-            raw = raw[:, genes].copy()
+            raw = writable(raw[:, genes].copy())[0]  # colours that are none become what no file can hold
         notes.append(f"`X` {fault}. `raw` has log-normalised values of the same cells, and the report reads those.")
         return raw, expression(raw, None)[0], None
     fitting = [name for name in adata.layers if name != layer and not fault_of(expression(adata, name)[0])]

@@ -46,16 +46,17 @@ class _Bilinear(BaseEstimator):
         return tags
 
     def fit(self, X: Any, y: Any) -> Self:
-        """Fit to cells (cell x gene), dense or sparse, and their classes (cell) or targets (cell, or cell x out).
-
-        Examples
-        --------
-        >>> BilinearClassifier(8, n_epochs=2).fit(adata.X, labels).classes_.tolist()
-        ['off', 'on']
-        """
+        """Fit to cells (cell x gene), dense or sparse, and their classes (cell) or targets (cell, or cell x out)."""
         numeric = isinstance(self, RegressorMixin)
         x, y = _checked(self, X, y, multi_output=numeric, y_numeric=numeric)
-        y, names = self._targets(y)
+        if numeric:
+            self._flat, y = y.ndim == 1, y.reshape(len(y), -1).astype(np.float32)
+        else:
+            check_classification_targets(y)
+            self.classes_, y = np.unique(y, return_inverse=True)
+            if len(self.classes_) < 2:
+                raise ValueError(f"y has one class, {self.classes_[0]}; add cells of another.")
+        names = pd.RangeIndex(y.shape[1] if numeric else len(self.classes_))
         seed = int(check_random_state(self.random_state).randint(2**31))
         # Validation cells choose penalty and epoch; where cells are too few for that, the last epoch is kept.
         strata = y if y.ndim == 1 and np.bincount(y).min() > 1 else None
@@ -71,19 +72,15 @@ class _Bilinear(BaseEstimator):
         return self
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the most probable class of cells (cell), or their predicted targets (cell, or cell x out).
-
-        Examples
-        --------
-        >>> fitted = BilinearRegressor(8, n_epochs=2).fit(adata.X, truth["state"])
-        >>> fitted.predict(adata.X[:2]).round().astype(int).tolist()
-        [[1, 1, 0, 1], [0, 1, 1, 1]]
-        """
-        return self._predicted(self._outputs(X))
+        """Return the most probable class of cells (cell), or their predicted targets (cell, or cell x out)."""
+        outputs = self._outputs(X)
+        if isinstance(self, ClassifierMixin):
+            return self.classes_[outputs.argmax(axis=1)]
+        return outputs[:, 0] if self._flat else outputs
 
     def _outputs(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        return self.model_.outputs(_checked(self, X, reset=False))
+        return self.model_.outputs(_checked(self, X, reset=False)).astype(np.float64)
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
@@ -92,14 +89,10 @@ class BilinearClassifier(ClassifierMixin, _Bilinear):
 
     Parameters
     ----------
-    d_hidden, linear, n_epochs, batch_size, lr, dropout_rate, weight_decay, device
+    d_hidden, linear, n_epochs, batch_size, lr, dropout_rate, weight_decay, device, class_weight
         As in :class:`scbmlp.models.Config`, but `linear` is on by default.
-    validation_fraction
-        Share of the cells that choose the epoch and the penalty of the linear baseline.
-    random_state
-        Seed of that choice and of the fit.
-    class_weight
-        None or ``"balanced"``, as in :class:`scbmlp.models.Config`; ``score`` is always plain accuracy.
+    validation_fraction, random_state
+        Share of the cells that choose the epoch and the penalty of the linear baseline, and the seed.
 
     Examples
     --------
@@ -112,43 +105,15 @@ class BilinearClassifier(ClassifierMixin, _Bilinear):
     class_weight: str | None = None
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return the probability of every class (cell x out).
-
-        Examples
-        --------
-        >>> fitted = BilinearClassifier(8, n_epochs=2).fit(adata.X, labels)
-        >>> fitted.predict_proba(adata.X[:3]).sum(axis=1).round(2).tolist()
-        [1.0, 1.0, 1.0]
-        """
-        return softmax(self._outputs(X).astype(np.float64), axis=1)
-
-    def _targets(self, y: np.ndarray) -> tuple[np.ndarray, pd.Index]:
-        check_classification_targets(y)
-        self.classes_, codes = np.unique(y, return_inverse=True)
-        if len(self.classes_) < 2:
-            raise ValueError(f"y has one class, {self.classes_[0]}; add cells of another.")
-        return codes, pd.RangeIndex(len(self.classes_))
-
-    def _predicted(self, outputs: np.ndarray) -> np.ndarray:
-        return self.classes_[outputs.argmax(axis=1)]
+        """Return the probability of every class (cell x out)."""
+        return softmax(self._outputs(X), axis=1)
 
 
 @dataclass(eq=False, repr=False)
 class BilinearRegressor(RegressorMixin, _Bilinear):
     """:class:`scbmlp.models.ScBMLPRegressor` as an estimator of scikit-learn, as :class:`BilinearClassifier`.
 
-    Examples
-    --------
     >>> fitted = BilinearRegressor(8, n_epochs=2).fit(adata.X, truth["state"])
     >>> round(fitted.score(adata.X, truth["state"]), 2)
     0.91
     """
-
-    def _targets(self, y: np.ndarray) -> tuple[np.ndarray, pd.Index]:
-        self._flat = y.ndim == 1
-        y = y.reshape(len(y), -1).astype(np.float32)
-        return y, pd.RangeIndex(y.shape[1])
-
-    def _predicted(self, outputs: np.ndarray) -> np.ndarray:
-        outputs = outputs.astype(np.float64)
-        return outputs[:, 0] if self._flat else outputs

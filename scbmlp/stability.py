@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import permutations
 from typing import Any
 
@@ -22,30 +22,19 @@ from scbmlp.exact import Kernels, Mixture, targets_of
 from scbmlp.interactions import Model, Output, direction
 from scbmlp.modules import GeneModules, Metric, _check_metric, _signed, _uncorrelated, _whitened, gene_modules
 
-CHUNK = 50  # permutations at a time
-# Components up to which all products of two are taken through a system once, and up to which matrices are formed.
-PAIRED, DENSE = 128, 400
+DENSE = 400  # components up to which matrices are formed
 System = tuple[torch.Tensor, np.ndarray, torch.Tensor]  # its factor, a target (cell), and W (cell x comp)
 
 
 def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
-    """Return how well modules come back from fit to fit: mean absolute cosine with the closest of each (comp).
+    """Return how well loadings (gene x comp) come back in `fits`: mean absolute cosine with the closest of each (comp).
 
-    Parameters
-    ----------
-    fits
-        Loadings of a few modules, or of their factors, for each fit (gene x comp), genes in one order.
-
-    Examples
-    --------
     >>> fits = [modules.gene_modules(one, "on", 2).loadings for one in replicas]
     >>> modules.agreement(fits).round(2).to_dict()
     {'module_1': 0.99, 'module_2': 0.99}
     """
     if len(fits) < 2:
-        raise ValueError(
-            f"fits has {len(fits)} table of loadings; two or more are needed to compare: refit with seeds."
-        )
+        raise ValueError(f"fits has {len(fits)} table of loadings; two or more are needed: refit with seeds.")
     if not all(table.index.equals(fits[0].index) for table in fits):
         raise ValueError("fits have different genes, or in another order; fit all models on the same genes.")
     unit = [table.to_numpy() / np.linalg.norm(table.to_numpy(), axis=0) for table in fits]
@@ -54,20 +43,11 @@ def agreement(fits: Sequence[pd.DataFrame]) -> pd.Series:
 
 
 def consensus(models: Sequence[Model], output: Output, n_modules: int = 10) -> GeneModules:
-    """Return the modules of the mean of several models, in metric ``covariance``.
+    """Return the modules of the mean of several models, in metric ``covariance``, without what one draw of cells adds.
 
-    The mean takes out what one draw of cells makes up, and needs no matching of modules. Each model enters with its
-    leading modules, three times `n_modules` or 20.
+    Models are of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns. Three times `n_modules`
+    or 20 of each enter the mean.
 
-    Parameters
-    ----------
-    models
-        Models of the same training cells, such as :func:`scbmlp.models.solve_replicas` returns.
-    output, n_modules
-        As in :func:`scbmlp.interactions.direction`, and the number of modules.
-
-    Examples
-    --------
     >>> found = modules.consensus(replicas, "on", n_modules=2)
     >>> found.eigenvalues.abs().round(1).tolist()
     [2.8, 2.8]
@@ -85,22 +65,15 @@ def stability(
 ) -> pd.DataFrame:
     """Say how well modules come back from model to model, by the absolute correlation of scores.
 
-    Modules are matched one to one. Where a model has several whose eigenvalues are within a tenth of each other, the
-    best mix of them counts.
+    Modules are matched one to one, and of those whose eigenvalues are within a tenth of each other the best mix counts.
+    The table has the mean ``stability``, and between ``low`` and ``high`` nine of ten pairs of models, or models.
 
     Parameters
     ----------
-    models, output
-        As in :func:`consensus`.
-    n_modules
-        Number of modules of the consensus to look for, in each ordered pair of models, over the training cells.
+    models, output, n_modules
+        As in :func:`consensus`, whose modules are looked for in each ordered pair of models, over the training cells.
     modules, dataset
         Modules to look for in every model instead, and cells to correlate their scores over.
-
-    Returns
-    -------
-    A row a module: its ``eigenvalue``, the mean ``stability`` over pairs of models, or over models if `modules` are
-    given, and ``low`` and ``high``, between which nine of ten are.
 
     Examples
     --------
@@ -111,25 +84,20 @@ def stability(
         raise ValueError("stability takes modules= and dataset= together: cells to correlate their scores over.")
     if modules is not None:
         n_modules = len(modules.eigenvalues)
-    found = _of_each(models, output, n_modules)
+    found, pairs = _of_each(models, output, n_modules), []
     if modules is None:
         modules = _mean_modules(models, found, output, n_modules)
-        matched = [_partners(_correlations(modules, one)) for one in found]
-        both = permutations(range(len(found)), 2)
-        pairs = [_comes_back(_correlations(found[i], found[j])[matched[i]], found[j], matched[j]) for i, j in both]
+        matched = [linear_sum_assignment(-np.abs(_correlations(modules, one)))[1] for one in found]
+        for i, j in permutations(range(len(found)), 2):
+            pairs.append(_comes_back(_correlations(found[i], found[j])[matched[i]], found[j], matched[j]))
     else:
-        scores, pairs = modules.scores(dataset), []
+        scores = modules.scores(dataset)
         for one in found:
             r = _correlated(scores, one.scores(dataset))
-            pairs.append(np.minimum(_comes_back(r, one, _partners(r)), 1.0))
+            pairs.append(np.minimum(_comes_back(r, one, linear_sum_assignment(-np.abs(r))[1]), 1.0))
     low, high = np.quantile(pairs, [0.05, 0.95], axis=0)
     columns = {"eigenvalue": modules.eigenvalues, "stability": np.mean(pairs, axis=0), "low": low, "high": high}
     return pd.DataFrame(columns, modules.eigenvalues.index)
-
-
-def _partners(r: np.ndarray) -> np.ndarray:
-    """Return which module is matched with each (comp), from correlations."""
-    return linear_sum_assignment(-np.abs(r))[1]
 
 
 def _comes_back(r: np.ndarray, other: GeneModules, partner: np.ndarray) -> np.ndarray:
@@ -148,11 +116,9 @@ def _of_each(models: Sequence[Model], output: Output, n_modules: int) -> list[Ge
     for name in ("gene_names", "output_names"):
         if not all(getattr(model, name).equals(getattr(first, name)) for model in models):
             raise ValueError(f"models have different {name}, or in another order; fit all on the same data.")
-    if None not in [model.statistics for model in models]:  # else gene_modules says what to do
-        if not all(np.allclose(model.statistics.mean, first.statistics.mean) for model in models):
-            raise ValueError(
-                "models were trained on different cells; fit replicas of one training set, or resample it."
-            )
+    known = [model.statistics for model in models]  # without them, gene_modules says what to do
+    if None not in known and not all(np.allclose(one.mean, known[0].mean) for one in known):
+        raise ValueError("models were trained on different cells; fit replicas of one training set, or resample it.")
     found = []
     for model in models:
         modules = gene_modules(model, output, None, "covariance")
@@ -209,31 +175,21 @@ def permutation_null(
 ) -> pd.DataFrame:
     """Compare the modules of a solved model with those solved for targets that are dealt out to the wrong cells.
 
-    A module is judged on `val`, by the correlation ``r`` of what it adds to the output with the target. A fit to noise
-    has large eigenvalues too. Each permutation counts with its best module. Mixture and penalty stay those of the
-    model. A small p says that a module is about the target, and not that it holds an interaction. Classes are solved
-    as 0 and 1 by least squares, with the penalty over the curvature of the log-loss; every cell counts once.
+    A module is judged on `val`, by the correlation ``r`` of what it adds to the output with the target. ``p`` is for
+    any module to be as good by chance: each permutation counts with its best one, whose ``r`` is in ``attrs["null"]``;
+    nine of ten stay below ``null``. A small p says that a module is about the target, not that it is an interaction.
+    Classes are solved as 0 and 1 by least squares, with the penalty over the curvature of the log-loss.
 
     Parameters
     ----------
-    model
-        What :func:`scbmlp.models.solve` returned.
-    train, val
-        Its training cells, and cells that no weight was fitted to. The targets of both are permuted.
-    output
-        As in :func:`scbmlp.interactions.direction`; or a list of them. One without products has no modules.
+    model, train, val
+        What :func:`scbmlp.models.solve` returned, its training cells, and cells that no weight was fitted to.
+    output, n_modules, metric
+        As in :func:`gene_modules`; or a list of outputs. One without products has no modules.
     n_permutations, seed, progress
         Number of permutations, their seed, and whether a bar shows how many are done.
     strata
         Label of every cell of the whole AnnData, such as ``adata.obs["donor"]``; targets stay within a stratum.
-    n_modules, metric
-        As in :func:`gene_modules`; the leading modules of a permutation are the competitors.
-
-    Returns
-    -------
-    A row a module, ``(output, module)`` for a list of outputs: ``eigenvalue``, ``r``, ``null`` (what nine of ten
-    permutations stay below) and ``p`` of at least 1 / (n_permutations + 1), for any module to be as good by chance.
-    ``attrs["null"]`` has the best ``r`` of every permutation, by output.
 
     Examples
     --------
@@ -246,12 +202,10 @@ def permutation_null(
     check_dataset(train, "train")
     check_dataset(val, "val")
     if model.recipe is None:
-        raise ValueError(
-            "the model was trained, not solved: it has no mixture to solve again; pass one of scbmlp.models.solve."
-        )
+        raise ValueError("the model was trained, not solved, and has no mixture: pass one of scbmlp.models.solve.")
+    model.check(train)
+    model.check(val)
     train, val = held(train), held(val)
-    for dataset in (train, val):
-        model.check(dataset)
     rng, tables, null = np.random.default_rng(seed), {}, {}
     orders = [_orders(one, name, strata, n_permutations, rng) for name, one in (("train", train), ("val", val))]
     outputs, prepare = output if isinstance(output, list) else [output], _preparer(model, train, val, metric)
@@ -288,7 +242,6 @@ def _preparer(model: Model, train: ExpressionDataset, val: ExpressionDataset, me
         return torch.linalg.cholesky(system)
 
     def basis_of(mixture: Mixture) -> torch.Tensor:
-        """Return what of the genes products are of (gene x comp)."""
         if mixture.space == "components":
             return kernels.axes(mixture.rank)
         return torch.diag(1 / (kernels.sd if mixture.space == "sd" else torch.ones_like(kernels.sd)))
@@ -324,58 +277,33 @@ def _preparer(model: Model, train: ExpressionDataset, val: ExpressionDataset, me
 
 
 def _read(
-    systems: list[System], seen: np.ndarray, target: np.ndarray, n: int, order: Any, order_val: Any, progress: bool
+    systems: list[System], seen: np.ndarray, target: np.ndarray, n: int, orders: Any, orders_val: Any, progress: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return eigenvalues for the first order of the cells (comp), and correlations for each (order x comp)."""
     if not systems:  # products do not pay
-        return np.zeros(0), np.zeros((len(order), 0))
-    eigenvalues, found, centred = [], [], target - target.mean()
-    leading = _leading(systems, min(n, seen.shape[1]), order, progress)
-    for (values, vectors), rows in zip(leading, _chunks(order_val), strict=True):
-        added = (seen @ vectors) ** 2
-        added -= added.mean(axis=1, keepdims=True)
-        along = np.einsum("bvc,bv->bc", added, centred[rows])
-        scale = np.linalg.norm(added, axis=1) * np.linalg.norm(centred)
-        found.append(np.sign(values) * np.divide(along, scale, out=np.zeros_like(along), where=scale > 0))
+        return np.zeros(0), np.zeros((len(orders), 0))
+    eigenvalues, found = [], []
+    each = [
+        (torch.cholesky_solve(torch.as_tensor(y[orders].T), factor).numpy().T, w.numpy()) for factor, y, w in systems
+    ]
+    for k in tqdm(range(len(orders)), "permutations", delay=2, disable=not (progress and watched())):
+        values, vectors = _leading([(a[k], w) for a, w in each], min(n, seen.shape[1]))
+        r = _correlated((seen @ vectors) ** 2, target[orders_val[k], None])[:, 0]
         eigenvalues.append(values)
-    return eigenvalues[0][0], np.vstack(found)
+        found.append(np.sign(values) * r)
+    return eigenvalues[0], np.stack(found)
 
 
-def _chunks(order: np.ndarray) -> list[np.ndarray]:
-    """Split orders of cells into as many as are solved together."""
-    return np.split(order, range(CHUNK, len(order), CHUNK))
-
-
-def _leading(systems: list[System], n: int, order: Any, progress: bool) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield leading eigenvalues and vectors of the sum of W' diag(a) W over systems, for each chunk of orders."""
-    size, through = systems[0][2].shape[1], []
-    i, j = np.triu_indices(size)
-    if size <= PAIRED:  # what the system makes of every pair of components: then a target is one product
-        through = [torch.cholesky_solve(w[:, i] * w[:, j], factor).numpy() for factor, _, w in systems]
-    for rows in tqdm(_chunks(order), "permutations", delay=2, disable=not (progress and watched())):
-        if through:
-            found = np.empty((len(rows), size, size))
-            flat = sum(y[rows] @ part for (_, y, _), part in zip(systems, through, strict=True))
-            found[:, i, j] = found[:, j, i] = flat
-        else:
-            cells = [torch.cholesky_solve(torch.as_tensor(y[rows].T), factor).numpy().T for factor, y, _ in systems]
-            each = [(a, w.numpy()) for a, (_, _, w) in zip(cells, systems, strict=True)]
-            if size <= DENSE:
-                found = sum(np.stack([w.T @ (one[:, None] * w) for one in a]) for a, w in each)
-        if size <= DENSE:
-            values, vectors = np.linalg.eigh(found)
-        else:
-            start = np.random.default_rng(0).standard_normal(size)
-            operators = [LinearOperator((size, size), partial(_times, each, k), dtype=float) for k in range(len(rows))]
-            pairs = [eigsh(one, n, v0=start, tol=1e-5) for one in operators]
-            values, vectors = map(np.stack, zip(*pairs, strict=True))
-        rank = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
-        yield np.take_along_axis(values, rank, 1), np.take_along_axis(vectors, rank[:, None], 2)
-
-
-def _times(each: list[tuple[np.ndarray, np.ndarray]], k: int, v: np.ndarray) -> np.ndarray:
-    """Multiply a vector with the matrix of one order."""
-    return sum(w.T @ (a[k] * (w @ v.ravel())) for a, w in each)
+def _leading(each: list[tuple[np.ndarray, np.ndarray]], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `n` leading eigenvalues and vectors of the sum of W' diag(a) W over pairs of a and W."""
+    size = each[0][1].shape[1]
+    if size <= DENSE:
+        values, vectors = np.linalg.eigh(sum(w.T @ (a[:, None] * w) for a, w in each))
+    else:
+        times = LinearOperator((size, size), lambda v: sum(w.T @ (a * (w @ v.ravel())) for a, w in each), dtype=float)
+        values, vectors = eigsh(times, n, v0=np.random.default_rng(0).standard_normal(size), tol=1e-5)
+    rank = np.argsort(-np.abs(values), kind="stable")[:n]
+    return values[rank], vectors[:, rank]
 
 
 def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -383,20 +311,13 @@ def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.
     codes, order = np.zeros(len(dataset), int), np.tile(np.arange(len(dataset)), (n + 1, 1))
     if strata is not None:
         if len(strata) <= dataset.indices.max(initial=-1):
-            raise ValueError(
-                f"strata has {len(strata)} labels, the last cell of {name} is cell {dataset.indices.max()}; pass one "
-                f'label for every cell of the AnnData that the sets were cut from, such as adata.obs["donor"].'
-            )
+            last = f"the last cell of {name} is cell {dataset.indices.max()}"
+            raise ValueError(f"strata has {len(strata)} labels, {last}; pass one label for every cell of the AnnData.")
         codes = pd.factorize(np.asarray(strata)[dataset.indices])[0]
         if -1 in codes:
-            raise ValueError(
-                f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop them, or label them."
-            )
+            raise ValueError(f"strata has no label for {np.sum(codes == -1)} cells of {name}; drop or label them.")
         if alone := np.count_nonzero(np.bincount(codes) == 1):
-            raise ValueError(
-                f"strata has {alone} labels with a single cell in {name}, whose target cannot be permuted; merge them "
-                f"with others, or drop these cells."
-            )
+            raise ValueError(f"strata has {alone} labels with a single cell in {name}; merge labels, or drop cells.")
     for rows in pd.Series(order[0]).groupby(codes).indices.values():
         order[1:, rows] = rng.permuted(order[1:, rows], axis=1)
     return order

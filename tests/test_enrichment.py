@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, fisher_exact, hypergeom
 
-from scbmlp.enrichment import enrich, gsea, read_gene_sets
+from scbmlp.enrichment import enrich, read_gene_sets
 from scbmlp.modules import GeneModules
 
 GENES = [f"Gene{i:02d}" for i in range(60)]
@@ -100,32 +100,12 @@ def test_genes_that_differ_by_case_alone_are_matched_by_their_exact_names(backgr
         assert row.p == pytest.approx(hypergeom.sf(len(hits) - 1, len(seen), row.size, len(top)))
     if background is None:
         assert set(table["size"]) == {12, 6} and table["overlap"].sum() > 0
-        with pytest.warns(UserWarning, match="30 genes"):
-            ranks = gsea(modules, {"upper; set": genes[1::2]}, n_permutations=20)
-        assert ranks["size"].tolist() == [30] and set(ranks["genes"][0].split(", ")) <= set(genes[1::2])
 
 
 def test_background_in_another_case_than_the_genes_of_the_model():
     modules, sets = modules_of(1), {"set": GENES[:20]}
-    table = enrich(modules, sets, [gene.upper() for gene in GENES] + ["Elsewhere"], n_top=60)
-    assert set(table["size"]) == {20} and sorted(", ".join(table["genes"]).split(", ")) == GENES[:20]
-
-
-def test_background_decides_what_could_have_been_found():
-    modules, sets = modules_of(), {"set": GENES[:20]}
-    wide, narrow = (enrich(modules, sets, background, n_top=10) for background in (None, GENES[:30]))
-    assert set(wide["size"]) == {20} and set(narrow["size"]) == {20}
-    assert (narrow.sort_index()["p"].min() > wide["p"].min()) and narrow["p"].nunique() > 1
-    assert set(enrich(modules, sets, GENES[10:40], n_top=10)["size"]) == {10}
-    shown = enrich(modules, sets, GENES[10:40], n_top=60).query("module == 'module_1'")
-    assert sorted(", ".join(shown["genes"]).split(", ")) == GENES[10:20]
-
-
-def test_list_without_a_hit_has_a_p_of_one():
-    modules = modules_of(1)
-    table = enrich(modules, {"out of reach": list(modules.loadings["module_1"].abs().nsmallest(6).index)}, n_top=5)
-    assert (table[["overlap", "odds_ratio"]] == 0).all(axis=None) and (table[["p", "q"]] == 1).all(axis=None)
-    assert list(table["genes"]) == ["", ""]
+    table = enrich(modules, sets, [gene.upper() for gene in GENES[10:]] + ["Elsewhere"], n_top=60)
+    assert set(table["size"]) == {10} and sorted(", ".join(table["genes"]).split(", ")) == GENES[10:20]
 
 
 def test_sets_of_other_sizes_are_not_tested_but_their_genes_are_known():
@@ -141,8 +121,6 @@ def test_a_model_without_products_has_no_modules_to_test():
     table = enrich(modules_of(0), {"five": GENES[:5]})
     assert len(table) == 0 and table.attrs["n_terms"] == 1
     assert list(table.columns) == list(enrich(modules_of(), {"five": GENES[:5]}).columns)
-    with pytest.raises(ValueError, match="none of 2 gene sets has 5 to 500 of the 60 background genes; .*min_size=5"):
-        enrich(modules_of(0), {"fly": ["vg", "ap", "wg", "en", "hh"], "small": GENES[:4]})
 
 
 def test_gmt_file_is_read_and_nothing_is_written(tmp_path, monkeypatch):
@@ -185,19 +163,8 @@ def test_gene_sets_that_cannot_be_had_are_an_error_with_advice(offline, name, ca
         read_gene_sets(name)
 
 
-def test_spoiled_gmt_files_are_read_or_refused_in_words(tmp_path):
-    path, rng = tmp_path / "sets.gmt", np.random.default_rng(0)
-    whole = "".join(f"set {i}\tnote\t" + "\t".join(GENES[i : i + 9]) + "\n" for i in range(20)).encode()
-    for trial in range(30):
-        spoiled = bytearray(whole)
-        if trial % 3 == 0:
-            spoiled = spoiled[: rng.integers(len(whole))]
-        else:
-            spoiled[rng.integers(len(whole))] = int(rng.integers(256))
-        path.write_bytes(spoiled)
-        try:
-            sets = read_gene_sets(path)
-        except ValueError as error:
-            assert "gene_sets" in str(error)
-        else:
-            assert all(isinstance(gene, str) and gene == gene.strip() for genes in sets.values() for gene in genes)
+@pytest.mark.parametrize("content", [b"a set without tabs\n", b"set\tnote\tINS1\nset\tnote\tINS2\n", b"set\t\t\xff\n"])
+def test_spoiled_gmt_files_are_refused_in_words(tmp_path, content):
+    (tmp_path / "sets.gmt").write_bytes(content)
+    with pytest.raises(ValueError, match="gene_sets"):
+        read_gene_sets(tmp_path / "sets.gmt")

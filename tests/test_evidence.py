@@ -13,8 +13,8 @@ from scipy.stats import chisquare, pearsonr
 from scbmlp import simulate
 from scbmlp import stability as stable
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets
-from scbmlp.enrichment import enrich, gsea
-from scbmlp.evidence import ablation, random_directions, trust, without_pairs
+from scbmlp.enrichment import enrich
+from scbmlp.evidence import random_directions, trust, without_pairs
 from scbmlp.exact import Mixture, solution
 from scbmlp.interactions import attributions, audit, decompose, group_means, interaction_matrix
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
@@ -92,35 +92,6 @@ def test_group_means_split_the_mean_output(linear, form):
     pd.testing.assert_frame_equal(turned, table)
     with pytest.raises(ValueError, match="groups has rows of other cells than adata"):
         group_means(model, "out1", adata, adata.obs["donor"].add_prefix("x"), reference)
-    # What cells of one donor do together is lost where each is its mean.
-    flat = np.stack([x[donors == donor].mean(axis=0) for donor in donors])
-    assert group_means(model, "out1", flat, donors, reference)["coexpression"].abs().max() < 1e-5
-    with pytest.raises(ValueError, match=r"groups has shape \(3,\) for 40 cells; pass one label a cell"):
-        group_means(model, "out1", x, donors[:3], reference)
-
-
-@pytest.mark.parametrize("kind", [ScBMLPClassifier, ScBMLPRegressor])
-def test_ablation_is_the_model_without_the_module(kind):
-    """The same by the weights: one eigenvector taken out of the dense matrix."""
-    model = random_model(8, 4, 3, seed=5, kind=kind)
-    x, rng = cells_of(model, 60), np.random.default_rng(0)
-    y = rng.integers(0, 3, 60) if kind is ScBMLPClassifier else rng.standard_normal((60, 3)).astype(np.float32)
-    dataset = ExpressionDataset(x, y, model.gene_names, model.output_names)
-    modules = gene_modules(model, "out2", 3, dataset=dataset)
-    table = ablation(model, modules, dataset)
-    outputs = np.stack([interaction_matrix(model, one).quadratic_form(x) for one in model.output_names], axis=1)
-    for name, eigenvalue in modules.eigenvalues.items():
-        left = outputs.copy()
-        left[:, 2] -= eigenvalue * (x @ modules.weights[name].to_numpy()) ** 2
-        whole, rest = ([model._measure(one, y), *model._measure_each(one, y)] for one in (outputs, left))
-        lost = table.loc[name, ["score", *model.output_names]].astype(float)
-        np.testing.assert_allclose(lost, np.subtract(whole, rest), atol=1e-4)
-        rms = np.sqrt(((outputs - left)[:, 2] ** 2).mean())
-        turned = (outputs.argmax(axis=1) != left.argmax(axis=1)).mean()
-        expected = turned if kind is ScBMLPClassifier else rms / y[:, 2].std()
-        np.testing.assert_allclose(table.loc[name, "changed"], expected, rtol=1e-4)
-    with pytest.raises(KeyError, match="is not one output of the model; they are out0, out1, out2"):
-        ablation(model, gene_modules(model, {"out0": 1, "out1": -1}, 2, dataset=dataset), dataset)
 
 
 # ------------------------------------------------------------------------------------------------------ nulls
@@ -160,19 +131,17 @@ def test_p_values_are_uniform_where_nothing_is_and_products_are_forced(kind):
 
 
 @pytest.mark.parametrize(
-    ("metric", "space", "paired", "dense"),
+    ("metric", "space", "dense"),
     [
-        ("sd", "components", 128, 400),
-        ("identity", "genes", 128, 400),
-        ("covariance", "components", 128, 400),
-        ("covariance", "sd", 2, 400),
-        ("identity", "components", 2, 2),
-        ("sd", "genes", 2, 2),
+        ("sd", "components", 400),
+        ("identity", "genes", 400),
+        ("covariance", "sd", 400),
+        ("covariance", "components", 2),
+        ("sd", "genes", 2),
     ],
 )
-def test_a_permutation_is_the_model_solved_again(metric, space, paired, dense, monkeypatch):
-    """For an output, and for a mix of outputs of different mixtures; by every way to the eigenvectors."""
-    monkeypatch.setattr(stable, "PAIRED", paired)
+def test_a_permutation_is_the_model_solved_again(metric, space, dense, monkeypatch):
+    """For an output, and for a mix of outputs of different mixtures; by both ways to the eigenvectors."""
     monkeypatch.setattr(stable, "DENSE", dense)
     train, val = noise(1, kind=ScBMLPRegressor)
     recipe = [(RECIPE[0][0]._replace(space=space), 1e-2), RECIPE[1]]
@@ -245,12 +214,10 @@ def test_a_null_needs_a_solved_model_a_target_that_differs_and_strata_of_all_cel
     for match, options in (
         ("val is of type NoneType", {"val": None}),
         ("val has the same target of 'a' in every cell", {"val": replaced(val, np.zeros(len(val), int))}),
-        ("the model was trained, not solved: .* pass one of scbmlp", {"model": ScBMLPClassifier(model.cfg)}),
         ("n_permutations=0", {"n_permutations": 0}),
         ("metric='cosine' is unknown", {"metric": "cosine"}),
         ("strata has 120 labels, the last cell of val is cell 159; pass one label", {"strata": donors[:120]}),
-        ("strata has no label for 1 cells of train; drop them", {"strata": [None, *donors[1:]]}),
-        ("strata has 1 labels with a single cell in train, whose target", {"strata": ["alone", *donors[1:]]}),
+        ("strata has no label for 1 cells of train", {"strata": [None, *donors[1:]]}),
     ):
         with pytest.raises(ValueError, match=match):
             permutation_null(**known | options)
@@ -363,25 +330,3 @@ def test_random_directions_have_the_correlations_of_the_cells(found):
     pairs = np.triu_indices(120, 1)
     assert pearsonr(np.corrcoef(x.T)[pairs], np.corrcoef(np.hstack(draws))[pairs])[0] > 0.5
     assert not np.allclose(draws[0], draws[1], rtol=0.1)  # another draw is another direction
-
-
-def test_gsea_finds_the_sets_at_their_poles_and_agrees_with_a_count(found, caplog):
-    modules, sets = consensus(found.replicas, "on", 2), found.sets
-    table = gsea(modules, sets, n_permutations=200, random_state=1)
-    loading = modules.loadings["module_1"]
-    rows = table[table["module"] == "module_1"].set_index("term")
-    # An independent look: programs whose genes have the largest mean loading are those with the largest score.
-    means = pd.Series({term: loading[genes].mean() for term, genes in sets.items()})
-    best = means.abs().idxmax()
-    assert np.sign(rows.loc[best, "nes"]) == np.sign(means[best]) and rows.loc[best, "q"] < 0.05
-    assert (table["p"] >= 1 / 201).all() and table["p"].is_monotonic_increasing and len(table) == 2 * len(sets)
-    assert set(rows.loc[best, "genes"].split(", ")) <= set(sets[best])
-    pd.testing.assert_frame_equal(table, gsea(modules, sets, n_permutations=200, random_state=1))
-    # Genes that never varied are tied at 0, and stay out of the order.
-    silent = modules.loadings.copy()
-    silent.iloc[:30] = 0.0
-    without = gsea(replace(modules, loadings=silent), sets, n_permutations=20, min_size=1)
-    some = without.set_index(["module", "term"])["size"].loc["module_1"]
-    expected = {term: sum(gene in silent.index[30:] for gene in genes) for term, genes in sets.items()}
-    assert dict(some) == {term: n for term, n in expected.items() if n}
-    assert not caplog.records

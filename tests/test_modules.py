@@ -11,7 +11,7 @@ from anndata import AnnData, concat, read_h5ad
 from scipy import sparse
 
 from scbmlp.datasets import ExpressionDataset, get_regression_datasets
-from scbmlp.exact import Mixture, solution
+from scbmlp.exact import Mixture
 from scbmlp.interactions import decompose, interaction_matrices, interaction_matrix, similarity
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, solve_replicas
 from scbmlp.modules import (
@@ -23,7 +23,7 @@ from scbmlp.modules import (
     stability,
     truncation_curve,
 )
-from scbmlp.solving import _solved
+from tests.test_evidence import solved_with
 from tests.test_interactions import random_model
 from tests.test_storage import rewritten
 
@@ -48,11 +48,6 @@ def regression(fitted, hid=4, **options):
     return model, ExpressionDataset(x, model.outputs(x), model.gene_names, model.output_names)
 
 
-def of_both_signs(modules):
-    """Names of the strongest modules of positive and of negative eigenvalue."""
-    return [modules.eigenvalues.idxmax(), modules.eigenvalues.idxmin()]
-
-
 @every_metric
 def test_modules_are_eigenvectors_in_the_metric_and_add_up_to_the_output(fitted, metric):
     """eq-metric, eq-covariance: against dense algebra."""
@@ -69,7 +64,7 @@ def test_modules_are_eigenvectors_in_the_metric_and_add_up_to_the_output(fitted,
         values = values[np.argsort(-np.abs(values))][:8]
         np.testing.assert_allclose(np.sort(modules.eigenvalues), np.sort(values), rtol=1e-4)
         assert v[3, 0] == pytest.approx(np.corrcoef(x[:, 3], scores[:, 0])[0, 1], abs=1e-4)
-        with pytest.raises(ValueError, match="n_modules=9 were asked for; there are 8"):
+        with pytest.raises(ValueError, match="n_modules=9: a whole number of at least 1 and at most 8"):
             gene_modules(model, "out1", 9, "covariance", dataset=dataset)
     else:
         scaled = unit[:, None] * dense * unit
@@ -102,8 +97,6 @@ def test_genes_are_matched_by_name(fitted):
     scores = modules.scores(adata[:, ::-1].copy())
     np.testing.assert_allclose(scores, modules.scores(dataset), rtol=1e-5, atol=1e-5)
     assert scores.index.equals(adata.obs_names)
-    with pytest.raises(KeyError, match="lacks 2 of the 12 genes"):
-        modules.scores(adata[:, 2:])
 
 
 @every_metric
@@ -126,8 +119,6 @@ def test_modules_of_a_model_with_a_linear_part_hold_its_quadratic_part(fitted):
     curve = truncation_curve(model, modules, cells, ks=[0, 8])  # biases and the linear part are always kept
     assert curve.loc[8].to_numpy() == pytest.approx(1, abs=1e-4)
     assert curve.loc[0, "out0"] < 0.9
-    with pytest.raises(KeyError, match="none for the outputs out1"):
-        truncation_curve(model, {"out0": modules["out0"]}, cells)
 
 
 @every_metric
@@ -135,9 +126,9 @@ def test_pair_of_modules_is_the_product_of_its_factors(fitted, metric):
     """eq-pair."""
     model, dataset = fitted
     modules = gene_modules(model, 0, None, metric, dataset=dataset)
-    first, second = of_both_signs(modules)
+    first, second = modules.eigenvalues.idxmax(), modules.eigenvalues.idxmin()
     added = modules.contributions(dataset)[[first, second]].sum(axis=1)
-    for pair in ((first, second), (second, first), (first,), (second,)):  # alone: the strongest of the other sign
+    for pair in ((second, first), (first,), (second,)):  # alone: the strongest of the other sign
         product = (modules.scores(dataset) @ modules.factors(*pair)).prod(axis=1)
         np.testing.assert_allclose(product, added, atol=1e-8)
 
@@ -155,12 +146,9 @@ def test_modules_of_one_sign_are_no_product(fitted):
     rising = modules.eigenvalues[modules.eigenvalues > 0]
     same = list(rising.index[:2])
     of_one_sign = replace(modules, eigenvalues=rising, loadings=modules.loadings[rising.index])
-    with pytest.raises(KeyError, match="module=99 is unknown"):
-        modules.factors(0, 99)
-    with pytest.raises(ValueError, match=f"{' and '.join(same)} have eigenvalues .* one positive"):
-        modules.factors(*same)
-    with pytest.raises(ValueError, match="needs one positive and one negative, see eigenvalues, or take more"):
-        of_one_sign.factors()
+    for factors, pair in ((modules.factors, same), (of_one_sign.factors, ())):
+        with pytest.raises(ValueError, match="have eigenvalues .* needs one positive and one negative"):
+            factors(*pair)
 
 
 def test_modules_in_anndata_survive_a_file_and_can_be_drawn(fitted, tmp_path):
@@ -202,11 +190,7 @@ def test_gene_that_never_varied_has_no_loading(fitted):
     constant = dataset.x.toarray()
     constant[:, 5] = 2.0
     cells = ExpressionDataset(constant, dataset.y, dataset.gene_names, dataset.output_names)
-    modules = gene_modules(model, 0, 8, dataset=cells)
-    assert modules.unit["gene5"] == 2.0
-    logits = model.outputs(cells)
-    expected = logits[:, 0] - logits.mean(axis=1)
-    np.testing.assert_allclose(modules.contributions(cells).sum(axis=1), expected, rtol=1e-3, atol=1e-3)
+    assert gene_modules(model, 0, 8, dataset=cells).unit["gene5"] == 2.0
 
 
 def test_top_genes(fitted):
@@ -218,37 +202,23 @@ def test_top_genes(fitted):
     assert modules.top_genes(1, 3, pole="both").abs().tolist() == sorted(loading.abs(), reverse=True)[:3]
     with pytest.raises(KeyError, match="'module_3' is unknown; there are 2"):
         modules.top_genes("module_3")
-    with pytest.raises(ValueError, match=r"pole='up' is unknown; choose '\+', '-' or 'both'"):
+    with pytest.raises(ValueError, match="pole='up' is unknown"):
         modules.top_genes(pole="up")
 
 
-def test_bad_requests(fitted):
-    model, dataset = fitted
-    for error, match, options in (
-        (ValueError, "metric='cosine' is unknown; choose 'sd', 'identity' or 'covariance'", {"metric": "cosine"}),
-        (ValueError, r"k=9 eigenpairs.*1 to 8", {"n_modules": 9}),
-        (KeyError, "'Beta' is unknown", {"output": "Beta"}),
-        (ValueError, "no statistics of its training cells.*saved by an earlier.*pass dataset=", {"dataset": None}),
-    ):
-        with pytest.raises(error, match=match):
-            gene_modules(model, **{"output": 0, "dataset": dataset} | options)
-
-
-@every_metric
 @pytest.mark.parametrize("linear", [False, True])
-def test_weights_and_statistics_are_enough(cells, sets, tmp_path, linear, metric):
+def test_weights_and_statistics_are_enough(cells, sets, tmp_path, linear):
     model = ScBMLPClassifier(Config(300, 8, 8, linear=linear, n_epochs=1, device="cpu"))
     model.fit(*sets[:2], baseline=False, enable_progress_bar=False)
     model.save(tmp_path / "model.pt")
     loaded = ScBMLPClassifier.load(tmp_path / "model.pt")
-    for output in ("Beta", {"Beta": 1, "Alpha": -1}):
+    for output, metric in ((0, "sd"), ({"Beta": 1, "Alpha": -1}, "identity"), ("Beta", "covariance")):
         given = gene_modules(model, output, 4, metric, dataset=sets[0])
         for alone in (gene_modules(model, output, 4, metric), gene_modules(loaded, output, 4, metric)):
             np.testing.assert_allclose(alone.eigenvalues, given.eigenvalues, rtol=1e-8)
             np.testing.assert_allclose(alone.scores(cells), given.scores(cells), rtol=1e-6, atol=1e-8)
             pd.testing.assert_frame_equal(alone.loadings, given.loadings)
-    other = gene_modules(model, "Beta", 4, "sd", dataset=sets[2])  # given one, it is used
-    assert not np.allclose(other.unit, gene_modules(model, "Beta", 4, "sd").unit)
+    assert not np.allclose(gene_modules(model, 0, dataset=sets[2]).unit, gene_modules(model, 0).unit)  # it is used
 
 
 def test_agreement_is_the_closest_module_of_every_other_fit():
@@ -262,10 +232,6 @@ def test_agreement_is_the_closest_module_of_every_other_fit():
     np.testing.assert_allclose(agreement(fits), expected)
     swapped = -3 * fits[0][["two", "one"]].set_axis(["one", "two"], axis=1)
     np.testing.assert_allclose(agreement([fits[0], swapped]), 1)
-    with pytest.raises(ValueError, match="fits has 1 table"):
-        agreement(fits[:1])
-    with pytest.raises(ValueError, match="different genes"):
-        agreement([fits[0], fits[0].iloc[::-1]])
 
 
 # ------------------------------------------------------------------------------------------------------- replicas
@@ -279,21 +245,7 @@ def replicas(planted):
 
 def solved(train):
     """A model of all products of the genes."""
-    recipe = [(Mixture(space="genes").plus("products", 1.0), 1e-1)] * 2
-    model = _solved(ScBMLPRegressor, Config(8, 1, 2, linear=True), solution(train, *zip(*recipe, strict=True)), train)
-    model.recipe = recipe
-    return model
-
-
-def test_consensus_of_one_function_is_that_function(replicas):
-    model = replicas[0]
-    once, same = gene_modules(model, 0, 3, "covariance"), consensus([model] * 2, 0, 3)
-    np.testing.assert_allclose(same.eigenvalues, once.eigenvalues, rtol=1e-6)
-    np.testing.assert_allclose(same.loadings, once.loadings, atol=1e-6)
-    np.testing.assert_allclose(same.weights, once.weights, atol=1e-5)
-    assert same.output == once.output == "product"
-    found = stability([model] * 3, 0, 3)
-    np.testing.assert_allclose(found[["stability", "low", "high"]], 1, atol=1e-6)
+    return solved_with([(Mixture(space="genes").plus("products", 1.0), 1e-1)] * 2, train)
 
 
 def test_consensus_is_of_the_mean_interaction_matrix(replicas, planted):
@@ -363,10 +315,9 @@ def test_models_that_cannot_be_compared_are_refused(replicas, planted):
     renamed = copy.deepcopy(replicas[0])
     renamed.output_names = renamed.output_names[::-1]
     for match, call in (
-        ("models has 1; two or more are needed", lambda: stability(replicas[:1], 0)),
-        ("n_modules=0: a whole number of at least 1", lambda: consensus(replicas, 0, 0)),
-        ("trained on different cells; fit replicas of one training set", lambda: consensus([*replicas, other], 0)),
-        ("different output_names, or in another order", lambda: stability([renamed, replicas[1]], 0)),
+        ("n_modules=0", lambda: consensus(replicas, 0, 0)),
+        ("trained on different cells", lambda: consensus([*replicas, other], 0)),
+        ("different output_names", lambda: stability([renamed, replicas[1]], 0)),
     ):
         with pytest.raises(ValueError, match=match):
             call()
@@ -427,8 +378,6 @@ def test_files_that_hold_no_whole_modules_are_refused(fitted, tmp_path):
     model.save(path)
     with pytest.raises(ValueError, match="modules holds ScBMLPClassifier, not GeneModules"):
         GeneModules.load(path)
-    with pytest.raises(FileNotFoundError):
-        GeneModules.load(tmp_path / "none")
 
 
 def test_modules_print_themselves_in_a_line_and_as_a_table(fitted):

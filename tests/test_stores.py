@@ -26,7 +26,7 @@ from scipy import sparse
 from scbmlp import datasets, stores, training
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets, match_genes
-from scbmlp.evidence import ablation, random_directions
+from scbmlp.evidence import random_directions
 from scbmlp.interactions import audit, decompose, group_means, interaction_matrix, similarity
 from scbmlp.knockoffs import knockoffs
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve
@@ -201,7 +201,6 @@ def test_whatever_walks_cells_gives_the_same_of_a_file(fitted, tmp_path, form): 
     same(lambda sets: sum(decompose(model, sets[0], np.ones(G))))
     same(lambda sets: group_means(model, "T0", sets[0], np.arange(len(sets[0])) % 3, np.ones(G)))
     same(lambda sets: audit(model, sets[2], "T1", train=sets[0], validation=sets[1]))
-    same(lambda sets: ablation(model, modules, sets[2])["changed"])
     same(lambda sets: similarity(model, model, "T0", dataset=sets[0]))
     same(lambda sets: random_directions(modules, sets[0]).loadings)
     same(lambda sets: linear_baseline(*sets[:2]).outputs(sets[2]))
