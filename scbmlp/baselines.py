@@ -35,15 +35,10 @@ class LinearModel:
 
     Parameters
     ----------
-    weight, constant
-        Weight of every feature (out x gene), and outputs of a cell whose features are all 0 (out).
-    penalty
-        Penalty of the sum over cells of squared error (out), or one penalty of the log-loss of all classes.
-    gene_names, layer, scaling
-        Genes by which cells are matched, None if features have no names; layer of AnnData to read, None for ``X``; and
-        what counts go through.
-    class_weight
-        How classes were weighted, and are in the score.
+    weight, constant, penalty
+        Weight of every feature (out x gene), outputs where all are 0 (out), and penalty (out), or one of all classes.
+    gene_names, layer, scaling, class_weight
+        Of the training cells: names of genes, if any, layer of AnnData, what counts go through, and how classes count.
     """
 
     weight: np.ndarray
@@ -59,10 +54,8 @@ class LinearModel:
 
         Parameters
         ----------
-        x
-            AnnData, DataFrame or dataset, whose genes are matched by name, or a matrix (cell x gene).
-        layer
-            Layer of AnnData to read; that of the training cells if None.
+        x, layer
+            Cells with genes by name, or a matrix (cell x gene); layer to read, that of the training cells if None.
 
         Examples
         --------
@@ -75,11 +68,6 @@ class LinearModel:
 
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of classes, their mean recall if they were balanced, or R2 averaged over targets.
-
-        Parameters
-        ----------
-        dataset
-            Cells with their targets.
 
         Examples
         --------
@@ -101,10 +89,10 @@ def accuracy(outputs: np.ndarray, target: np.ndarray, class_weight: Literal["bal
 
 def class_counts(
     class_weight: Literal["balanced"] | None, y: np.ndarray, n_classes: int, own: np.ndarray | None = None
-) -> np.ndarray | None:
+) -> np.ndarray:
     """Return how often a cell of each class counts (out), by codes of cells and how often each counts itself (cell)."""
     if class_weight is None:
-        return None
+        return np.ones(n_classes)
     sizes = np.bincount(y, own, n_classes)
     return np.divide(sizes.sum(), np.count_nonzero(sizes) * sizes, out=np.ones(n_classes), where=sizes > 0)
 
@@ -129,11 +117,6 @@ def linear_baseline(
     class_weight
         As in :class:`scbmlp.models.Config`; that of the model to compare with.
 
-    Raises
-    ------
-    ValueError
-        There is one class, a target is constant, or `class_weight` does not fit.
-
     Examples
     --------
     >>> linear = baselines.linear_baseline(train, validation)
@@ -149,10 +132,10 @@ def linear_baseline(
         model = ridge(Axes(x), y, x_val, y_val, exact=exact)
     else:
         counts = class_counts(class_weight, train.y.numpy(), len(train.output_names))
-        counts = np.ones(len(train.output_names)) if counts is None else counts
         model = _logistic(x, y, x_val, y_val, counts, exact)
-    of_train = {"gene_names": train.gene_names, "layer": train.layer, "scaling": train.scaling}
-    return replace(model, **of_train, class_weight=class_weight)
+    return replace(
+        model, gene_names=train.gene_names, layer=train.layer, scaling=train.scaling, class_weight=class_weight
+    )
 
 
 def additive_features(x: Any) -> Any:

@@ -26,10 +26,9 @@ class Mixture(NamedTuple):
     ----------
     weights
         Weights of ``genes``, ``components``, ``products``, and of a rival's ``presence``, ``squares``, ``depth``.
-    rank
-        Number of leading principal components in ``components``, ``products`` and ``depth``.
-    space
-        Factors of products: ``"components"``, ``"genes"``, or ``"sd"``, genes in units of their standard deviation.
+    rank, space
+        Number of leading principal components; and what products are of: ``"components"``, ``"genes"``, or ``"sd"``,
+        genes in units of their standard deviation.
 
     Examples
     --------
@@ -54,18 +53,7 @@ class Mixture(NamedTuple):
 class Kernels:
     """Products of cells in the features of every block, less the training mean, in units of their mean squared norm.
 
-    Parameters
-    ----------
-    x, others
-        Training cells, and cells to predict (each cell x gene).
-    counts, device, dtype
-        How often each training cell counts (cell), once if None; where products are taken, and how precisely.
-
-    Examples
-    --------
-    >>> kernels = exact.Kernels(train.x, test.x)
-    >>> [tuple(part.shape) for part in kernels.mixed(exact.Mixture())]
-    [(700, 700), (150, 700)]
+    `counts` is how often each training cell counts (cell); products with training cells are of these and of others.
     """
 
     def __init__(
@@ -204,6 +192,38 @@ class Kernels:
             self._mixed = mixture, found
         return self._mixed[1]
 
+    def solved(self, train: ExpressionDataset, mixture: Mixture, ratio: float, here: list[int]) -> tuple[Any, ...]:
+        """Return constant (out), direct (out x gene), hidden (hid x gene) and power (out x hid) of some outputs."""
+        products = self.mixed(mixture)[0]
+        y = targets_of(train, len(train.output_names))[:, here].to(products)
+        fit = (softmax if train.y.ndim == 1 else ridge)(products, y, ratio, self.counts)
+        # Features are less their mean, and so are the weights of the cells.
+        cells = fit.cells.double().cpu()
+        cells = cells - self.share[:, None] * cells.sum(dim=0)
+        constant, direct = fit.constant.cpu().numpy(), torch.zeros(len(here), len(self.mean), dtype=torch.float64)
+        hidden, power = np.zeros((0, len(self.mean))), np.zeros((len(here), 0))
+        for name, weight in mixture.weights:
+            if not weight:
+                continue
+            cells_of = cells * (weight / self.block(name, mixture.rank, mixture.space)[1])
+            if name == "genes":
+                direct += (self.d[0].T @ cells_of).T
+            elif name == "components":
+                direct += (self.axes(mixture.rank) @ (self.scores(mixture.rank)[0].T @ cells_of)).T
+            else:
+                hidden, power, means = self._squares(mixture, cells_of)
+                constant = constant - means
+        return constant, direct.numpy(), hidden, power
+
+    def _squares(self, mixture: Mixture, cells: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return hidden units (hid x gene), what they add to outputs (out x hid), and that in the mean (out)."""
+        features, back = self.factors("products", *mixture[1:])[0], self.back(*mixture[1:])
+        second = features.T @ (features * self.share[:, None])
+        means = (((features @ second) * features).sum(dim=1) @ cells).numpy()
+        if features.shape[1] * cells.shape[1] > len(features):  # fewer cells than eigenvectors: Q sums over cells
+            return (features @ back).numpy(), cells.T.numpy(), means
+        return *squares_of([features.T @ (features * own[:, None]) for own in cells.T], back), means
+
 
 def products_of(scores: Tensor) -> Tensor:
     """Return products of scores (cell x product), so that those of fewer components come first."""
@@ -223,22 +243,7 @@ class Fit(NamedTuple):
 
 
 def ridge(products: Tensor, y: Tensor, ratio: float, counts: Tensor) -> Fit:
-    """Solve ridge regression on the products of the training cells.
-
-    Parameters
-    ----------
-    products, y
-        Products of the training cells with each other (cell x cell), and their targets (cell x out).
-    ratio, counts
-        Penalty of squared weights of features, in units of the sum of `counts`; how often each cell counts (cell).
-
-    Examples
-    --------
-    >>> products = exact.Kernels(train.x).mixed(exact.Mixture())[0]
-    >>> fit = exact.ridge(products, state, 1e-3, torch.ones(700))
-    >>> tuple(fit.cells.shape)
-    (700, 4)
-    """
+    """Solve ridge regression on products of the training cells; the penalty is `ratio` times the sum of `counts`."""
     counts = counts.to(y)
     root, mean = counts.sqrt()[:, None], counts @ y / counts.sum()
     system = products * root * root.T
@@ -260,21 +265,7 @@ def softmax(
 ) -> Fit:
     """Solve multinomial logistic regression by L-BFGS and a bound of the curvature :cite:p:`bohning1992`.
 
-    Parameters
-    ----------
-    products, y, ratio, counts
-        As for :func:`ridge`; `y` are classes as 0 and 1 (cell x out).
-    features, gram
-        Features in place of `products` (cell x feature), and their products if known; the fit has weights of these.
-    start, tol
-        Fit to start from, and the least gain of a step in nats a cell.
-
-    Examples
-    --------
-    >>> products = exact.Kernels(train.x).mixed(exact.Mixture())[0]
-    >>> y, counts = exact.targets_of(train, 2), torch.ones(700)
-    >>> tuple(exact.softmax(products, y, 1e-3, counts).cells.shape)
-    (700, 2)
+    The fit has weights of the training cells by `products`, or of `features`. A step gains `tol` nats a cell at least.
     """
     dual, weight = features is None, counts.to(y)[:, None]
     n, penalty = float(counts.sum()), ratio * float(counts.sum())
@@ -348,8 +339,9 @@ def _minimum(
 
 def counts_of(dataset: ExpressionDataset, train: ExpressionDataset, class_weight: str | None) -> np.ndarray:
     """Return how often each cell counts, by the classes of the training cells (cell)."""
-    of_class = class_counts(class_weight, train.y.numpy(), len(train.output_names))
-    return np.ones(len(dataset)) if of_class is None else of_class[dataset.y.numpy()]
+    if train.y.ndim == 2:
+        return np.ones(len(dataset))
+    return class_counts(class_weight, train.y.numpy(), len(train.output_names))[dataset.y.numpy()]
 
 
 def targets_of(dataset: ExpressionDataset, n_outputs: int) -> Tensor:
@@ -383,6 +375,7 @@ def solution(
     *,
     counts: np.ndarray | None = None,
     device: str | torch.device = "cpu",
+    known: Any = None,
 ) -> Solution:
     """Solve a model whose mixture and penalty are known, one for every output or one for all classes.
 
@@ -392,6 +385,8 @@ def solution(
         Cells to fit, with their targets; how often each counts (cell), once if None; and where to solve.
     mixtures, ratios
         Mixture and penalty of each output; one alone for classes.
+    known
+        Sums over the cells, ``moments.Moments``, to solve from; products of cells are taken if None.
 
     Examples
     --------
@@ -400,32 +395,19 @@ def solution(
     >>> found.direct.shape, found.hidden.shape
     ((2, 40), (60, 40))
     """
-    kernels = Kernels(train.x, counts=counts, device=device)
-    y = targets_of(train, len(train.output_names))
-    n_outputs, n_genes = y.shape[1], len(train.gene_names)
+    known = Kernels(train.x, counts=counts, device=device) if known is None else known
+    n_outputs, n_genes = len(train.output_names), len(known.mean)
     constant, direct = np.zeros(n_outputs), np.zeros((n_outputs, n_genes))
-    parts = []
+    hidden, power = [], []
     for mixture, ratio, here in alike(mixtures, ratios, n_outputs):
-        products = kernels.mixed(mixture)[0]
-        fit = (softmax if train.y.ndim == 1 else ridge)(products, y[:, here].to(products), ratio, kernels.counts)
-        # Features are less their mean, and so are the weights of the cells.
-        cells = fit.cells.double().cpu()
-        cells = cells - kernels.share[:, None] * cells.sum(dim=0)
-        constant[here] = fit.constant.cpu()
-        for name, weight in mixture.weights:
-            if not weight:
-                continue
-            cells_of = cells * (weight / kernels.block(name, mixture.rank, mixture.space)[1])
-            if name == "genes":
-                direct[here] += (kernels.d[0].T @ cells_of).T.numpy()
-            elif name == "components":
-                scores = kernels.scores(mixture.rank)[0]
-                direct[here] += (kernels.axes(mixture.rank) @ (scores.T @ cells_of)).T.numpy()
-            else:
-                units, power, means = _squares(kernels, mixture, cells_of)
-                constant[here] -= means
-                parts.append((here, units, power))
-    return Solution(kernels.mean.numpy(), constant, direct, *together(n_outputs, n_genes, parts))
+        constant[here], direct[here], units, own = known.solved(train, mixture, ratio, here)
+        if len(units):
+            hidden.append(units)
+            power.append(np.zeros((n_outputs, len(units))))
+            power[-1][here] = own
+    if not hidden:  # no product pays: one hidden unit that adds nothing
+        hidden, power = [np.zeros((1, n_genes))], [np.zeros((n_outputs, 1))]
+    return Solution(known.mean.numpy(), constant, direct, np.vstack(hidden), np.hstack(power))
 
 
 def alike(
@@ -436,26 +418,6 @@ def alike(
     for pair in dict.fromkeys(pairs):
         here = [i for i, own in enumerate(pairs) if own == pair]
         yield *pair, here if len(pairs) > 1 else list(range(n_outputs))
-
-
-def together(n_outputs: int, n_genes: int, parts: Sequence[tuple[Any, np.ndarray, np.ndarray]]) -> list[np.ndarray]:
-    """Return hidden units (hid x gene) and their power (out x hid) of parts: some outputs, their units and power."""
-    if not parts:  # no product pays: one hidden unit that adds nothing
-        return [np.zeros((1, n_genes)), np.zeros((n_outputs, 1))]
-    power = [np.zeros((n_outputs, len(units))) for _, units, _ in parts]
-    for whole, (here, _, own) in zip(power, parts, strict=True):
-        whole[here] = own
-    return [np.vstack([units for _, units, _ in parts]), np.hstack(power)]
-
-
-def _squares(kernels: Kernels, mixture: Mixture, cells: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return hidden units (hid x gene), what they add to outputs (out x hid), and what that is in the mean (out)."""
-    features, back = kernels.factors("products", *mixture[1:])[0], kernels.back(*mixture[1:])
-    second = features.T @ (features * kernels.share[:, None])
-    means = (((features @ second) * features).sum(dim=1) @ cells).numpy()
-    if features.shape[1] * cells.shape[1] > len(features):  # fewer cells than eigenvectors: Q is a sum over the cells
-        return (features @ back).numpy(), cells.T.numpy(), means
-    return *squares_of([features.T @ (features * own[:, None]) for own in cells.T], back), means
 
 
 def squares_of(matrices: Iterable[Tensor], back: Tensor) -> tuple[np.ndarray, np.ndarray]:

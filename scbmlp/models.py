@@ -41,7 +41,7 @@ __all__ = [
 _DEFAULTS = {"n_epochs": (100, 40), "batch_size": (32, 64), "dropout_rate": (0.0, 0.2), "weight_decay": (1e-4, 3e-3)}
 _RATES = {"lr": "positive", "dropout_rate": "at least 0 and below 1"}
 _RATES |= dict.fromkeys(("weight_decay", "weight_decay_linear"), "at least 0")
-_KEPT = {"layer": "layer", "history": "_rows", "baseline": "_baseline", "best_epoch": "best_epoch"}  # in files
+_KEPT = ("layer", "best_epoch", "calibration", "_rows", "_baseline")  # in files, as they are
 
 
 @dataclass
@@ -52,24 +52,16 @@ class Config:
     ----------
     d_input, d_hidden, d_output
         Number of genes, hidden units and outputs: the axes gene, hid and out of the weights.
-    bias
-        Add biases to both hidden branches and to the output.
-    linear
-        Add a linear term on centred genes. It starts at the linear baseline, and the best epoch is kept.
+    bias, linear
+        Add biases; add a linear term on centred genes, which starts at the linear baseline. Its best epoch is kept.
     n_epochs, batch_size
         Passes over the training cells, and cells a step; if None 100 and 32, with `linear` 40 and 64.
-    lr
-        Learning rate of Adam at the start; it falls to zero along a cosine.
-    dropout_rate
-        Chance that a hidden product is dropped in a training step; if None 0, with `linear` 0.2.
-    weight_decay
-        L2 penalty of Adam, which favours interaction matrices of low rank; if None 1e-4, with `linear` 3e-3.
-    seed
-        Seed of the initial weights, the order of the cells and dropout.
+    lr, seed
+        Learning rate of Adam, which falls to zero along a cosine; seed of weights, order of the cells and dropout.
+    dropout_rate, weight_decay
+        Chance that a hidden product is dropped, and L2 penalty; if None 0 and 1e-4, with `linear` 0.2 and 3e-3.
     device
         ``"auto"``, or a name that torch understands: ``"cpu"``, ``"cuda:0"``, ``"mps"``.
-    patience
-        Epochs to go on without a better loss on validation cells; the best is kept. If None all epochs are run.
     weight_decay_linear
         L2 penalty of Adam on the weights of the linear term.
     class_weight
@@ -94,7 +86,6 @@ class Config:
     weight_decay: float | None = None
     seed: int = 0
     device: str = "auto"
-    patience: int | None = None
     weight_decay_linear: float = 0.1
     class_weight: Literal["balanced"] | None = None
 
@@ -107,9 +98,8 @@ class Config:
         for name, defaults in _DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[self.linear])
-        for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size", "patience"):
-            if getattr(self, name) is not None or name != "patience":
-                setattr(self, name, whole_number(getattr(self, name), name, config=True))
+        for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size"):
+            setattr(self, name, whole_number(getattr(self, name), name, config=True))
         self.seed = whole_number(self.seed, "seed", 0, 2**63 - 1, config=True)
         for name, allowed in _RATES.items():
             value, most = getattr(self, name), 1 if name == "dropout_rate" else np.inf
@@ -133,10 +123,8 @@ class Statistics(NamedTuple):
     ----------
     mean, sd
         Mean and standard deviation of every gene (gene), log-expression.
-    covariance
-        Covariance of the genes and the hidden pre-activations [L x, R x] (gene x 2 hid).
-    target
-        Covariance of the genes and the targets, 0 or 1 for classes (gene x out).
+    covariance, target
+        Covariances of the genes with [L x, R x] (gene x 2 hid), and with targets, 0 or 1 for classes (gene x out).
     """
 
     mean: np.ndarray
@@ -148,16 +136,12 @@ class Statistics(NamedTuple):
 class _BilinearMLP(nn.Module):
     """What classifier and regressor share; they add the loss and the score."""
 
-    metric: str
-    _classes: bool
-
     def __init__(self, cfg: Config) -> None:
         super().__init__()
         self.cfg = cfg
         self._options: dict[str, Any] = {}  # what the constructor takes beside it
         self.gene_names, self.output_names = pd.RangeIndex(cfg.d_input), pd.RangeIndex(cfg.d_output)
-        self.layer: str | None = None
-        self.scaling: Scaling | None = None
+        self.layer, self.scaling = None, None  # of the training cells
         with seeded(cfg.seed):
             # Both branches in one layer, so that x is read once and its transposed weight is B = [L' R'].
             self.branches = nn.Linear(cfg.d_input, 2 * cfg.d_hidden, bias=cfg.bias)
@@ -166,23 +150,20 @@ class _BilinearMLP(nn.Module):
             self.direct = nn.Linear(cfg.d_input, cfg.d_output, bias=False) if cfg.linear else None
         self.register_buffer("center", torch.zeros(cfg.d_input))
         self.register_buffer("class_weight", None if cfg.class_weight is None else torch.ones(cfg.d_output))
+        self._forget()
+
+    def _forget(self) -> None:
+        """Take back what earlier fits have found."""
         self.statistics: Statistics | None = None
         self.best_epoch: int | None = None
-        self._rows: list[dict[str, float]] = []
-        self._baseline: dict[str, float] | None = None
         self.trials: pd.DataFrame | None = None
         self.recipe: list[tuple[exact.Mixture, float]] | None = None
         self.calibration: dict[str, Any] | None = None
+        self._rows: list[dict[str, float]] = []
+        self._baseline: dict[str, float] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p.
-
-        Examples
-        --------
-        >>> x, _ = test[:5]
-        >>> tuple(model(x).shape)
-        (5, 2)
-        """
+        """Return the outputs (cell x out) of cells (cell x gene): P((L x + b_l) * (R x + b_r)) + b_p."""
         if self.cfg.linear:
             x = x - self.center
         left, right = self.branches(x).chunk(2, dim=-1)
@@ -228,10 +209,9 @@ class _BilinearMLP(nn.Module):
             Cells to learn from, and cells to report on after each epoch.
         baseline
             Whether to fit a linear baseline first, or one of your own; without `val` there is none.
-        ckpt_path
-            Checkpoint of an interrupted fit to go on from; ``"last"`` for the newest in ``default_root_dir``, if any.
-        trainer_kwargs
-            Of ``lightning.Trainer``: ``default_root_dir`` keeps checkpoints, ``strategy="ddp"`` shares every batch.
+        ckpt_path, trainer_kwargs
+            As ``lightning.Trainer`` has them: ``default_root_dir`` keeps checkpoints, of which ``ckpt_path="last"`` is
+            the newest, and ``strategy="ddp"`` shares every batch.
 
         Returns
         -------
@@ -264,7 +244,6 @@ class _BilinearMLP(nn.Module):
         """Take over the names of the training cells, and how often their classes count."""
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
         self.scaling = train.scaling
-        self.calibration = None  # that of earlier weights
         if self.class_weight is not None:
             counts = class_counts(self.cfg.class_weight, train.y.numpy(), self.cfg.d_output)
             self.class_weight.copy_(torch.as_tensor(counts))
@@ -281,12 +260,7 @@ class _BilinearMLP(nn.Module):
         return pd.DataFrame(rows, index=pd.RangeIndex(first, first + len(rows), name="epoch"))
 
     def check(self, dataset: ExpressionDataset, *, names: bool = True) -> None:
-        """Raise an error if a dataset does not fit the model, whose outputs it must have by name too if `names`.
-
-        Examples
-        --------
-        >>> model.check(test)  # a classifier; graded[2] would be refused
-        """
+        """Raise an error if a dataset does not fit the model, whose outputs it must have by name too if `names`."""
         check_dataset(dataset)
         if (dataset.y.ndim == 1) != self._classes:
             kinds = ["class codes", "continuous targets"]
@@ -302,11 +276,12 @@ class _BilinearMLP(nn.Module):
                 f"the data were scaled in another way ({dataset.scaling}) than the model's training cells "
                 f"({self.scaling}); cut them with the same normalize_total and log1p."
             )
-        sizes = {"d_input": (len(dataset.gene_names), "genes"), "d_output": (len(dataset.output_names), "outputs")}
-        for name, (size, what) in sizes.items():
-            if (own := getattr(self.cfg, name)) != size:
-                remedy = f"build the model with Config({name}={size})"
-                raise ValueError(f"Config({name}={own}) does not match the data, which have {size} {what}; {remedy}.")
+        for name, given in {"d_input": dataset.gene_names, "d_output": dataset.output_names}.items():
+            if (own := getattr(self.cfg, name)) != (size := len(given)):
+                raise ValueError(
+                    f"Config({name}={own}) does not match the data, which have {size} "
+                    f"{'genes' if name == 'd_input' else 'outputs'}; build the model with Config({name}={size})."
+                )
         named = names and not isinstance(self.output_names, pd.RangeIndex)
         if named and not self.output_names.equals(dataset.output_names):
             given, own = (", ".join(map(str, one.output_names)) for one in (dataset, self))
@@ -317,13 +292,11 @@ class _BilinearMLP(nn.Module):
 
     def _known(self) -> dict[str, str]:
         """Return what a reader wants to know of the model, by name."""
-        cfg, history, score = self.cfg, self.history, f"val_{self.metric}"
+        cfg, score = self.cfg, f"val_{self.metric}"
+        form = f"{'with a linear part' if cfg.linear else 'plain'}{', biases' if cfg.bias else ''}"
+        rows = {"Form": form, "Size": f"{cfg.d_input:,} genes, {cfg.d_hidden:,} hidden units, {cfg.d_output:,} outputs"}
         named = not isinstance(self.output_names, pd.RangeIndex)
-        rows = {
-            "Form": f"{'with a linear part' if cfg.linear else 'plain'}{', biases' if cfg.bias else ''}",
-            "Size": f"{cfg.d_input:,} genes, {cfg.d_hidden:,} hidden units, {cfg.d_output:,} outputs",
-            "Outputs": listed(self.output_names) if named else "without names",
-        }
+        rows["Outputs"] = listed(self.output_names) if named else "without names"
         if self.recipe is not None:
             mixture = self.recipe[0][0]
             of = f"{mixture.rank} components" if mixture.space == "components" else "genes"
@@ -335,9 +308,9 @@ class _BilinearMLP(nn.Module):
             rows["Training"] = "not fitted"
         else:
             rows["Best epoch"] = f"{self.best_epoch} of {cfg.n_epochs}"
-            if score in history and self.best_epoch in history.index:
+            if score in self.history and self.best_epoch in self.history.index:
                 beside = "" if self._baseline is None else f", linear baseline {self._baseline[score]:.3f}"
-                value = f"{history.loc[self.best_epoch, score]:.3f}{beside}"
+                value = f"{self.history.loc[self.best_epoch, score]:.3f}{beside}"
                 rows[f"Validation {self.metric.replace('_', ' ')}"] = value
         return rows
 
@@ -348,19 +321,14 @@ class _BilinearMLP(nn.Module):
     def _repr_html_(self) -> str:
         return as_html(self._known(), type(self).__name__)
 
-    def outputs(
-        self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None, batch_size: int = 1024
-    ) -> np.ndarray:
+    def outputs(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the raw outputs of cells (cell x out): logits of a classifier, predictions of a regressor.
 
         Parameters
         ----------
-        x
-            Cells, cell x gene: AnnData, DataFrame, dataset, file or matrix. Named genes are matched by name.
-        layer
-            Layer of AnnData to read; that of the training cells if None.
-        batch_size
-            Cells made dense at a time; a file is read in blocks of so many.
+        x, layer
+            Cells, as AnnData, DataFrame, dataset, file or matrix (cell x gene), and the layer to read; genes are
+            matched by name where they have names, and the layer is that of the training cells if None.
 
         Examples
         --------
@@ -368,19 +336,18 @@ class _BilinearMLP(nn.Module):
         (1000, 2)
         """
         x = match_genes(x, self.gene_names, layer or self.layer, self.scaling)
-        batch_size = whole_number(batch_size, "batch_size")
         was_training, device = self.training, self.branches.weight.device
         self.eval()
         # In double precision, so that a cell's outputs do not depend on which cells are in its batch.
         precise = torch.float32 if device.type == "mps" else torch.float64
         weights = {name: part.to(precise) for name, part in self.state_dict().items()}
+        parts = [torch.empty(0, self.cfg.d_output)]
         with torch.no_grad():
-            parts = [
-                torch.func.functional_call(self, weights, dense_tensor(block).to(device, precise)).float().cpu()
-                for _, block in blocks(x, batch_size)
-            ]
+            for _, block in blocks(x):
+                found = torch.func.functional_call(self, weights, dense_tensor(block).to(device, precise))
+                parts.append(found.float().cpu())
         self.train(was_training)
-        return torch.cat(parts).numpy() if parts else np.empty((0, self.cfg.d_output), np.float32)
+        return torch.cat(parts).numpy()
 
     def predict(self, x: AnnData | ExpressionDataset | Any, *, layer: str | None = None) -> np.ndarray:
         """Return the names of the most probable classes (cell), or predicted targets (cell x out), of :meth:`outputs`.
@@ -392,17 +359,6 @@ class _BilinearMLP(nn.Module):
         """
         outputs = self.outputs(x, layer=layer)
         return self.output_names.to_numpy()[outputs.argmax(axis=1)] if self._classes else outputs
-
-    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
-        """Return what a fit makes small: cross-entropy of class codes (cell), or `loss_fn` of targets (cell x out).
-
-        Examples
-        --------
-        >>> x, y = test[:50]
-        >>> round(model.loss(model(x), y).item(), 2)
-        0.31
-        """
-        return self._loss(outputs, target)
 
     def score(self, dataset: ExpressionDataset) -> float:
         """Return the accuracy of a classifier, balanced if the classes are, or R2 averaged over the outputs.
@@ -416,14 +372,11 @@ class _BilinearMLP(nn.Module):
         return self._measure(self.outputs(dataset), dataset.y.numpy())
 
     def save(self, path: str | Path) -> None:
-        """Write the model to one safetensors file, numbers and text alone; one that was there is whole until then.
+        """Write the model to one safetensors file of numbers and text; one that was there is whole until then.
 
         Examples
         --------
         >>> model.save("model.safetensors")
-        >>> again = ScBMLPClassifier.load("model.safetensors")
-        >>> bool((again.predict(adata) == model.predict(adata)).all())
-        True
         """
         parts = {} if self.statistics is None else self.statistics._asdict()
         tensors = {f"statistics.{name}": torch.as_tensor(part) for name, part in parts.items()}
@@ -431,15 +384,14 @@ class _BilinearMLP(nn.Module):
             "class": type(self).__name__,
             "config": asdict(self.cfg),
             "options": self._options,
-            "gene_names": plain_names(self.gene_names, "gene_names").tolist(),
-            "output_names": plain_names(self.output_names, "output_names").tolist(),
-            "named": [not isinstance(names, pd.RangeIndex) for names in (self.gene_names, self.output_names)],
+            "trials": None if self.trials is None else self.trials.to_dict("list"),
+            "scaling": self.scaling,
+            "recipe": self.recipe,
         }
-        known |= {name: getattr(self, attribute) for name, attribute in _KEPT.items()}
-        known["trials"] = None if self.trials is None else self.trials.to_dict("list")
-        known |= {"calibration": self.calibration, "scaling": self.scaling}
-        known["recipe"] = self.recipe and [[mixture._asdict(), ratio] for mixture, ratio in self.recipe]
-        write_file(Path(path), known, self.state_dict() | tensors)
+        for name in ("gene_names", "output_names"):
+            names = plain_names(getattr(self, name), name)
+            known[name] = None if isinstance(names, pd.RangeIndex) else names.tolist()
+        write_file(Path(path), known | {name: getattr(self, name) for name in _KEPT}, self.state_dict() | tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -454,23 +406,22 @@ class _BilinearMLP(nn.Module):
         known, tensors = read_file(Path(path), cls.__name__)
         try:
             model = cls(Config(**known["config"]), **known["options"])
-            parts = [
-                tensors.pop(f"statistics.{name}") for name in Statistics._fields if f"statistics.{name}" in tensors
-            ]
+            for name in _KEPT:
+                setattr(model, name, known[name])
+            for name in ("gene_names", "output_names"):
+                if known[name] is not None:
+                    setattr(model, name, plain_names(known[name], name))
+            if known["trials"] is not None:
+                model.trials = pd.DataFrame(known["trials"])
+            if known["scaling"] is not None:
+                model.scaling = Scaling(*known["scaling"])
+            if known["recipe"] is not None:
+                recipe = [(tuple(map(tuple, weights)), *rest, ratio) for (weights, *rest), ratio in known["recipe"]]
+                model.recipe = [(exact.Mixture(*mixture), ratio) for *mixture, ratio in recipe]
+            if "statistics.mean" in tensors:
+                parts = [tensors.pop(f"statistics.{name}").numpy() for name in Statistics._fields]
+                model.statistics = Statistics(*parts)
             model.load_state_dict(tensors)
-            for key, named in zip(("gene_names", "output_names"), known["named"], strict=True):
-                if named:
-                    setattr(model, key, plain_names(known[key], key))
-            for key, attribute in _KEPT.items():
-                setattr(model, attribute, known[key])
-            model.statistics = Statistics(*(part.numpy() for part in parts)) if parts else None
-            model.trials = pd.DataFrame(known["trials"]) if known["trials"] else None
-            model.calibration = known.get("calibration")  # earlier files have none
-            model.scaling = known.get("scaling") and Scaling(*known["scaling"])
-            model.recipe = known["recipe"] and [
-                (exact.Mixture(**one | {"weights": tuple(map(tuple, one["weights"]))}), ratio)
-                for one, ratio in known["recipe"]
-            ]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = f"is damaged ({error}); save the model again, or take another copy"
             raise ValueError(f"{Path(path).name} {reason}.") from error
@@ -482,14 +433,11 @@ class ScBMLPClassifier(_BilinearMLP):
 
     Attributes
     ----------
-    gene_names, output_names
-        Names of the genes and of the classes, known once fitted.
-    best_epoch, statistics
-        The epoch whose weights the model has, 0 for the start; and what modules need of the training cells.
-    trials
-        What :func:`solve` or :func:`tune` tried, a row a setting; else None.
-    calibration
-        What :func:`scbmlp.annotate.calibrate` returned, put here to be saved with the model; else None.
+    gene_names, output_names, statistics, trials
+        Names of genes and outputs, what modules need of the training cells, and what :func:`solve` tried, a row a form.
+    best_epoch, calibration
+        The epoch whose weights the model has, 0 for the start; what :func:`scbmlp.annotate.calibrate` returned, if put
+        here to be saved with the model.
 
     Examples
     --------
@@ -505,7 +453,8 @@ class ScBMLPClassifier(_BilinearMLP):
         """What the score is: ``accuracy``, or ``balanced_accuracy``."""
         return "accuracy" if self.cfg.class_weight is None else "balanced_accuracy"
 
-    def _loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return what a fit makes small: the cross-entropy of class codes (cell)."""
         weight = None if self.class_weight is None else self.class_weight.to(outputs)
         # A mean over cells and not over weights, so that losses of batches add up.
         return nn.functional.cross_entropy(outputs, target, weight, reduction="sum") / len(target)
@@ -533,10 +482,8 @@ class ScBMLPRegressor(_BilinearMLP):
 
     Parameters
     ----------
-    cfg
-        Size and training.
-    loss_fn
-        Mean squared error, mean absolute error, or Huber's loss with its threshold at 1 target unit.
+    cfg, loss_fn
+        Size and training; mean squared or absolute error, or Huber's loss with its threshold at 1 target unit.
 
     Examples
     --------
@@ -557,7 +504,8 @@ class ScBMLPRegressor(_BilinearMLP):
         self.loss_fn = loss_fn
         self._options = {"loss_fn": loss_fn}
 
-    def _loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+    def loss(self, outputs: Tensor, target: Tensor) -> Tensor:
+        """Return what a fit makes small: `loss_fn` of targets (cell x out)."""
         return self._losses[self.loss_fn](outputs, target)
 
     def _measure(self, outputs: np.ndarray, target: np.ndarray) -> float:

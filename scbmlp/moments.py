@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -14,49 +14,27 @@ from joblib import Parallel, delayed
 from torch import Tensor
 
 from scbmlp.datasets import ExpressionDataset, Matrix, blocks, dense_tensor, match_genes, some, take
-from scbmlp.exact import Mixture, Solution, alike, counts_of, products_of, softmax, squares_of, targets_of, together
+from scbmlp.exact import Mixture, counts_of, products_of, softmax, squares_of, targets_of
 from scbmlp.nested import FORMS, SMALL, Search, Trial
 
 LARGE = 5_000  # training cells from which on sums are taken, and no products of cells
 MOST_GENES = 10_000  # whose covariance fits into memory, and its eigenvectors into minutes
 SPAN, BLOCK, PANEL = 2**16, 4096, 512  # cells of a task, cells of a block, genes of a part of the covariance
 CHOOSING = 5_000, 20_000  # validation cells, and training cells of classes, that a search makes do with
+RANKS = 50, 30  # leading components whose products can be in a mixture, of cells in memory and stored
 SCORE_BYTES = 2**29  # of the component scores that classes of stored cells are solved from
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-7}  # of classes, in nats a cell
 SINGLE = 10**12  # cells x genes x genes from which on products are in single precision, and their sums in double
 
 
 class Moments:
-    """Sums over training cells, of genes and of products of components, from which the model is solved.
+    """Sums over training cells, of genes and of products of leading components, from which the model is solved.
 
     ``joblib.parallel_config``, or an active dask client, sends tasks of 65,536 cells to other processes or machines.
-
-    Parameters
-    ----------
-    train
-        Training cells with their targets, in memory or stored.
-    counts
-        How often each cell counts (cell); once if None.
-    rank
-        Number of leading components whose products can be in a mixture; 50 if None, of stored cells 30.
-    device, dtype
-        Where products are taken, and how precisely; if None, single precision for very many.
-
-    Examples
-    --------
-    >>> known = moments.Moments(train, rank=5)
-    >>> tuple(known.axes.shape), tuple(known.products.shape)
-    ((40, 40), (15, 15))
     """
 
     def __init__(
-        self,
-        train: ExpressionDataset,
-        counts: np.ndarray | None = None,
-        *,
-        rank: int | None = None,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
+        self, train: ExpressionDataset, counts: np.ndarray | None = None, device: str | torch.device = "cpu"
     ) -> None:
         x, y = train.x, targets_of(train, len(train.output_names)).numpy()
         n_cells, n_genes = x.shape
@@ -66,8 +44,7 @@ class Moments:
                 f"{MOST_GENES:,} genes are solved: choose the most variable ones before the data sets are cut, such as "
                 f"by scanpy.pp.highly_variable_genes."
             )
-        if dtype is None:
-            dtype = torch.float32 if n_cells * n_genes**2 > SINGLE else torch.float64
+        dtype = torch.float32 if n_cells * n_genes**2 > SINGLE else torch.float64
         self.to = {"device": device, "dtype": dtype}
         self.counts = np.ones(n_cells) if counts is None else np.asarray(counts, float)
         self.n = self.counts.sum()
@@ -84,8 +61,7 @@ class Moments:
         kept = int((values > max(values[-1], 0) * (1e-10 if dtype == torch.float64 else 1e-7)).sum())
         first = len(values) - kept
         self.values, self.axes = values[first:].flip(0).cpu(), axes[:, first:].flip(1).cpu()
-        rank = (30 if train.stored else 50) if rank is None else rank
-        self.rank = min(rank, kept)
+        self.rank = min(RANKS[train.stored], kept)
         most = SCORE_BYTES // (4 * n_cells) if train.stored else kept
         self.held = min(max(most, self.rank), kept)  # components that classes are linear in
         expected = products_of(torch.diag(self.values[: self.rank].sqrt())).sum(dim=0)
@@ -158,17 +134,35 @@ class Moments:
         axes, mean = (part.to(**self.to) for part in (self.axes[:, :n_components], self.mean))
         return torch.cat([((dense_tensor(block).to(**self.to) - mean) @ axes).cpu() for _, block in blocks(x, BLOCK)])
 
-    def form(self, linear: Tensor, products: Tensor) -> tuple[np.ndarray, ...]:
-        """Return what weights of components and products are: constant, direct, hidden units and their power."""
-        size = len(products)
-        constant, direct = -(products.T @ self.expected[:size]).numpy(), self.axes[:, : len(linear)] @ linear
+    def solved(self, train: ExpressionDataset, mixture: Mixture, ratio: float, here: list[int]) -> tuple[Any, ...]:
+        """Return constant (out), direct (out x gene), hidden (hid x gene) and power (out x hid) of some outputs.
+
+        Classes of stored cells are linear in as many leading components as 512 MB hold.
+        """
+        if train.y.ndim == 1:
+            features = self.features(mixture, self.scores(train.x, self.held))
+            y, counts = targets_of(train, len(self.target)).to(features.scores), torch.as_tensor(self.counts)
+            how = {"tol": TOLERANCE[self.to["dtype"]]}
+            if len(y) > CHOOSING[1]:  # a part of the cells says where to start
+                rows = some(len(y), CHOOSING[1])
+                few = _Features(features.scores[rows], features.scale, features.expected)
+                few = torch.cat([block for _, block in few.blocks()])
+                how["start"] = softmax(None, y[rows], ratio, counts[rows], features=few, **how)
+            fit = softmax(None, y, ratio, counts, features=features, gram=self.gram(features), **how)
+            linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([self.held])
+            constant = fit.constant.double()
+        else:
+            linear, products = (part[:, here] for part in self.ridge(mixture, ratio))
+            constant = self.target[here]
+        size, rank = len(products), int((2 * len(products)) ** 0.5)
+        constant = (constant - products.T @ self.expected[:size]).numpy()
+        direct = (self.axes[:, : len(linear)] @ linear).T.numpy()
         if not size:
-            return constant, direct.T.numpy(), np.zeros((0, len(self.mean))), np.zeros((products.shape[1], 0))
-        rank = int((2 * size) ** 0.5)
+            return constant, direct, np.zeros((0, len(self.mean))), np.zeros((len(constant), 0))
         j, i = torch.tril_indices(rank, rank)
-        matrices = torch.zeros(products.shape[1], rank, rank, dtype=torch.float64)
+        matrices = torch.zeros(len(constant), rank, rank, dtype=torch.float64)
         matrices[:, i, j] = matrices[:, j, i] = torch.where(i == j, products.T, products.T / 2**0.5)
-        return constant, direct.T.numpy(), *squares_of(matrices, self.axes[:, :rank].T)
+        return constant, direct, *squares_of(matrices, self.axes[:, :rank].T)
 
 
 def _handed_out(each: Iterable[tuple[Any, ...]]) -> Iterator[list[np.ndarray]]:
@@ -250,18 +244,18 @@ class SumSearch(Search):
     def __init__(
         self, known: Moments, train: ExpressionDataset, val: ExpressionDataset, class_weight: str | None
     ) -> None:
-        self.known, self.folds, self.n_outputs, self.classes = known, [], len(train.output_names), train.y.ndim == 1
-        self.y, x = targets_of(val, self.n_outputs), match_genes(val, train.gene_names)
-        if self.classes:
+        self.known, self.n_outputs, self.classes, self._last = known, len(train.output_names), train.y.ndim == 1, [None]
+        y, x, of_val = None, match_genes(val, train.gene_names), torch.ones(len(val), 1)
+        if self.classes:  # those of a part of the training cells choose
             rows = some(len(train), CHOOSING[1])
-            self.counts = torch.as_tensor(known.counts[rows])
+            y, self.counts = targets_of(train, self.n_outputs)[rows], torch.as_tensor(known.counts[rows])
             self.scores = [known.scores(one, known.held).float() for one in (take(train.x, rows), x)]
             of_val = torch.as_tensor(counts_of(val, train, class_weight))[:, None]
-            self._last, self._scale = [None], torch.empty(0)
-            self.folds = [(self, targets_of(train, self.n_outputs)[rows], self.y, None, of_val)]
+            self._scale = torch.empty(0)
         else:
             scores = known.scores(x, len(known.values)).double()
-            self.cells = scores, products_of(scores[:, : known.rank]) - known.expected
+            self.scores = [scores, products_of(scores[:, : known.rank]) - known.expected]
+        self.folds = [(self, y, targets_of(val, self.n_outputs), known.variance.clamp_min(1e-30), of_val)]
 
     def _start(self, scale: Tensor) -> None:
         """Turn the last fit to features of another scale, and to more of them."""
@@ -279,16 +273,15 @@ class SumSearch(Search):
     def losses(self, mixture: Mixture, ratio: float) -> np.ndarray:
         """Return the loss on every validation cell (cell x out, or one column for classes)."""
         if mixture.rank > max(self.known.rank, Mixture().rank):
-            return np.full((len(self.y), 1 if self.classes else self.n_outputs), np.inf)
+            return np.full((len(self.folds[0][2]), 1 if self.classes else self.n_outputs), np.inf)
+        return super().losses(mixture, ratio)
+
+    def _outputs(self, i: int, known: Any, y: Tensor | None, mixture: Mixture, ratio: float) -> Tensor:
         if self.classes:
             self._start(self.known.features(mixture, self.scores[0]).scale)
-            return super().losses(mixture, ratio)
-        try:
-            linear, products = self.known.ridge(mixture, ratio)
-        except torch.linalg.LinAlgError:  # next to no penalty, and genes that are copies of each other
-            return np.full(self.y.shape, np.inf)
-        outputs = self.cells[0] @ linear + self.cells[1][:, : len(products)] @ products + self.known.target
-        return ((outputs - self.y) ** 2 / self.known.variance.clamp_min(1e-30)).numpy()
+            return super()._outputs(i, known, y, mixture, ratio)
+        linear, products = self.known.ridge(mixture, ratio)
+        return self.scores[0] @ linear + self.scores[1][:, : len(products)] @ products + self.known.target
 
 
 def part_of(dataset: ExpressionDataset, rows: np.ndarray) -> ExpressionDataset:
@@ -307,7 +300,7 @@ def search(
     class_weight: str | None = None,
     device: str | torch.device = "cpu",
 ) -> tuple[list[Trial], Moments | None, np.ndarray | None]:
-    """Return the best models of each form, as :func:`scbmlp.nested.search` does, sums and groups of cells that chose.
+    """Return the best models of each form, as ``nested.search`` does, the sums, and the groups of cells that chose.
 
     Of few validation cells, a tenth of the training cells at most choose: they are in no sums, and none are returned.
     """
@@ -318,61 +311,8 @@ def search(
     else:
         rows = some(len(val), CHOOSING[0])
         val, groups = val.load(rows), None if groups is None else groups[rows]
-    counts = None if class_weight is None else counts_of(fitted, train, class_weight)
-    known = Moments(fitted, counts, device=device)
+    known = Moments(fitted, counts_of(fitted, train, class_weight), device=device)
     trials = SumSearch(known, fitted, val, class_weight).nested(FORMS, must)
     if train.y.ndim == 1 and known.held < len(known.values):
         trials = [replace(one, form=f"{one.form}, by {known.held} leading components") for one in trials]
     return trials, None if few else known, groups
-
-
-def solution(
-    train: ExpressionDataset,
-    mixtures: Sequence[Mixture],
-    ratios: Sequence[float],
-    *,
-    counts: np.ndarray | None = None,
-    device: str | torch.device = "cpu",
-    known: Moments | None = None,
-) -> Solution:
-    """Solve a model whose mixture and penalty are known from sums over cells, as :func:`scbmlp.exact.solution` does.
-
-    Classes of stored cells are linear in as many leading components as 512 MB hold.
-
-    Parameters
-    ----------
-    train, mixtures, ratios, counts, device
-        As for :func:`scbmlp.exact.solution`.
-    known
-        Sums over the cells, if they are there already.
-
-    Examples
-    --------
-    >>> found = moments.solution(train, [exact.Mixture()], [1e-3])
-    >>> found.direct.shape, found.hidden.shape
-    ((2, 40), (1, 40))
-    """
-    known = Moments(train, counts, device=device) if known is None else known
-    n_outputs, n_genes = len(train.output_names), len(train.gene_names)
-    constant, direct = known.target.clone().numpy(), np.zeros((n_outputs, n_genes))
-    parts = []
-    for mixture, ratio, here in alike(mixtures, ratios, n_outputs):
-        if train.y.ndim == 1:
-            features = known.features(mixture, known.scores(train.x, known.held))
-            y, of_cells = targets_of(train, n_outputs).to(features.scores), torch.as_tensor(known.counts)
-            how = {"tol": TOLERANCE[known.to["dtype"]]}
-            if len(y) > CHOOSING[1]:  # a part of the cells says where to start
-                rows = some(len(y), CHOOSING[1])
-                few = _Features(features.scores[rows], features.scale, features.expected)
-                few = torch.cat([block for _, block in few.blocks()])
-                how["start"] = softmax(None, y[rows], ratio, of_cells[rows], features=few, **how)
-            fit = softmax(None, y, ratio, of_cells, features=features, gram=known.gram(features), **how)
-            linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([known.held])
-            constant = fit.constant.double().numpy()
-        else:
-            linear, products = (part[:, here] for part in known.ridge(mixture, ratio))
-        less, direct[here], units, powers = known.form(linear, products)
-        constant[here] += less
-        if len(units):
-            parts.append((here, units, powers))
-    return Solution(known.mean.numpy(), constant, direct, *together(n_outputs, n_genes, parts))

@@ -26,14 +26,9 @@ WEIGHTS = {"components": 5.0, "products": 1.0, "presence": 0.3, "squares": 0.3, 
 
 @dataclass(frozen=True)
 class Trial:
-    """The best models of one form, an output each, or one for all classes.
+    """The best models of one form: mixture and penalty of every output, one for all classes.
 
-    Parameters
-    ----------
-    form, mixtures, ratios
-        What the model may use; mixture and penalty of every output, one for all classes.
-    losses
-        Loss on every cell that chose (cell x out): in nats, or squared error in units of the target's variance.
+    The losses are of every cell that chose (cell x out): in nats, or squared error in units of the target's variance.
     """
 
     form: str
@@ -59,20 +54,9 @@ Fold = tuple[ExpressionDataset, ExpressionDataset]
 
 
 class Search:
-    """Fits of nested models, compared on cells that they were not fitted to.
+    """Fits of nested models, compared on cells that they were not fitted to: for each fold those to fit, and others.
 
-    Parameters
-    ----------
-    folds
-        For each fold the data set to fit, and the one to compare on.
-    class_weight, device, graded
-        As in :class:`scbmlp.models.Config`; `graded` takes squared error of the classes' indicators, which is quick.
-
-    Examples
-    --------
-    >>> compared = nested.Search([(train, validation)])
-    >>> compared.path("linear in genes", exact.Mixture()).losses.shape
-    (150, 1)
+    `graded` takes squared error of the classes' indicators, which is quick.
     """
 
     def __init__(
@@ -98,25 +82,29 @@ class Search:
         """Return the loss on every cell that was left out of a fit (cell x out, or one column for classes)."""
         found = []
         for i, (kernels, y, y_val, scale, counts) in enumerate(self.folds):
-            products, seen = kernels.leading_features(mixture) if self.classes else kernels.mixed(mixture)
-            known, start = y.to(products), self._last[i]
             try:
-                if self.classes:
-                    start = start if start is not None and len(start.cells) == products.shape[1] else None
-                    fit = softmax(None, known, ratio, kernels.counts, features=products, start=start, tol=2e-5)
-                    self._last[i] = fit
-                else:
-                    fit = ridge(products, known, ratio, kernels.counts)
+                outputs = self._outputs(i, kernels, y, mixture, ratio).double().cpu()
             except torch.linalg.LinAlgError:  # next to no penalty, and cells that are copies of each other
-                n_cells = sum(len(fold[2]) for fold in self.folds)
-                return np.full((n_cells, 1 if self.classes else self.n_outputs), np.inf)
-            outputs = fit.outputs(seen).double().cpu()
+                outputs = torch.full(y_val.shape, np.nan, dtype=torch.float64)
             if self.classes:
                 loss = -(y_val * torch.log_softmax(outputs, dim=1)).sum(dim=1, keepdim=True)
             else:
                 loss = (outputs - y_val) ** 2 / scale
             found.append((loss * counts).numpy())
-        return np.vstack(found)
+        losses = np.vstack(found)
+        return np.full_like(losses, np.inf) if np.isnan(losses).any() else losses
+
+    def _outputs(self, i: int, known: Any, y: torch.Tensor, mixture: Mixture, ratio: float) -> torch.Tensor:
+        """Return the outputs of the cells that a fold compares on (cell x out); classes start at their last fit."""
+        if not self.classes:
+            products, seen = known.mixed(mixture)
+            return ridge(products, y.to(products), ratio, known.counts).outputs(seen)
+        features, seen = known.leading_features(mixture)
+        start = self._last[i]
+        start = start if start is not None and len(start.cells) == features.shape[1] else None
+        fit = softmax(None, y.to(features), ratio, known.counts, features=features, start=start, tol=2e-5)
+        self._last[i] = fit
+        return fit.outputs(seen)
 
     def path(self, form: str, mixture: Mixture, start: float = START) -> Trial:
         """Return the best penalties of a mixture, whose grid grows until the best of every output lies within."""
@@ -213,24 +201,9 @@ def folds_of(train: ExpressionDataset, val: ExpressionDataset | None) -> list[Fo
 
 
 def choose(trials: Sequence[Trial], groups: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return for each output the first trial that is behind the best by at most a standard error.
+    """Return for each output the first trial that is behind the best by at most a standard error, over cells or groups.
 
-    Parameters
-    ----------
-    trials, groups
-        Trials of the same cells, from the simplest on; and group of each cell, over which the error is then taken.
-
-    Returns
-    -------
-    The first such trial (out), how far each is behind, and the standard error of that (trial x out).
-
-    Examples
-    --------
-    >>> rng = np.random.default_rng(0)
-    >>> losses = np.sort(rng.exponential(size=(2, 100, 1)), axis=0)[::-1]
-    >>> trials = [nested.Trial("", (), (), one) for one in losses]
-    >>> nested.choose(trials)[0]
-    array([1])
+    Beside it (out), how far each trial is behind, and the standard error of that (trial x out).
     """
     losses = np.stack([trial.losses for trial in trials])
     if groups is not None:
@@ -262,20 +235,7 @@ def search(
 ) -> tuple[list[Trial], Trial]:
     """Return the best models of each form, from the simplest on, and a rival whose features are no products.
 
-    Parameters
-    ----------
-    train, val
-        Cells to fit, and cells that choose; folds of all cells choose, if `val` are fewer than 300 without `groups`.
-    must, groups
-        Form whose block is there even if it does not help; donor or batch of every validation cell.
-    class_weight, device, progress
-        As in :func:`scbmlp.models.solve`.
-
-    Examples
-    --------
-    >>> trials, rival = nested.search(train, validation)
-    >>> trials[2].loss < 0.5 < trials[1].loss
-    True
+    The block of the form `must` is there even if it does not help.
     """
     few = val is None or (len(val) < SMALL and groups is None)
     compared = Search(folds_of(train, val) if few else [(train, val)], class_weight, device)

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
-from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
 from scbmlp import exact, moments, nested
-from scbmlp.baselines import class_counts, linear_baseline
+from scbmlp.baselines import class_counts
 from scbmlp.checks import nearest, whole_number
 from scbmlp.datasets import ExpressionDataset, check_dataset, held
 from scbmlp.display import watched
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, statistics
 from scbmlp.training import kind_of
 
-# Weight decay, dropout rate and weight decay of the linear part that `tune` tries, from strong to weak.
 SHARES = np.geomspace(0.5, 0.06, 11)  # thresholds of measured pairs, as shares of the largest eigenvalue
-SETTINGS = [(3e-2, 0.4, 0.03), (1e-2, 0.4, 0.1), (3e-3, 0.2, 0.1)]
 
 
 def solve(
@@ -41,18 +37,16 @@ def solve(
 ) -> ScBMLPClassifier | ScBMLPRegressor:
     """Solve the second-order model y = c + w'd + d'Qd, with d = x - training mean, by convex fits and without a seed.
 
-    Products are of principal components or of genes. Linear weights of genes, of components and of products are each
-    penalised by their own. Validation cells choose space, rank and penalties, for every target by itself. Returned is
-    the simplest form that is behind the best by no more than the standard error of their difference. The forms are
-    linear in genes, linear in genes and components, products of components, and products of genes.
-
-    More than 5,000 training cells, in memory or on disk, are solved from sums over cells (:mod:`scbmlp.moments`). Only
-    products of components are tried then, and there is no rival. A dask client that is active shares the sums out.
+    Products are of principal components or of genes. Validation cells choose space, rank and penalties, for every
+    target by itself. Returned is the simplest form that is behind the best by no more than the standard error of their
+    difference. The forms are linear in genes, linear in genes and components, products of components, and products of
+    genes. More than 5,000 training cells are solved from sums over cells (:mod:`scbmlp.moments`), with products of
+    components alone and without a rival.
 
     Parameters
     ----------
-    ModelClass
-        ``ScBMLPClassifier`` or ``ScBMLPRegressor``.
+    ModelClass, options
+        ``ScBMLPClassifier`` or ``ScBMLPRegressor``, and what it takes; solved is the squared error whatever `loss_fn`.
     train, val
         Cells to fit, and cells that choose; below 300 of the latter, folds of all cells or a part of `train` choose.
     form
@@ -63,8 +57,6 @@ def solve(
         As in :class:`Config`.
     progress
         Show how many forms are done and the time left, in a terminal or a notebook.
-    options
-        Handed to `ModelClass`, such as ``loss_fn``; solved is the squared error, whatever it is.
 
     Returns
     -------
@@ -77,8 +69,6 @@ def solve(
     >>> solved = models.solve(ScBMLPClassifier, train, validation)
     >>> round(solved.score(test), 2)
     1.0
-    >>> solved.trials.loc[solved.trials["chosen"] > 0, "form"].tolist()
-    ['products of components']
     """
     check_dataset(train, "train")
     if val is not None:
@@ -94,22 +84,20 @@ def solve(
         raise ValueError(f"form={form!r} is unknown; choose one of {', '.join(names)}, or None{nearest(form, names)}.")
     groups, kind = _groups(groups, val), kind_of(device)
     how = {"must": form, "groups": groups, "class_weight": class_weight, "device": kind}
-    counts = None if class_weight is None else exact.counts_of(train, train, class_weight)
+    cells, known, rivals = train if large else held(train), None, []
+    counts = exact.counts_of(cells, train, class_weight)
     if large:
-        cells, rivals = train, []
         trials, known, groups = moments.search(train, val, **how)
         if known is None:  # cells that chose are in no sums yet
             known = moments.Moments(train, counts, device=kind)
-        solution = partial(moments.solution, known=known)
     else:
-        cells, known, solution = held(train), None, exact.solution
         trials, *rivals = nested.search(cells, None if val is None else held(val), **how, progress=progress)
     best, _, _ = nested.choose(trials, groups)
     if form is not None:
         best = np.full_like(best, names.index(form))
     recipe = [(trials[i].mixtures[k], trials[i].ratios[k]) for k, i in enumerate(best)]
-    found = solution(cells, *zip(*recipe, strict=True), counts=counts, device=kind)
-    model = _solved(ModelClass, cfg, found, train, known if counts is None else None, **options)
+    found = exact.solution(cells, *zip(*recipe, strict=True), counts=counts, device=kind, known=known)
+    model = _solved(ModelClass, cfg, found, train, known if class_weight is None else None, **options)
     model.recipe, rows = recipe, []
     _, behind, error = nested.choose([*trials, *rivals], groups)
     for i, trial in enumerate([*trials, *rivals]):
@@ -135,22 +123,14 @@ def solve_replicas(
 
     Parameters
     ----------
-    model
-        What :func:`solve` returned.
-    train
-        Its training cells.
-    n_replicas
-        Number of models, two at least.
+    model, train
+        What :func:`solve` returned, and its training cells, whose ``statistics`` the replicas have.
+    n_replicas, seed
+        Number of models, two at least, and seed of the draw.
     resample
         Draw as many cells as there are, with replacement, or halves; every two halves in a row share no cell.
-    seed
-        Of the draw.
     progress
         Show how many are done and the time left, in a terminal or a notebook.
-
-    Returns
-    -------
-    The models. Their ``statistics`` are of all training cells, so that they can be compared.
 
     Examples
     --------
@@ -183,10 +163,11 @@ def solve_again(
 ) -> ScBMLPClassifier | ScBMLPRegressor:
     """Solve a model on some cells, each so often (cell), by its recipe; statistics and outputs are those of `train`."""
     counts, cfg = counts.astype(float), replace(model.cfg, d_output=len(train.output_names))
-    if cfg.class_weight is not None:
+    if part.y.ndim == 1:
         counts *= class_counts(cfg.class_weight, part.y.numpy(), cfg.d_output, counts)[part.y.numpy()]
-    solution = moments.solution if len(train) > moments.LARGE else exact.solution
-    found = solution(part, *zip(*model.recipe, strict=True), counts=counts, device=kind_of(cfg.device))
+    kind = kind_of(cfg.device)
+    known = moments.Moments(part, counts, device=kind) if len(train) > moments.LARGE else None
+    found = exact.solution(part, *zip(*model.recipe, strict=True), counts=counts, device=kind, known=known)
     again = _solved(type(model), cfg, found, train, **model._options)
     again.recipe = model.recipe
     return again
@@ -205,10 +186,8 @@ def solve_pairs(
     ----------
     ModelClass, options
         ``ScBMLPRegressor``, and what is handed to it.
-    train
-        A row a pair, with 1 for its two genes and 0 for all others; one target.
-    n_folds
-        Number of folds.
+    train, n_folds
+        A row a pair, with 1 for its two genes, 0 for all others and one target; and the number of folds.
 
     Returns
     -------
@@ -319,75 +298,4 @@ def _solved(
     return model
 
 
-def tune(
-    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
-    train: ExpressionDataset,
-    val: ExpressionDataset,
-    *,
-    groups: Any = None,
-    trained: bool = False,
-    n_epochs: int | None = None,
-    device: str = "auto",
-    class_weight: Literal["balanced"] | None = None,
-    progress: bool = True,
-    config: dict[str, Any] | None = None,
-    **options: Any,
-) -> ScBMLPClassifier | ScBMLPRegressor:
-    """Solve the second-order model, and if asked train networks beside it; return the best on validation cells.
-
-    If `trained`, both forms of the network are fitted with three penalties each. Returned is the simplest that is
-    behind the best by no more than the standard error of their difference; the solved model is the simplest.
-    Scores on the validation cells flatter, so keep test cells apart.
-
-    Parameters
-    ----------
-    ModelClass, train, val, groups, device, class_weight, progress, options
-        As in :func:`solve`.
-    trained
-        Whether to train networks, too.
-    n_epochs
-        Epochs of a network; if None 40, or up to 200 for 1,500 steps.
-    config
-        More fields of :class:`Config` for the networks, such as ``{"lr": 1e-4}``.
-
-    Examples
-    --------
-    >>> tuned = models.tune(ScBMLPClassifier, train, validation)
-    >>> tuned.trials.loc[tuned.trials["chosen"] > 0, "form"].tolist()
-    ['products of components']
-    """
-    check_dataset(val, "val")
-    shared = {"device": device, "class_weight": class_weight}
-    solved = solve(ModelClass, train, val, groups=groups, progress=progress, **shared, **options)
-    if not trained:
-        return solved
-    shared |= {"d_input": len(train.gene_names), "d_hidden": 128, "d_output": len(train.output_names), "batch_size": 64}
-    shared |= config or {}
-    epochs = n_epochs or int(np.clip(np.ceil(1500 * shared["batch_size"] / len(train)), 40, 200))
-    baseline = linear_baseline(train, val, class_weight=class_weight)
-    models = [solved]
-    settings = [(linear, *one) for linear in (True, False) for one in SETTINGS]
-    for linear, a, b, c in tqdm(settings, "tune", delay=2, disable=not (progress and watched())):
-        how = {"linear": linear, "weight_decay": a, "dropout_rate": b, "weight_decay_linear": c}
-        models.append(ModelClass(Config(**shared, n_epochs=epochs, patience=epochs, **how), **options))
-        models[-1].fit(train, val, baseline=baseline, enable_progress_bar=False)
-    counts = exact.counts_of(val, train, class_weight)
-    compared = [nested.Trial("", (), (), _cell_losses(model.outputs(val), val.y.numpy(), counts)) for model in models]
-    (best,), behind, error = nested.choose(compared, _groups(groups, val))
-    forms = [f"network, {'linear' if model.cfg.linear else 'plain'} form" for model in models[1:]]
-    rows = pd.DataFrame({"form": forms, "weight_decay": [model.cfg.weight_decay for model in models[1:]]})
-    rows["val_loss"] = [one.loss for one in compared[1:]]
-    rows = rows.assign(behind=behind[1:, 0], standard_error=error[1:, 0], chosen=0)
-    trials = pd.concat([solved.trials, rows], ignore_index=True)
-    if best > 0:
-        trials["chosen"] = 0
-        trials.loc[len(solved.trials) + best - 1, "chosen"] = len(train.output_names)
-    models[best].trials = trials
-    return models[best]
-
-
-def _cell_losses(outputs: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Return the loss of every cell (cell x 1): cross-entropy, or the mean squared error in variances of targets."""
-    if y.ndim == 1:
-        return (-log_softmax(outputs.astype(float), axis=1)[np.arange(len(y)), y] * counts)[:, None]
-    return ((outputs - y) ** 2 / y.var(axis=0)).mean(axis=1, keepdims=True)
+tune = solve  # the name of those who look for a search over settings

@@ -27,14 +27,11 @@ from torch import Tensor
 
 import scbmlp
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write_file(path: Path, known: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write what is known of an object as JSON, its ``class`` in it, and tensors by name, to one safetensors file.
-
-    The file is written under another name and renamed: one that was there is whole until then.
-    """
+    """Write what is known of an object, its ``class`` in it, and tensors to one file, whole or not at all."""
     versions = {module.__name__: module.__version__ for module in (scbmlp, torch, np, lightning)}
     known = {"format": FORMAT, **known, "versions": versions}
     stored = {"scbmlp": json.dumps(known, default=lambda value: value.item())}
@@ -58,36 +55,26 @@ def _digest(text: str, tensors: dict[str, Tensor]) -> str:
 
 
 def read_file(path: Path, kind: str, what: str = "model") -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return what a file says of an object of class `kind`, and its tensors; no code is run from the file.
-
-    What is wrong with the file is told here, and the object is called `what`.
-    """
-    foreign = ValueError(f"{path.name} holds no scbmlp {what}; give a file that save has written.")
-    damaged = ValueError(f"{path.name} is damaged: save the {what} again, or take another copy.")
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:] != b"{":  # after the length of its header
-        raise foreign
-    known = None
+    """Return what a file says of an object of class `kind`, here called `what`, and its tensors; no code is run."""
+    path.stat()  # that there is no file is said in Python's words
     try:
         with safe_open(path, "pt") as file:
-            stored = file.metadata() or {}
+            stored = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if "scbmlp" in stored:
-            known = json.loads(stored["scbmlp"])
-            of_class, newer = known["class"], known["format"] > FORMAT
-            whole = newer or stored["sha256"] == _digest(stored["scbmlp"], tensors)
+        known = json.loads(stored["scbmlp"])
+        of_class, version, written = known["class"], known["format"], known["versions"]["scbmlp"]
+        if stored["sha256"] != _digest(stored["scbmlp"], tensors):
+            raise ValueError("another checksum")
     except Exception as error:  # safetensors has an error of its own, made in Rust
-        raise damaged from error
-    if known is None:
-        raise foreign
-    if newer:
         raise ValueError(
-            f"{path.name} was written by scbmlp {known.get('versions', {}).get('scbmlp')}, in format "
-            f"{known['format']}; this version reads up to {FORMAT}: update scbmlp."
+            f"{path.name} is damaged: save the {what} again, or take another copy. If it never was an scbmlp {what}, "
+            f"give a file that save has written."
+        ) from error
+    if version != FORMAT:
+        raise ValueError(
+            f"{path.name} was written by scbmlp {written}, in format {version}; this version reads format {FORMAT}: "
+            f"take that version, or fit and save the {what} anew."
         )
-    if not whole:
-        raise damaged
     if of_class != kind:
         raise ValueError(f"{path.name} holds {of_class}, not {kind}; load it by {of_class}.load.")
     return known, tensors

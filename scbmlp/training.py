@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-import pickle
 import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,60 +41,71 @@ class Training(lightning.LightningModule):
         self, model: Any, train: ExpressionDataset, val: ExpressionDataset | None, baseline: LinearModel | None
     ) -> None:
         super().__init__()
-        cfg, y = model.cfg, train.y.numpy()
-        self.model, self.row, self.best = model, {}, None
+        cfg = model.cfg
+        self.model, self.row, self.best, self.units = model, {}, None, None
         self.order = torch.Generator().manual_seed(cfg.seed)  # of the cells; a checkpoint keeps its state
         self.drawn: list[dict[str, Tensor]] = []
         self.seen: dict[str, list[tuple[Tensor, ...]]] = {"train": [], "val": []}
-        self.loaders = [loader(train, cfg.batch_size, self.order)]
-        if val is not None:
-            self.loaders.append(loader(val, max(cfg.batch_size, 1024)))
         with seeded(cfg.seed):
             for layer in filter(None, (model.branches, model.project, model.direct)):
                 layer.reset_parameters()
         model.train()
-        model._rows, model._baseline, model.statistics, model.trials, model.recipe = [], None, None, None, None
+        model._forget()
         model._adopt(train)
-        shift, scale, units = 0.0, np.ones(1), cfg.linear and y.ndim == 2
-        if units:  # the model learns in standard deviations
-            y = y.astype(np.float64)
-            shift, scale = y.mean(axis=0), np.where(np.ptp(y, axis=0) > 0, y.std(axis=0), 1.0)
-        for name, values in {"mean": shift, "scale": scale}.items():
-            values = torch.as_tensor(values, dtype=torch.float32) if units else None
-            self.register_buffer(name, values, persistent=False)
+        outputs = None if baseline is None else self._keep_row_of(baseline, train, val)
         if cfg.linear:
+            self._start_linear(train, val, baseline, outputs)
+        self.loaders = [loader(self._in_units(train), cfg.batch_size, self.order)]
+        if val is not None:
+            self.loaders.append(loader(self._in_units(val), max(cfg.batch_size, 1024)))
+
+    def _keep_row_of(
+        self, baseline: LinearModel, train: ExpressionDataset, val: ExpressionDataset | None
+    ) -> np.ndarray | None:
+        """Make the linear baseline the first row of the history, and return its outputs of the validation cells."""
+        self.model._baseline, outputs = {}, None
+        for stage, part in {"train": train, "val": val}.items():
+            if part is not None:
+                outputs = baseline.outputs(part)
+                loss = self.model.loss(torch.as_tensor(outputs, dtype=torch.float32), part.y)
+                self.model._baseline |= self._row(stage, loss, outputs, part.y.numpy())
+        return outputs
+
+    def _start_linear(
+        self, train: ExpressionDataset, val: ExpressionDataset | None, baseline: LinearModel | None, outputs: Any
+    ) -> None:
+        """Start the linear part at the baseline, or at 0, and keep it as the best epoch so far.
+
+        Targets are learnt in standard deviations; classes are as they are.
+        """
+        model, shift, scale = self.model, 0.0, np.ones(1)
+        if not model._classes:
+            y = train.y.numpy().astype(np.float64)
+            shift, scale = y.mean(axis=0), np.where(np.ptp(y, axis=0) > 0, y.std(axis=0), 1.0)
+            self.units = [torch.as_tensor(one, dtype=torch.float32) for one in (shift, scale)]
+        with torch.no_grad():
             model.center.copy_(torch.as_tensor(mean(train.x)))
             nn.init.zeros_(model.direct.weight)
             nn.init.zeros_(model.project.bias)
-        sets = {"train": train} if val is None else {"train": train, "val": val}
-        start = None if baseline is None else self._start_at(baseline, sets, shift, scale)
-        if val is None or not (cfg.linear or cfg.patience is not None):
-            return
-        weights = self._weights()
-        if not cfg.linear:
-            outputs = model.outputs(val)
-        else:  # the linear part alone
-            weights["project.weight"].zero_()
-            outputs = np.zeros((len(val), cfg.d_output)) if start is None else (start - shift) / scale
-        target = torch.as_tensor((val.y.numpy() - shift) / scale) if units else val.y
-        self.best = {"loss": float(model.loss(torch.as_tensor(outputs), target)), "epoch": 0, "weights": weights}
-
-    def _start_at(
-        self, baseline: LinearModel, sets: dict[str, ExpressionDataset], shift: Any, scale: np.ndarray
-    ) -> np.ndarray:
-        """Put a linear baseline into history and linear part, and return its outputs of the last set."""
-        model = self.model
-        model._baseline = {}
-        for stage, part in sets.items():
-            outputs = baseline.outputs(part)
-            loss = model.loss(torch.as_tensor(outputs, dtype=torch.float32), part.y)
-            model._baseline |= self._row(stage, loss, outputs, part.y.numpy())
-        if model.cfg.linear:
-            at_center = baseline.constant + baseline.weight @ model.origin
-            with torch.no_grad():
+            if baseline is not None:
+                at_center = baseline.constant + baseline.weight @ model.origin
                 model.direct.weight.copy_(torch.as_tensor(baseline.weight / scale[:, None]))
                 model.project.bias.copy_(torch.as_tensor((at_center - shift) / scale))
-        return outputs
+        if val is not None:
+            weights = self._weights()
+            weights["project.weight"].zero_()  # the linear part alone
+            outputs = np.zeros((len(val), model.cfg.d_output)) if outputs is None else (outputs - shift) / scale
+            target = val.y if model._classes else torch.as_tensor((val.y.numpy() - shift) / scale)
+            self.best = {"loss": float(model.loss(torch.as_tensor(outputs), target)), "epoch": 0, "weights": weights}
+
+    def _in_units(self, cells: ExpressionDataset) -> ExpressionDataset:
+        """Return the cells with targets in standard deviations from the mean, if the model learns those."""
+        if self.units is None:
+            return cells
+        mean, scale = self.units
+        cells = copy(cells)
+        cells.y = (cells.y - mean) / scale
+        return cells
 
     def run(self, ckpt_path: str | Path | None, options: dict[str, Any]) -> None:
         """Fit by a trainer with these options, and give the model its best weights, whatever happens."""
@@ -122,8 +133,6 @@ class Training(lightning.LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         """Return the loss of a batch, and keep what the row of the epoch is made of."""
         x, y = batch
-        if self.scale is not None:
-            y = (y - self.mean) / self.scale
         outputs = self.model(x).float()  # losses are of full precision, whatever the products are
         # A process may have no cell of the last batch, and still has to take part in the step.
         loss = self.model.loss(outputs, y) if len(y) else outputs.sum()
@@ -177,9 +186,6 @@ class Training(lightning.LightningModule):
         # An epoch may have no validation, or several, of which its row has the last.
         self.model._rows.append(row | self.row)
         self.row = {}
-        epoch, patience = len(self.model._rows), self.model.cfg.patience
-        if self.best and patience is not None and epoch - self.best["epoch"] >= patience:
-            self.trainer.should_stop = True
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: value.clone() for name, value in self.model.state_dict().items()}
@@ -199,8 +205,8 @@ class Training(lightning.LightningModule):
         losses, counts, outputs, targets = zip(*_of_all(own), strict=True)
         loss, outputs, targets = float(sum(losses) / sum(counts)), torch.cat(outputs), torch.cat(targets)
         shown = loss
-        if self.scale is not None:
-            mean, scale = self.mean.cpu(), self.scale.cpu()
+        if self.units is not None:
+            mean, scale = self.units
             shown = self.model.loss(outputs * scale + mean, targets * scale + mean)
         return self._row(stage, shown, outputs.numpy(), targets.numpy()), loss
 
@@ -211,8 +217,8 @@ class Training(lightning.LightningModule):
         with torch.no_grad():
             if self.best is not None:
                 model.load_state_dict(self.best["weights"])
-            if self.scale is not None:
-                mean, scale = self.mean.cpu(), self.scale.cpu()
+            if self.units is not None:
+                mean, scale = self.units
                 for layer in (model.project, model.direct):
                     layer.weight.mul_(scale[:, None])
                 model.project.bias.mul_(scale).add_(mean)
@@ -229,11 +235,6 @@ def check_sets(model: Any, train: ExpressionDataset, val: ExpressionDataset | No
             raise ValueError(
                 "val does not have the genes and outputs of train, in its order; cut both from one AnnData."
             )
-    elif model.cfg.patience is not None:
-        raise ValueError(
-            f"Config(patience={model.cfg.patience}) needs validation cells to tell the best epoch by; pass val= to "
-            f"fit, or patience=None to keep the last."
-        )
     elif model.cfg.linear and baseline is True:
         warn(
             "fit has no validation cells: the linear part starts at 0 and not at the linear baseline, whose penalty "
@@ -285,7 +286,7 @@ def compare(model: Any, val: ExpressionDataset) -> None:
 def _newest_checkpoint(folder: Path) -> Path | None:
     """Return the newest checkpoint that is whole; a process may have been killed while it wrote one."""
     for path in sorted(folder.rglob("*.ckpt"), key=lambda path: path.stat().st_mtime, reverse=True):
-        with suppress(pickle.UnpicklingError, EOFError, RuntimeError, OSError):
+        with suppress(Exception):  # whatever the unpickling of a half file raises
             torch.load(path, map_location="cpu", weights_only=True)
             return path
     return None

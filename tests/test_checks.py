@@ -180,7 +180,6 @@ VALUES = [
     (fit, ValueError, {"precision": ["bf16-true"], "devices": [2], "max_epochs": [3]}),
     (lambda a, w, **bad: linear_baseline(*w.graded[:2], **bad), ValueError, {"class_weight": ["balanced"]}),
     (lambda a, w, **bad: ScBMLPRegressor(config(), **bad), ValueError, {"loss_fn": ["log"]}),
-    (lambda a, w, **bad: w.classifier.outputs(a, **bad), ValueError, {"batch_size": [0]}),
 ]  # fmt: skip
 FIELDS = {
     "d_hidden": ["8", True], "seed": [-1], "lr": [np.nan], "dropout_rate": [1], "weight_decay_linear": [-1],
@@ -311,7 +310,6 @@ BAD = {
     # training
     "no argument": (lambda a, w: fit(a, w, calbacks=[]), ValueError, "did you mean callbacks"),
     "classes of a regressor balanced": (lambda a, w: ScBMLPRegressor(config(class_weight="balanced")), ValueError, "Config(class_weight='balanced')"),
-    "patience without validation": (lambda a, w: ScBMLPClassifier(Config(G, 2, 3, patience=2)).fit(w.sets[0]), ValueError, "Config(patience=2)"),
     "data of another size": (lambda a, w: ScBMLPClassifier(Config(9, 2, 3)).fit(w.sets[0]), ValueError, "Config(d_input=9)"),
     "data card of others": (lambda a, w: sources.data_card(a), KeyError, "scbmlp_source"),
 }  # fmt: skip
@@ -464,7 +462,7 @@ def test_labels_of_every_type_are_learnt_saved_and_read_again(fitted, name, tmp_
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.float32, np.float64])
 def test_configurations_of_a_numpy_grid_are_plain(kind, tmp_path):
-    numbers = {"d_input": 4, "d_hidden": 2, "d_output": 2, "n_epochs": 1, "seed": 3, "patience": 2, "lr": 1.0}
+    numbers = {"d_input": 4, "d_hidden": 2, "d_output": 2, "n_epochs": 1, "seed": 3, "lr": 1.0}
     cfg = Config(**{name: kind(number) for name, number in numbers.items()}, linear=np.bool_(True))
     plain = Config(**numbers, linear=True)
     assert cfg == plain and all(type(value) is type(getattr(plain, name)) for name, value in vars(cfg).items())

@@ -8,7 +8,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression, Ridge
 
 from scbmlp.datasets import ExpressionDataset
-from scbmlp.exact import Kernels, Mixture, counts_of, ridge, softmax, solution, targets_of
+from scbmlp.exact import Kernels, Mixture, ridge, softmax, solution, targets_of
 
 RANK = 4
 EVERY = Mixture().plus("components", 3.0, rank=RANK).plus("products", 0.5)
@@ -68,6 +68,7 @@ def together(x, other, mixture, counts):
     + [("products", "genes"), ("products", "sd")],
 )
 def test_kernels_are_the_products_of_explicit_features(block, space, weighted):
+    """eq-kernels."""
     x, other = cells().x, cells(20, seed=1).x
     counts = np.random.default_rng(2).integers(1, 4, len(x)).astype(float) if weighted else np.ones(len(x))
     kernels = Kernels(sparse.csr_matrix(x), other, counts=counts if weighted else None)
@@ -79,6 +80,7 @@ def test_kernels_are_the_products_of_explicit_features(block, space, weighted):
 
 
 def test_ridge_is_that_of_scikit_learn():
+    """eq-ridge."""
     data, other = cells(), cells(20, seed=1)
     counts = np.random.default_rng(2).integers(0, 4, len(data)).astype(float)
     kernels = Kernels(data.x, other.x, counts=counts)
@@ -113,6 +115,7 @@ def test_softmax_is_the_logistic_regression_of_scikit_learn(n_classes):
 @pytest.mark.parametrize("space", ["components", "genes", "sd"])
 @pytest.mark.parametrize("n", [12, 60])  # of few cells Q is a sum over them, else one over eigenvectors
 def test_a_solution_has_the_outputs_of_its_fit(classes, space, n):
+    """eq-solved, eq-back."""
     data, other = cells(n, n_outputs=3, classes=classes), cells(20, seed=1)
     mixture = EVERY._replace(space=space)
     found = solution(data, [mixture], [0.05]) if classes else solution(data, [mixture] * 3, [0.05] * 3)
@@ -145,11 +148,3 @@ def test_a_cell_that_counts_twice_is_two_cells_in_any_order(classes):
     for name in ("mean", "constant", "direct"):
         np.testing.assert_allclose(getattr(weighted, name), getattr(repeated, name), atol=1e-4)
     np.testing.assert_allclose(outputs_of(weighted, data.x), outputs_of(repeated, data.x), atol=1e-4)
-
-
-def test_classes_count_alike_if_they_are_to():
-    data = cells(n_outputs=3, classes=True)
-    counts, sizes = counts_of(data, data, "balanced"), np.bincount(data.y)
-    np.testing.assert_allclose(np.bincount(data.y, counts), len(data) / 3)
-    np.testing.assert_allclose(counts, (len(data) / (3 * sizes))[data.y])
-    assert counts_of(data, data, None).tolist() == [1.0] * len(data)

@@ -4,7 +4,6 @@ import inspect
 import logging
 import multiprocessing
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -17,14 +16,12 @@ import lightning
 import numpy as np
 import pandas as pd
 import pytest
-import scanpy as sc
 import torch
 from anndata import AnnData
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from scipy import sparse
 from scipy.special import huber, softmax
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import balanced_accuracy_score, log_loss, r2_score, recall_score, roc_auc_score
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, r2_score, recall_score
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -33,9 +30,7 @@ from scbmlp import exact, training
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve, solve_replicas, statistics, tune
-from scbmlp.sources import glioblastoma
 
-REAL = os.environ.get("SCBMLP_DATA_DIR") or str(Path(__file__).parents[2] / "shared" / "data")
 QUIET = {"enable_progress_bar": False}
 ALONE = QUIET | {"baseline": False}
 SIZES = {"d_input": 300, "d_hidden": 8, "d_output": 8, "n_epochs": 3, "device": "cpu"}
@@ -56,7 +51,7 @@ def toy_model(**changes):
 def fitted_to_toy(**changes):
     model = toy_model(**changes)
     data = toy(model.cfg.d_input, model.cfg.d_output)
-    model.fit(data, data if model.cfg.patience else None, **ALONE)
+    model.fit(data, **ALONE)
     return model
 
 
@@ -127,27 +122,25 @@ def test_training_is_adam_along_a_cosine_on_the_cross_entropy(linear, class_weig
 
 
 def test_the_seed_alone_decides_the_weights():
-    changes = {"dropout_rate": 0.3, "linear": True}
-    torch.manual_seed(1)
-    first = fitted_to_toy(**changes)
-    torch.manual_seed(2)
-    again = fitted_to_toy(**changes)
+    changes, models = {"dropout_rate": 0.3, "linear": True}, []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        models.append(fitted_to_toy(**changes))
+    first, again = models
     assert_same_weights(first, again)
     history = again.history
     again.fit(toy(), **ALONE)  # from the start, not from where it was
     assert_same_weights(first, again)
     pd.testing.assert_frame_equal(again.history, history)
     assert not torch.equal(first.w_l, fitted_to_toy(**changes, seed=1).w_l)
-    assert_same_weights(toy_model(), toy_model())
 
 
 # Another value of each field, what it changes, and what it takes to be seen.
 FIELDS = {
     "d_input": (7, "shapes"), "d_hidden": (4, "shapes"), "d_output": (4, "shapes"), "bias": (True, "shapes"),
     "linear": (True, "shapes"), "class_weight": ("balanced", "shapes"), "n_epochs": (4, "epochs"),
-    "patience": (1, "epochs", {"lr": 5.0, "n_epochs": 20, "seed": 3}), "batch_size": (8, "weights"),
-    "lr": (0.01, "weights"), "dropout_rate": (0.5, "weights"), "weight_decay": (0.5, "weights"), "seed": (1, "weights"),
-    "weight_decay_linear": (0.5, "weights", {"linear": True}),
+    "batch_size": (8, "weights"), "lr": (0.01, "weights"), "dropout_rate": (0.5, "weights"),
+    "weight_decay": (0.5, "weights"), "seed": (1, "weights"), "weight_decay_linear": (0.5, "weights", {"linear": True}),
 }  # fmt: skip
 
 
@@ -164,13 +157,6 @@ def test_every_field_of_the_configuration_does_something(name):
     assert kind in different <= {kind, "weights"}
 
 
-def test_the_device_is_the_one_asked_for():
-    look, devices = lightning.Callback(), []
-    look.on_train_start = lambda trainer, module: devices.append(trainer.strategy.root_device)
-    toy_model().fit(toy(), callbacks=[look], **QUIET)
-    assert devices == [torch.device("cpu")]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("class_weight", [None, "balanced"])
 def test_a_gpu_gives_what_the_cpu_gives(sets, class_weight):
@@ -185,9 +171,7 @@ def test_a_gpu_gives_what_the_cpu_gives(sets, class_weight):
 def test_fields_are_checked_and_what_is_not_given_follows_the_form():
     """What is of another type is in the table of test_checks."""
     bad = [*((name, 0) for name in ("d_input", "d_hidden", "d_output", "n_epochs", "batch_size", "lr"))]
-    bad += [(name, np.nan) for name in ("lr", "weight_decay", "dropout_rate")]
-    bad += [(name, -0.1) for name in ("lr", "weight_decay", "weight_decay_linear", "dropout_rate", "seed")]
-    for name, value in [*bad, ("d_hidden", 2.5), ("dropout_rate", 1.0), ("linear", 1)]:
+    for name, value in [*bad, ("weight_decay", -0.1), ("d_hidden", 2.5), ("linear", 1)]:
         with pytest.raises(ValueError, match=rf"Config\({name}={value}\): .* is needed"):
             toy_model(**{name: value})
     names = ("n_epochs", "batch_size", "dropout_rate", "weight_decay")
@@ -196,50 +180,20 @@ def test_fields_are_checked_and_what_is_not_given_follows_the_form():
     assert Config(5, 2, 1, linear=True, n_epochs=7).n_epochs == 7
 
 
-@pytest.mark.parametrize(("name", "what", "size"), [("d_input", "genes", 6), ("d_output", "outputs", 3)])
-def test_data_of_another_size_or_with_other_names_are_refused(name, what, size):
+@pytest.mark.parametrize("what", ["gene", "output"])
+def test_data_with_other_names_are_refused(what):
     model, train, other = fitted_to_toy(), toy(), toy()
-    match = rf"Config\({name}={size}\) does not match the data, which have {size + 1} {what}; .*\({name}={size + 1}\)"
-    for use in (model.fit, model.score, lambda data: model.fit(train, data)):
-        with pytest.raises(ValueError, match=match):
-            use(toy(**{name: size + 1}))
-    names = {"genes": "gene_names", "outputs": "output_names"}[what]
-    setattr(other, names, getattr(other, names)[::-1])
+    setattr(other, f"{what}_names", getattr(other, f"{what}_names")[::-1])
     uses = [lambda data: toy_model().fit(train, data, **QUIET)]
-    for use in uses + [model.score] * (what == "outputs"):  # genes are put in order by name
+    for use in uses + [model.score] * (what == "output"):  # genes are put in order by name
         with pytest.raises(ValueError, match=what):
             use(other)
-
-
-def test_history_has_a_row_an_epoch_and_its_last_is_the_fitted_model(classifier, sets):
-    history, val = classifier.history, sets[1]
-    assert list(history.columns) == ["train_loss", "train_accuracy", "val_loss", "val_accuracy"]
-    assert history.index.tolist() == list(range(11)) and history.index.name == "epoch"  # 0 is the linear baseline
-    assert np.isfinite(history.to_numpy()).all()
-    assert history.loc[10, "train_loss"] < 0.5 * history.loc[1, "train_loss"]
-    assert history.loc[10, "val_loss"] < history.loc[1, "val_loss"]
-    loss = log_loss(val.y, classifier.predict_proba(val), labels=range(8))
-    assert history.loc[10, "val_loss"] == pytest.approx(loss, rel=1e-4)
-    assert history.loc[10, "val_accuracy"] == pytest.approx((classifier.outputs(val).argmax(1) == val.y.numpy()).mean())
-    model = fitted_to_toy()  # without validation cells
-    assert list(model.history.columns) == ["train_loss", "train_accuracy"]
-    assert "validation" not in repr(model) and "not fitted" not in repr(model)
-
-
-LEARNS = Config(8, 8, 2, linear=True, n_epochs=25, lr=0.01, device="cpu")
-
-
-def test_an_interaction_is_learned(planted):
-    train, val, test = get_classification_datasets(planted, "label")
-    model = ScBMLPClassifier(LEARNS)
-    model.fit(train, val, **QUIET)
-    assert model.score(test) > 0.9
 
 
 @pytest.mark.parametrize("loss", ["mse", "l1", "huber"])
 def test_regressor_learns_an_interaction_by_its_loss(planted, loss):
     train, val, test = get_regression_datasets(planted, "target")
-    model = ScBMLPRegressor(LEARNS, loss_fn=loss)
+    model = ScBMLPRegressor(Config(8, 8, 2, linear=True, n_epochs=25, lr=0.01, device="cpu"), loss_fn=loss)
     history = model.fit(train, val, **QUIET)
     formula = {"mse": np.square, "l1": np.abs, "huber": lambda error: huber(1, error)}
     y, predicted = val.y.numpy(), model.predict(val)
@@ -251,20 +205,15 @@ def test_regressor_learns_an_interaction_by_its_loss(planted, loss):
     assert list(table.index) == list(val.output_names) == ["product", "difference"] == list(model.output_names)
     np.testing.assert_allclose(table["r2"], r2_score(y, predicted, multioutput="raw_values"), rtol=1e-6)
     np.testing.assert_allclose(table["mae"], np.abs(y - predicted).mean(axis=0), rtol=1e-5)
-    with pytest.raises(ValueError, match="are not those of the model in their order"):
-        model.evaluate(ExpressionDataset(val.x, val.y, val.gene_names, val.output_names[::-1]))
     # The penalty of the linear part, made for thousands of genes, costs a little where eight say all without noise.
     assert model._measure_each(model.outputs(test), test.y.numpy()).min() > 0.85
 
 
-def test_fitting_and_predicting_make_only_a_batch_dense(sets, rows_made_dense):
+def test_fitting_makes_only_a_batch_dense(sets, rows_made_dense):
     model = ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 1}), batch_size=20, linear=True))
     model.fit(sets[0], **ALONE)
     # The statistics are taken of blocks of 1,024 cells at most, here of all.
     assert rows_made_dense == [20] * 14 + [280]
-    rows_made_dense.clear()
-    model.outputs(sets[0], batch_size=50)
-    assert rows_made_dense == [50] * 5 + [30]
 
 
 # ------------------------------------------------------------------------------------- never below the linear baseline
@@ -335,8 +284,6 @@ def test_without_validation_cells_the_linear_form_says_what_it_goes_without(grad
     with pytest.warns(UserWarning, match="no validation cells: the linear part starts at 0 .* last epoch.*pass val="):
         model.fit(train, **QUIET)
     assert model.best_epoch == 2
-    with pytest.raises(ValueError, match=r"Config\(patience=3\) needs validation cells.*pass val=.* or patience=None"):
-        ScBMLPRegressor(wide(2, patience=3)).fit(train)
     y = train.y.numpy().copy()
     y[:, 1] = 3.0
     constant = ExpressionDataset(train.x, y, train.gene_names, train.output_names)
@@ -345,26 +292,15 @@ def test_without_validation_cells_the_linear_form_says_what_it_goes_without(grad
     model.fit(constant, val, **ALONE)
 
 
-def test_patience_ends_a_fit_and_keeps_the_best_epoch(graded):
-    train, val, _ = graded[ScBMLPClassifier]
-    model = ScBMLPClassifier(wide(60, d_hidden=16, lr=2e-3, patience=2))
-    history = model.fit(train, val, **ALONE)
-    assert model.best_epoch == history["val_loss"].idxmin() == len(history) - 2
-    assert 1 < len(history) < 60
-    assert history["val_loss"].min() == pytest.approx(log_loss(val.y, model.predict_proba(val)), rel=1e-4)
-
-
 def test_dropout_is_for_training_alone(tmp_path):
     model = toy_model(dropout_rate=0.5)
     np.testing.assert_array_equal(model.outputs(toy().x), model.outputs(toy().x))
     assert model.training  # as it was
     model = fitted_to_toy(dropout_rate=0.5)
     model.save(tmp_path / "model.pt")
-    x, before = torch.as_tensor(toy().x), model.history
+    x = torch.as_tensor(toy().x)
     for one in (model, ScBMLPClassifier.load(tmp_path / "model.pt")):
         assert torch.equal(one(x), one(x))
-    model.fit(toy(), **ALONE)
-    pd.testing.assert_frame_equal(model.history, before)  # the second fit has its dropout too
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -455,16 +391,6 @@ def test_replicas_are_solved_on_the_cells_that_were_drawn_and_order_changes_noth
             solve_replicas(**({"model": model, "train": train} | broken))
 
 
-def test_tune_trains_networks_where_it_is_asked_to(solvable):
-    train, val, _ = solvable[1]
-    options = {"n_epochs": 2, "config": {"d_hidden": 4, "lr": 50.0}, "progress": False, "loss_fn": "huber"}
-    model = tune(ScBMLPRegressor, train, val, trained=True, **options)  # a rate that destroys whatever it touches
-    assert model.recipe is not None and model.loss_fn == "huber"
-    networks = model.trials[model.trials["form"].str.startswith("network")]
-    assert networks.index.tolist() == list(range(6, 12)) and networks["behind"].min() > 0
-    assert (networks["chosen"] == 0).all() and networks["weight_decay"].tolist() == [0.03, 0.01, 0.003] * 2
-
-
 def test_a_model_says_that_a_rival_without_products_is_ahead():
     rng = np.random.default_rng(0)
     x = (rng.gamma(1.0, size=(500, 12)) * (rng.random((500, 12)) < 0.8)).astype(np.float32)
@@ -506,65 +432,47 @@ def rare_model(class_weight="balanced", **changes):
 
 
 def test_a_balanced_loss_is_torchs_and_adds_up_over_batches():
-    train, _, _ = rare()
-    model = rare_model()
+    train, model = rare()[0], rare_model(n_epochs=1)
     model.fit(train, **ALONE)
-    weight = balance(train.y)
+    weight, outputs = balance(train.y), torch.randn(len(train), 3, generator=torch.Generator().manual_seed(0))
     np.testing.assert_allclose(model.class_weight, weight, rtol=1e-6)
-    outputs = [torch.as_tensor(model.outputs(train)).requires_grad_() for _ in range(3)]
-    losses = cross_entropy(outputs[0], train.y, weight), model.loss(outputs[1], train.y)
+    expected = cross_entropy(outputs, train.y, weight)
+    torch.testing.assert_close(model.loss(outputs, train.y), expected)
     # Of 70 cells each, the last of fewer; a mean over a batch's weights would not add up to that over all.
-    batches = zip(outputs[2].split(70), train.y.split(70), strict=True)
-    losses += (sum(model.loss(y, target) * len(target) for y, target in batches) / len(train),)
-    slopes = [torch.autograd.grad(loss, y)[0] for loss, y in zip(losses, outputs, strict=True)]
-    for loss, slope in zip(losses[1:], slopes[1:], strict=True):
-        torch.testing.assert_close(loss, losses[0])
-        torch.testing.assert_close(slope, slopes[0], atol=1e-9, rtol=1e-4)
+    batches = zip(outputs.split(70), train.y.split(70), strict=True)
+    torch.testing.assert_close(sum(model.loss(y, target) * len(target) for y, target in batches) / len(train), expected)
 
 
+@pytest.mark.parametrize("class_weight", [None, "balanced"])
 @pytest.mark.parametrize("linear", [False, True])
-def test_classes_of_one_size_are_fitted_to_the_bit_as_without_balance(linear):
-    train, val, _ = rare(share=0.2)
-    train = train.load(np.sort(np.concatenate([np.flatnonzero(train.y == i)[:100] for i in range(3)])))
-    fits = [rare_model(kind, linear=linear) for kind in (None, "balanced")]
-    histories = [fit.fit(train, val, **QUIET)[["train_loss", "val_loss"]] for fit in fits]
-    pd.testing.assert_frame_equal(*histories, check_exact=True)
-    assert fits[0].best_epoch == fits[1].best_epoch
-    assert all(map(torch.equal, fits[0].parameters(), fits[1].parameters()))
-
-
-@pytest.mark.parametrize("linear", [False, True])
-def test_history_baseline_and_best_epoch_are_of_the_weighted_loss(linear):
+def test_history_baseline_and_best_epoch_are_of_the_loss_that_is_trained_on(linear, class_weight):
     train, val, test = rare()
-    model = rare_model(linear=linear, lr=0.03, n_epochs=15)
-    linear_model = linear_baseline(train, val, exact=False, class_weight="balanced")
+    model = rare_model(class_weight, linear=linear, lr=0.03, n_epochs=15)
     history = model.fit(train, val, **QUIET)
-    assert list(history) == ["train_loss", "train_balanced_accuracy", "val_loss", "val_balanced_accuracy"]
-    weight, target = balance(train.y).numpy(), val.y.numpy()
-    for epoch, outputs in ((0, linear_model.outputs(val)), (model.best_epoch, model.outputs(val))):
+    metric, score = ("balanced_accuracy", balanced_accuracy_score) if class_weight else ("accuracy", accuracy_score)
+    assert list(history) == ["train_loss", f"train_{metric}", "val_loss", f"val_{metric}"]
+    assert history.index.tolist() == list(range(16)) and history.index.name == "epoch"  # 0 is the linear baseline
+    assert np.isfinite(history.to_numpy()).all() and history.loc[15, "train_loss"] < history.loc[1, "train_loss"]
+    weight, target = balance(train.y).numpy() if class_weight else np.ones(3), val.y.numpy()
+    baseline = linear_baseline(train, val, exact=False, class_weight=class_weight)
+    for epoch, outputs in ((0, baseline.outputs(val)), (model.best_epoch, model.outputs(val))):
         loss = -np.log(softmax(outputs, axis=1))[np.arange(len(val)), target]
         assert history.loc[epoch, "val_loss"] == pytest.approx((weight[target] * loss).mean(), rel=1e-4)
-        assert abs(history.loc[epoch, "val_loss"] - loss.mean()) > 0.01  # another number
-        balanced = balanced_accuracy_score(target, outputs.argmax(axis=1))
-        assert history.loc[epoch, "val_balanced_accuracy"] == pytest.approx(balanced)
-    assert model.best_epoch == (history["val_loss"].idxmin() if linear else 15) > 0
-    assert model.score(test) == pytest.approx(balanced_accuracy_score(test.y, model.outputs(test).argmax(axis=1)))
-    assert f"validation balanced accuracy {history.loc[model.best_epoch, 'val_balanced_accuracy']:.3f}" in repr(model)
+        assert history.loc[epoch, f"val_{metric}"] == pytest.approx(score(target, outputs.argmax(axis=1)))
+    assert model.best_epoch == (history["val_loss"].idxmin() if linear else 15)
+    assert model.score(test) == pytest.approx(score(test.y, model.outputs(test).argmax(axis=1)))
+    assert f"validation {metric.replace('_', ' ')} {history.loc[model.best_epoch, f'val_{metric}']:.3f}" in repr(model)
 
 
 def test_a_rare_class_is_found_where_classes_are_balanced():
-    def recall(model, test):
+    def recall(model):
         return recall_score(test.y, model.outputs(test).argmax(axis=1), average=None)[2]
 
-    kinds = (None, "balanced")
-    train, val, test = rare(n_cells=4000)
-    trained = [rare_model(kind, linear=True) for kind in kinds]
-    for model in trained:
-        model.fit(train, val, **QUIET)
-    assert recall(trained[1], test) > recall(trained[0], test) + 0.3
     train, val, test = rare()
-    solved = [solve(ScBMLPClassifier, train, val, device="cpu", class_weight=kind) for kind in kinds]
-    assert recall(solved[1], test) > recall(solved[0], test) and solved[1].cfg.class_weight == "balanced"
+    solved = [solve(ScBMLPClassifier, train, val, device="cpu", class_weight=kind) for kind in (None, "balanced")]
+    trained = rare_model(linear=True)
+    trained.fit(train, val, **QUIET)
+    assert min(recall(solved[1]), recall(trained)) > recall(solved[0]) and solved[1].cfg.class_weight == "balanced"
 
 
 def test_one_cell_of_the_rarest_class_is_no_reason_to_warn(monkeypatch):
@@ -653,9 +561,9 @@ class _CtrlC(lightning.Callback):
         self.after += trainer.current_epoch == 3 and batch_idx > 1
 
 
-@pytest.mark.parametrize("patience", [None, 50])
-def test_ctrl_c_is_a_keyboard_interrupt_and_keeps_weights_and_rows(tmp_path, patience):
-    changes = {"n_epochs": 50, "lr": 0.03, "patience": patience, "batch_size": 8}
+@pytest.mark.parametrize("linear", [False, True])
+def test_ctrl_c_is_a_keyboard_interrupt_and_keeps_weights_and_rows(tmp_path, linear):
+    changes = {"n_epochs": 50, "lr": 0.03, "linear": linear, "batch_size": 8, "dropout_rate": 0.0}
     model, three, press = toy_model(**changes), toy_model(**changes), _CtrlC()
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of pytest-xdist ignores it
     try:
@@ -669,7 +577,7 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_keeps_weights_and_rows(tmp_path, pat
     history = three.fit(toy(), toy(), callbacks=[stop_after(2)], **ALONE)
     pd.testing.assert_frame_equal(model.history, history)
     assert model.best_epoch == three.best_epoch
-    if patience:  # the best are kept, else the last, of a step later
+    if linear:  # the best are kept, else the last, of a step later
         assert_same_weights(model, three)
     else:
         assert not torch.equal(model.w_l, toy_model(**changes).w_l)
@@ -680,21 +588,12 @@ def test_ctrl_c_is_a_keyboard_interrupt_and_keeps_weights_and_rows(tmp_path, pat
 @pytest.mark.parametrize("linear", [False, True])
 def test_fit_goes_on_from_a_checkpoint_as_if_never_stopped(tmp_path, linear):
     changes = {"n_epochs": 4, "batch_size": 8, "lr": 0.03, "dropout_rate": 0.3, "linear": linear}
-    whole, stopped, full, resumed = (toy_model(**changes) for _ in range(4))
-    kept, epochs = {"default_root_dir": tmp_path, **QUIET}, []
+    whole, stopped, resumed = (toy_model(**changes) for _ in range(3))
+    kept, epochs, look = {"default_root_dir": tmp_path, **QUIET}, [], lightning.Callback()
     whole.fit(toy(), toy(), **QUIET)
     stopped.fit(toy(), toy(), callbacks=[stop_after(1)], **kept)
-    assert len(stopped.history) == 3
-    (checkpoint,) = tmp_path.rglob("*.ckpt")
-    # A full disk, where no file can be longer than a few bytes, leaves the last good checkpoint.
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    disk, look = lightning.Callback(), lightning.Callback()
-    disk.on_train_epoch_start = lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        with pytest.raises(OSError, match="too large"):
-            full.fit(toy(), toy(), ckpt_path=checkpoint, callbacks=[disk], **kept)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert len(stopped.history) == 3 and len([*tmp_path.rglob("*.ckpt")]) == 1
+    (tmp_path / "newer.ckpt").write_bytes(b"half")  # of a process that was killed while it wrote
     look.on_train_epoch_start = lambda trainer, module: epochs.append(trainer.current_epoch)
     history = resumed.fit(toy(), toy(), ckpt_path="last", callbacks=[look], **kept)
     assert epochs == [2, 3] and history.index.tolist() == [0, 1, 2, 3, 4] and resumed.best_epoch == whole.best_epoch
@@ -761,18 +660,15 @@ def test_outputs_do_not_depend_on_format_order_of_genes_or_batch(classifier, cel
     same += [sparse.csr_array(cells.X), torch.as_tensor(cells.X.toarray())]
     for x in same:
         np.testing.assert_array_equal(classifier.outputs(x), expected)
-    np.testing.assert_allclose(classifier.outputs(cells, batch_size=7), expected, rtol=1e-4, atol=1e-4)
+    for rows in (slice(0, 7), order[:7]):
+        np.testing.assert_allclose(classifier.outputs(cells[rows]), expected[rows], rtol=1e-5, atol=1e-5)
     assert classifier.outputs(cells[:0]).shape == (0, 8)
     with torch.no_grad():
         np.testing.assert_allclose(classifier(torch.as_tensor(cells.X.toarray())), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_neither_order_of_cells_nor_noise_of_rounding_nor_threads_change_an_answer(classifier, cells, sets):
-    outputs, order = classifier.outputs(cells), np.random.default_rng(0).permutation(cells.n_obs)
-    np.testing.assert_allclose(classifier.outputs(cells[order]), outputs[order], rtol=1e-5, atol=1e-5)
-    nudged = classifier.outputs(cells.X * np.float32(1 + 1e-6))
-    np.testing.assert_allclose(nudged, outputs, rtol=1e-4, atol=1e-4)
-    assert (nudged.argmax(axis=1) == outputs.argmax(axis=1)).mean() > 0.99
+def test_threads_change_no_answer(classifier, cells, sets):
+    outputs = classifier.outputs(cells)
     one, two = (ScBMLPClassifier(Config(**(SIZES | {"n_epochs": 2}))) for _ in range(2))
     one.fit(sets[0], **ALONE)
     torch.set_num_threads(2)
@@ -807,31 +703,6 @@ def test_history_has_the_last_validation_of_an_epoch_and_callbacks_find_it(tmp_p
     np.testing.assert_allclose(history.loc[rows], plain.history.loc[rows], rtol=1e-5)
 
 
-@pytest.mark.skipif(
-    not Path(REAL, "glioblastoma_panobinostat.h5ad").is_file(),
-    reason="needs the tumours, real cells that no simulation stands in for",
-)
-def test_a_drug_is_told_in_the_tumour_of_a_patient_that_was_left_out(monkeypatch):
-    monkeypatch.setenv("SCBMLP_DATA_DIR", REAL)
-    monkeypatch.delenv("SCBMLP_DATA_SOURCE", raising=False)
-    adata = glioblastoma()
-    sc.pp.normalize_total(adata)
-    sc.pp.log1p(adata)
-    for_validation = np.random.default_rng(0).random(adata.n_obs) < 0.15
-    cfg = Config(300, 64, 2, linear=True, n_epochs=20, batch_size=64, dropout_rate=0.6, weight_decay=0.1, device="cpu")
-    areas = []
-    for patient in adata.obs["patient_id"].unique():
-        rest = np.where(for_validation, "val", "train")
-        adata.obs["split"] = np.where(adata.obs["patient_id"] == patient, "test", rest)
-        train, val, test = get_classification_datasets(adata, "condition", split_key="split")
-        model = ScBMLPClassifier(cfg)
-        model.fit(train, val, **QUIET)
-        linear = LogisticRegression(C=0.01, max_iter=2000).fit(train.x, train.y).decision_function(test.x)
-        areas.append([roc_auc_score(test.y, one) for one in (model.predict_proba(test)[:, 1], linear)])
-    full, logistic = np.mean(areas, axis=0)
-    assert full >= 0.87 and full > logistic - 0.01, areas
-
-
 def test_models_print_themselves_in_a_line_and_as_a_table():
     size = "size 6 genes, 5 hidden units, 3 outputs"
     assert repr(toy_model()) == f"ScBMLPClassifier: form plain; {size}; outputs without names; training not fitted"
@@ -845,18 +716,16 @@ def test_models_print_themselves_in_a_line_and_as_a_table():
     )
     html = model._repr_html_()
     assert "&lt;a&gt;" in html and "<a>" not in html and f"{score:.3f}, linear baseline {linear:.3f}" in html
-    assert {"fit", "save", "outputs"} <= set(dir(model))
+    model.fit(data, **ALONE)
+    assert "validation" not in repr(model) and list(model.history) == ["train_loss", "train_accuracy"]
 
 
 def test_progress_shows_where_somebody_watches_and_after_two_seconds(monkeypatch, capsys):
     shown, solved = [], solve(ScBMLPClassifier, toy(), progress=False)
     monkeypatch.setattr("scbmlp.solving.tqdm", lambda *over, **options: shown.append(options) or tqdm(*over, **options))
-    for watching, terminal, session in ((False, False, None), (True, True, None), (True, False, "a notebook")):
-        monkeypatch.setattr("sys.stderr.isatty", lambda terminal=terminal: terminal, raising=False)
-        monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
-        if session:
-            monkeypatch.setenv("JPY_SESSION_NAME", session)
-        solve_replicas(solved, toy(), 2)
-        assert shown[-1]["disable"] is not watching and shown[-1]["delay"] == 2
-    solve_replicas(solved, toy(), 2, progress=False)
-    assert shown[-1]["disable"] and capsys.readouterr() == ("", "")
+    monkeypatch.delenv("JPY_SESSION_NAME", raising=False)
+    for watching, wanted in ((False, True), (True, True), (True, False)):
+        monkeypatch.setattr("sys.stderr.isatty", lambda watching=watching: watching, raising=False)
+        solve_replicas(solved, toy(), 2, progress=wanted)
+        assert shown[-1]["disable"] is not (watching and wanted) and shown[-1]["delay"] == 2
+    assert capsys.readouterr() == ("", "")

@@ -6,7 +6,6 @@ import signal
 import joblib
 import numpy as np
 import pytest
-import torch
 from anndata import AnnData
 
 from scbmlp import exact, moments
@@ -45,6 +44,11 @@ def stored(data, folder):
     return ExpressionDataset(StoredMatrix(folder / "cells.h5ad"), data.y.numpy(), data.gene_names, data.output_names)
 
 
+def solved(data, mixtures, ratios, counts=None):
+    """The solution from sums."""
+    return exact.solution(data, mixtures, ratios, known=moments.Moments(data, counts))
+
+
 def outputs(found, x):
     d = x - found.mean
     return found.constant + d @ found.direct.T + (d @ found.hidden.T) ** 2 @ found.power.T
@@ -53,54 +57,37 @@ def outputs(found, x):
 @pytest.mark.parametrize("classes", [False, True])
 @pytest.mark.parametrize("counts", [None, COUNTS])
 def test_solutions_are_those_of_products_of_cells(x, counts, classes, monkeypatch):
-    """Both end where a step gains next to nothing, here far below what is compared."""
+    """Both end where a step gains next to nothing, here far below what is compared; and near it in single precision."""
     solve_ = exact.softmax
     for module in (exact, moments):
         monkeypatch.setattr(module, "softmax", lambda *a, **k: solve_(*a, **k | {"tol": 1e-13}))
     data, recipe = dataset(x, classes), CLASSES if classes else TARGETS
-    there, here = (one.solution(data, *recipe, counts=counts) for one in (exact, moments))
+    there, here = exact.solution(data, *recipe, counts=counts), solved(data, *recipe, counts)
     np.testing.assert_allclose(outputs(here, x), outputs(there, x), atol=1e-4 if classes else 1e-6)
     if not classes:
         np.testing.assert_allclose(here.direct, there.direct, atol=1e-6)
+        monkeypatch.setattr(moments, "SINGLE", 0)
+        single = solved(data, *recipe, counts)
+        np.testing.assert_allclose(outputs(single, x), outputs(there, x), atol=1e-3)
 
 
 def test_a_constant_gene_and_copies_do_no_harm(x):
     same = np.hstack([x, x[:, :3], np.ones((N, 1), np.float32)])
-    there, here = (one.solution(dataset(same), [PRODUCTS] * 2, [1e-3] * 2) for one in (exact, moments))
+    there, here = (one(dataset(same), [PRODUCTS] * 2, [1e-3] * 2) for one in (exact.solution, solved))
     np.testing.assert_allclose(outputs(here, same), outputs(there, same), atol=1e-6)
-
-
-def test_ridge_is_the_least_of_its_loss_in_double_precision_and_near_it_in_single(x):
-    """By least squares on features that are written out."""
-    data, share = dataset(x), COUNTS / COUNTS.sum()
-    d = x - share @ x
-    scores = d @ np.linalg.svd(d * np.sqrt(share)[:, None], full_matrices=False)[2][:8].T
-    i, j = np.triu_indices(8)
-    products = scores[:, i] * scores[:, j] * np.where(i == j, 1, np.sqrt(2))
-    blocks = ((d, 1.0), (scores, 5.0), (products - share @ products, 2.0))
-    parts = [block * np.sqrt(weight / (share @ (block**2).sum(axis=1))) for block, weight in blocks]
-    features, y = np.hstack(parts), data.y.numpy().astype(float)
-    root = np.sqrt(share)[:, None]
-    system = np.vstack([features * root, np.sqrt(1e-2) * np.eye(features.shape[1])])
-    left = np.vstack([(y - share @ y) * root, np.zeros((features.shape[1], 2))])
-    expected = share @ y + features @ np.linalg.lstsq(system, left, rcond=None)[0]
-    for dtype, atol in ((torch.float64, 1e-6), (torch.float32, 1e-3)):
-        known = moments.Moments(data, COUNTS, dtype=dtype)
-        found = moments.solution(data, [PRODUCTS] * 2, [1e-2] * 2, known=known)
-        np.testing.assert_allclose(outputs(found, x), expected, atol=atol)
 
 
 @pytest.mark.parametrize("classes", [False, True])
 def test_blocks_order_and_place_change_nothing(x, classes, monkeypatch, tmp_path):
     data = dataset(x, classes)
     recipe = ([PRODUCTS], [1e-2]) if classes else TARGETS
-    known = outputs(moments.solution(data, *recipe), x)
+    known = outputs(solved(data, *recipe), x)
     turned = data.load(np.random.default_rng(0).permutation(N))
-    np.testing.assert_allclose(outputs(moments.solution(turned, *recipe), x), known, atol=1e-6)
+    np.testing.assert_allclose(outputs(solved(turned, *recipe), x), known, atol=1e-6)
     for name, size in {"BLOCK": 37, "SPAN": 101, "PANEL": 7}.items():
         monkeypatch.setattr(moments, name, size)
-    np.testing.assert_allclose(outputs(moments.solution(data, *recipe), x), known, atol=1e-6)
-    there = moments.solution(stored(data, tmp_path), *recipe)
+    np.testing.assert_allclose(outputs(solved(data, *recipe), x), known, atol=1e-6)
+    there = solved(stored(data, tmp_path), *recipe)
     np.testing.assert_allclose(outputs(there, x), known, atol=1e-3 if classes else 1e-6)
 
 
@@ -108,16 +95,16 @@ def test_processes_and_a_cluster_are_one_process(x, tmp_path, monkeypatch):
     """Of the cluster's two workers one dies meanwhile: what it had is done again."""
     data = stored(dataset(x), tmp_path)
     monkeypatch.setattr(moments, "SPAN", 120)
-    known = outputs(moments.solution(data, *TARGETS), x)
+    known = outputs(solved(data, *TARGETS), x)
     with joblib.parallel_config("loky", n_jobs=2):
-        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
+        np.testing.assert_allclose(outputs(solved(data, *TARGETS), x), known, atol=1e-6)
     distributed = pytest.importorskip("distributed")
     options = {"n_workers": 2, "threads_per_worker": 1, "dashboard_address": None}
     with distributed.LocalCluster(**options) as cluster, distributed.Client(cluster) as client:
         pids = client.run(os.getpid)
-        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
+        np.testing.assert_allclose(outputs(solved(data, *TARGETS), x), known, atol=1e-6)
         os.kill(next(iter(pids.values())), signal.SIGKILL)
-        np.testing.assert_allclose(outputs(moments.solution(data, *TARGETS), x), known, atol=1e-6)
+        np.testing.assert_allclose(outputs(solved(data, *TARGETS), x), known, atol=1e-6)
 
 
 def test_solve_takes_sums_of_many_cells(x, tmp_path, monkeypatch):
@@ -152,16 +139,19 @@ def test_classes_on_disk_are_linear_in_what_memory_holds(x, tmp_path, monkeypatc
     noise = np.random.default_rng(2).uniform(0, 0.5, (N, 15)).astype(np.float32)
     data = dataset(np.hstack([x, noise]), classes=True)
     train = stored(data.load(slice(0, 400)), tmp_path)
-    known = moments.Moments(train, rank=8)
+    monkeypatch.setattr(moments, "RANKS", (8, 8))
+    known = moments.Moments(train)
     assert known.held == 12
-    found = moments.solution(train, [PRODUCTS], [1e-2], known=known)
+    found = exact.solution(train, [PRODUCTS], [1e-2], known=known)
     assert np.linalg.matrix_rank(np.vstack([found.direct, known.axes[:, :12].T]), tol=1e-6) == 12
+    monkeypatch.setattr(moments, "RANKS", (50, 30))
     trials, _, _ = moments.search(train, data.load(slice(400, None)), groups=np.arange(100) % 20)
     assert trials[0].form == "linear in genes, by 30 leading components" and trials[-1].loss < trials[0].loss
 
 
 def test_too_many_genes_and_products_that_are_in_no_sum_are_refused(x, monkeypatch):
-    known = moments.Moments(dataset(x), rank=10)
+    monkeypatch.setattr(moments, "RANKS", (10, 10))
+    known = moments.Moments(dataset(x))
     for changes in ({"rank": 25}, {"space": "sd"}):
         with pytest.raises(ValueError, match="is not solved with more than 5,000 cells.*up to 10 components"):
             known.ridge(PRODUCTS._replace(**changes), 1e-2)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
-from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.linear_model import LinearRegression
 from sklearn.metrics import r2_score
 from sklearn.model_selection import cross_val_predict
 
@@ -32,9 +32,10 @@ def as_classes(data):
     return ExpressionDataset(data.x, (data.y[:, 1] > 0).long().numpy(), data.gene_names, ["low", "high"])
 
 
-def test_products_pay_where_they_were_planted_and_nowhere_else():
-    data = products_of_genes()
+def test_products_pay_where_they_were_planted_and_nowhere_else_in_any_order_of_the_cells():
+    data, order = products_of_genes(), np.random.default_rng(0).permutation(360)
     table = gain(data.load(slice(200)), data.load(slice(200, None)), n_permutations=5, progress=False)
+    pd.testing.assert_frame_equal(gain(data.load(order), progress=False), table, rtol=1e-4)
     permuted = table.attrs["permuted"]["pairs"]
     assert len(permuted) == 5 and max(permuted) < table.loc["pairs", "gain"] and np.mean(permuted) < 0
     linear, pairs = table.loc["linear"], table.loc["pairs"]
@@ -45,32 +46,6 @@ def test_products_pay_where_they_were_planted_and_nowhere_else():
     known = np.column_stack([d, d[:, :5].sum(axis=1) * d[:, 5:10].sum(axis=1)])
     oracle = r2_score(data.y[:, 1], cross_val_predict(LinearRegression(), known, data.y[:, 1], cv=3))
     assert oracle - 0.1 < pairs["with"] < oracle + 0.02
-
-
-def test_gain_does_not_depend_on_the_order_of_the_cells():
-    data, order = products_of_genes(200), np.random.default_rng(0).permutation(200)
-    table, again = gain(data, progress=False), gain(data.load(order), progress=False)
-    pd.testing.assert_frame_equal(table, again, rtol=1e-4)
-
-
-@pytest.mark.parametrize("classes", [False, True])
-def test_predictions_of_a_fold_are_those_of_dense_fits(classes):
-    """With genes alone, ridge regression and logistic regression of scikit-learn."""
-    data = products_of_genes(120)
-    if classes:
-        data = as_classes(data)
-    train, test, ratio = data.load(slice(80)), data.load(slice(80, None)), 1e-2
-    kernels, y = nested.kernels_of(train, test.x)
-    n_fits = 1 if classes else 2
-    (found,) = nested.predicted(kernels, y, [exact.Mixture()] * n_fits, [ratio] * n_fits, classes)
-    d, d_test = (one.x.astype(np.float64) - train.x.mean(axis=0) for one in (train, test))
-    penalty = np.square(d).sum() * ratio
-    if classes:
-        # Two rows of weights that are each other's opposite have twice the penalty of their difference, halved.
-        fit = LogisticRegression(C=2 / penalty, tol=1e-10, max_iter=10_000).fit(d, train.y)
-        np.testing.assert_allclose(np.diff(found)[:, 0], fit.decision_function(d_test), rtol=1e-2, atol=1e-2)
-    else:
-        np.testing.assert_allclose(found, Ridge(penalty).fit(d, train.y).predict(d_test), rtol=1e-6, atol=1e-6)
 
 
 def test_whole_groups_are_left_out_and_stand_together():
@@ -128,9 +103,7 @@ def test_what_gain_refuses():
     for sets, options, message in (
         ([data, other], {}, "data set 1 has other outputs"),
         ([data], {"groups": ["a"] * 60}, "60 labels of 1 groups for 60 cells"),
-        ([data], {"groups": ["a", "b"]}, "2 labels of 2 groups for 60 cells"),
         ([data.load(slice(20))], {}, "20 cells, too few for n_folds=3"),
-        ([data], {"n_folds": 1}, "n_folds=1"),
     ):
         with pytest.raises(ValueError, match=message):
             gain(*sets, **options)
@@ -166,9 +139,13 @@ def test_a_search_finds_the_form_that_made_the_target():
     data = products_of_genes(600)
     trials, rival = search(data.load(slice(300)), data.load(slice(300, None)))
     best, behind, _ = choose(trials)
-    assert best[0] <= 1 < best[1]  # a linear target takes no products, the other does
+    assert best[0] <= 1 < best[1] and behind[0, 1] > 0.1  # a linear target takes no products, the other does
     assert trials[2].mixtures[1].weight("products") > 0 and rival.losses[:, 1].mean() > trials[2].losses[:, 1].mean()
-    assert behind[0, 1] > 0.1
+    # A search that starts at the strong penalty of the linear model sees a plateau, and not the valley beyond it.
+    adata = simulate.planted_interactions(0, 400, 400, 8, noise=1.5)
+    train, validation, _ = get_classification_datasets(adata, "label", train_split=0.8, val_split=0.15)
+    trials, _ = search(train, validation)
+    assert trials[2].loss < 0.6 < 0.69 < trials[0].loss
 
 
 def test_folds_have_every_class_and_do_not_depend_on_the_order():
@@ -178,11 +155,3 @@ def test_folds_have_every_class_and_do_not_depend_on_the_order():
         assert len(train) + len(val) == 100 and set(val.y.tolist()) == {0, 1}
         for one, same in ((train, other), (val, other_val)):
             np.testing.assert_array_equal(np.sort(one.x[:, 0]), np.sort(same.x[:, 0]))
-
-
-def test_products_are_found_where_the_linear_model_asks_for_a_strong_penalty():
-    """A search that starts at that penalty sees a plateau, and not the valley beyond it."""
-    adata = simulate.planted_interactions(0, 400, 400, 8, noise=1.5)
-    train, validation, _ = get_classification_datasets(adata, "label", train_split=0.8, val_split=0.15)
-    trials, _ = search(train, validation)
-    assert trials[2].loss < 0.6 < 0.69 < trials[0].loss

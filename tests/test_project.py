@@ -33,9 +33,8 @@ PUBLIC = {
     "datasets": "get_classification_datasets get_regression_datasets",
     "targets": "laplacian_frequencies perturbation_response noise_ceiling",
     "baselines": "linear_baseline LinearModel",
-    "exact": "Mixture Kernels ridge softmax Solution solution",
-    "nested": "Trial Search search choose",
-    "moments": "Moments solution",
+    "exact": "Mixture Solution solution",
+    "moments": "Moments",
     "models": "Config ScBMLPClassifier ScBMLPRegressor solve solve_replicas tune statistics",
     "interactions": "gain interaction_matrix InteractionMatrix decompose audit similarity attributions contrast "
     "group_means",

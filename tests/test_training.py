@@ -1,4 +1,4 @@
-"""The step: parts of a batch, and several processes. What a fit learns is in test_models."""
+"""Are several processes one? What a fit learns is in test_models."""
 
 import json
 import os
@@ -16,7 +16,6 @@ from scbmlp.datasets import ExpressionDataset, get_classification_datasets
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 
 N_GENES = 200
-QUIET = {"enable_progress_bar": False, "baseline": False}
 
 
 def cells(kind=ScBMLPClassifier):
@@ -31,15 +30,6 @@ def cells(kind=ScBMLPClassifier):
 
 def config(**changes):
     return Config(**{"d_input": N_GENES, "d_hidden": 8, "d_output": 3, "n_epochs": 3, "batch_size": 37} | changes)
-
-
-def test_two_small_batches_a_step_are_one_large_one():
-    train, val = cells()
-    losses = []
-    for size, n in ((50, 1), (25, 2)):
-        history = ScBMLPClassifier(config(batch_size=size)).fit(train, val, accumulate_grad_batches=n, **QUIET)
-        losses.append(history["val_loss"])
-    np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 def _fit_everywhere(folder):
