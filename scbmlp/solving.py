@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy import sparse
+from scipy.special import log_softmax
 from tqdm.auto import tqdm
 
 from scbmlp import exact, moments, nested
@@ -20,6 +21,7 @@ from scbmlp.display import watched
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, Statistics, statistics
 from scbmlp.training import kind_of
 
+DECAYS = 3e-2, 1e-2, 3e-3  # penalties of networks, the simplest model first
 SHARES = np.geomspace(0.5, 0.06, 11)  # thresholds of measured pairs, as shares of the largest eigenvalue
 
 
@@ -298,4 +300,64 @@ def _solved(
     return model
 
 
-tune = solve  # the name of those who look for a search over settings
+def tune(
+    ModelClass: type[ScBMLPClassifier | ScBMLPRegressor],
+    train: ExpressionDataset,
+    val: ExpressionDataset,
+    *,
+    trained: bool = False,
+    n_epochs: int = 40,
+    config: dict[str, Any] | None = None,
+    groups: Any = None,
+    **options: Any,
+) -> ScBMLPClassifier | ScBMLPRegressor:
+    """Solve a model, and if asked train networks beside it: the simplest of those that do equally well is returned.
+
+    The solved model is the simplest, then networks with a linear part. Each form of network is fitted with three
+    penalties. A model that is behind the best by a standard error at most does equally well.
+
+    Parameters
+    ----------
+    ModelClass, train, val, groups, options
+        As in :func:`solve`.
+    trained, n_epochs, config
+        Whether to train networks, for how many epochs, and more fields of :class:`Config`, such as ``{"lr": 1e-4}``.
+
+    Examples
+    --------
+    >>> tuned = models.tune(ScBMLPClassifier, train, validation)
+    >>> tuned.trials.loc[tuned.trials["chosen"] > 0, "form"].tolist()
+    ['products of components']
+    """
+    solved = solve(ModelClass, train, val, groups=groups, **options)
+    if not trained:
+        return solved
+    found = [solved]
+    how = {"d_hidden": 128, "n_epochs": n_epochs, "device": solved.cfg.device, "class_weight": solved.cfg.class_weight}
+    how |= {"d_input": solved.cfg.d_input, "d_output": solved.cfg.d_output, **(config or {})}
+    for linear in (True, False):
+        for decay in DECAYS:
+            network = ModelClass(Config(linear=linear, weight_decay=decay, **how), **solved._options)
+            network.fit(train, val, enable_progress_bar=False)
+            found.append(network)
+    y, counts = val.y.numpy(), exact.counts_of(val, train, solved.cfg.class_weight)
+    losses = [_cell_losses(model.outputs(val).astype(float), y, counts)[:, None] for model in found]
+    compared = [nested.Trial("", (), (), one) for one in losses]
+    (best,), behind, error = nested.choose(compared, _groups(groups, val))
+    rows = [f"network, {'linear' if model.cfg.linear else 'plain'} form" for model in found[1:]]
+    rows = pd.DataFrame({"form": rows, "penalty": [model.cfg.weight_decay for model in found[1:]]})
+    rows["val_loss"] = [one.loss for one in compared[1:]]
+    rows = rows.assign(behind=behind[1:, 0], standard_error=error[1:, 0], chosen=0)
+    trials = pd.concat([solved.trials, rows], ignore_index=True)
+    if best > 0:
+        trials["chosen"] = 0
+        trials.loc[len(solved.trials) + best - 1, "chosen"] = len(train.output_names)
+    found[best].trials = trials
+    return found[best]
+
+
+def _cell_losses(outputs: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return the loss of every cell (cell): cross-entropy, or the mean squared error in variances of targets."""
+    if y.ndim == 1:
+        return -log_softmax(outputs, axis=1)[np.arange(len(y)), y] * counts
+    return ((outputs - y) ** 2 / y.var(axis=0)).mean(axis=1)

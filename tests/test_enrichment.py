@@ -1,5 +1,7 @@
 """Are the tests those that were announced, against the right background, and corrected for all of them?"""
 
+import gzip
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import false_discovery_control, fisher_exact, hypergeom
 
-from scbmlp.enrichment import enrich, read_gene_sets
+from scbmlp.enrichment import enrich, gsea, read_gene_sets
 from scbmlp.modules import GeneModules
 
 GENES = [f"Gene{i:02d}" for i in range(60)]
@@ -168,3 +170,28 @@ def test_spoiled_gmt_files_are_refused_in_words(tmp_path, content):
     (tmp_path / "sets.gmt").write_bytes(content)
     with pytest.raises(ValueError, match="gene_sets"):
         read_gene_sets(tmp_path / "sets.gmt")
+
+
+def test_ranks_find_a_set_at_its_pole_with_names_that_gseapy_would_change():
+    genes = [f"{'h' if i % 2 else 'H'}{i // 2}; x" for i in range(60)]  # the same in capitals, with its separator
+    modules = modules_of(1, genes=genes)
+    top = list(modules.loadings["module_1"].nlargest(8).index)
+    table = gsea(modules, {"top": top, "low": list(modules.loadings["module_1"].nsmallest(8).index)})
+    assert table.set_index("term")["nes"].loc["top"] > 1.5 and table.set_index("term")["nes"].loc["low"] < -1.5
+    assert set(table.set_index("term").loc["top", "genes"].split(", ")) <= set(top) and (table["p"] >= 1 / 1001).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    {
+        "sets.gmt": lambda text: text.encode("utf-16"),
+        "marked.gmt": lambda text: text.encode("utf-8-sig"),
+        "old.gmt": lambda text: text.replace("\n", "\r").encode(),
+        "dos.txt": lambda text: text.replace("\n", "\r\n").encode(),
+        "zipped.gmt.gz": lambda text: gzip.compress(text.encode()),
+        "weights.gmt": lambda text: text.replace("Ins2", "Ins2,0.5").replace("Gcg", "Gcg,1e-3").encode(),
+    }.items(),
+)
+def test_gene_sets_of_any_spelling_of_a_file_are_the_same(name, change, tmp_path):
+    (tmp_path / name).write_bytes(change("beta\tnote\tIns1\tIns2\nalpha\t\tGcg\tH2-Aa\n"))
+    assert read_gene_sets(tmp_path / name) == {"beta": ["Ins1", "Ins2"], "alpha": ["Gcg", "H2-Aa"]}

@@ -26,7 +26,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from scbmlp import exact, training
+from scbmlp import exact, solving, training
 from scbmlp.baselines import linear_baseline
 from scbmlp.datasets import ExpressionDataset, get_classification_datasets, get_regression_datasets
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor, solve, solve_replicas, statistics, tune
@@ -389,6 +389,23 @@ def test_replicas_are_solved_on_the_cells_that_were_drawn_and_order_changes_noth
     for broken in ({"n_replicas": 1}, {"resample": "third"}, {"model": ScBMLPRegressor(model.cfg)}):
         with pytest.raises(ValueError, match="n_replicas|resample|the model was trained"):
             solve_replicas(**({"model": model, "train": train} | broken))
+
+
+def test_tune_trains_networks_where_it_is_asked_to(solvable):
+    train, val, _ = solvable[1]
+    options = {"n_epochs": 2, "config": {"d_hidden": 4, "lr": 50.0}, "progress": False, "loss_fn": "huber"}
+    model = tune(ScBMLPRegressor, train, val, trained=True, **options)  # a rate that destroys whatever it touches
+    assert model.recipe is not None and model.loss_fn == "huber"
+    networks = model.trials[model.trials["form"].str.startswith("network")]
+    assert networks.index.tolist() == list(range(6, 12)) and networks["behind"].min() > 0
+    assert (networks["chosen"] == 0).all() and networks["penalty"].tolist() == [0.03, 0.01, 0.003] * 2
+
+
+def test_tune_returns_a_network_that_is_ahead(solvable, monkeypatch):
+    train, val, _ = solvable[0]
+    monkeypatch.setattr(solving, "_cell_losses", lambda outputs, y, counts: np.linspace(0, 1, len(y)) * outputs.std())
+    model = tune(ScBMLPClassifier, train, val, trained=True, n_epochs=1, config={"d_hidden": 4, "lr": 1e-6})
+    assert model.recipe is None and model.trials["chosen"].tolist().count(len(train.output_names)) == 1
 
 
 def test_a_model_says_that_a_rival_without_products_is_ahead():
