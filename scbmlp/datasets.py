@@ -230,8 +230,6 @@ def match_genes(
         adata, stored = stores.open_cells(x, layer)
         names = adata.var_names
         x, where = expression(adata, layer) if stored is None else (stored, stored.where)
-        if stored is None:
-            checks.check_finite(x, where)
         x = stores.scaled_alike(x, scaling, where)
         if stored is not None:
             checks.check_scale(*checks.scale_of(x[:1000]), f"the first block of {where}")
@@ -291,7 +289,7 @@ def get_classification_datasets(
     *,
     layer: str | None = None,
     split_key: str | None = None,
-    normalize_total: bool | float = False,
+    normalize_total: float | None = None,
     log1p: bool = False,
 ) -> tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]:
     """Split cells into train, validation and test sets, with every class in each in equal proportion.
@@ -309,7 +307,7 @@ def get_classification_datasets(
     split_key
         Column of ``obs`` with ``train``, ``val`` and ``test``, in place of the fractions; other cells are in no set.
     normalize_total
-        Total to scale every cell to, over all genes, those too that a backed view lacks; True for the median total.
+        Total to scale every cell to, over all genes, those too that a backed view lacks.
     log1p
         Take log(1 + x) after that, as scanpy does; `adata` stays as it is.
 
@@ -353,7 +351,7 @@ def get_regression_datasets(
     *,
     layer: str | None = None,
     split_key: str | None = None,
-    normalize_total: bool | float = False,
+    normalize_total: float | None = None,
     log1p: bool = False,
 ) -> tuple[ExpressionDataset, ExpressionDataset, ExpressionDataset]:
     """Split cells at random into train, validation and test sets with continuous targets.
@@ -434,25 +432,19 @@ def _rows(
 
 
 def _checked(
-    adata: AnnData, x: StoredMatrix | None, layer: str | None, normalize_total: bool | float, log1p: bool
+    adata: AnnData, x: StoredMatrix | None, layer: str | None, normalize_total: float | None, log1p: bool
 ) -> tuple[Matrix, dict[str, Any]]:
     """Return expression of which every value is checked, normalised as asked for, and what it came from."""
     if not adata.var_names.is_unique:
         raise ValueError("adata.var_names are not unique; call adata.var_names_make_unique() first.")
     stores.check_normalisation(normalize_total, log1p)
-    counts, scaling = bool(normalize_total or log1p), None
+    counts = bool(normalize_total or log1p)
     if x is not None:
-        if normalize_total is not True:  # whose median of totals walks all cells, so that they are checked there
-            _, *scale = x.totals()
-            if not counts:
-                checks.check_scale(*scale, x.where)
+        scale = x.scale()
+        if not counts:
+            checks.check_scale(*scale, x.where)
         return x.scaled(normalize_total, log1p), {"layer": layer}
     x, where = expression(adata, layer, np.float32)
     checks.check_log_normalised(x, where, adata, counts=counts)
-    if counts:
-        target = float(normalize_total) or None
-        if normalize_total is True:
-            target = stores.median_total(stores.row_totals(x), where)
-        scaling = Scaling(target, bool(log1p), x.shape[1])
-        x = stores.normalised(x, *scaling[:2])
-    return x, {"layer": layer, "scaling": scaling}
+    scaling = Scaling(normalize_total, bool(log1p), x.shape[1]) if counts else None
+    return stores.normalised(x, normalize_total, log1p), {"layer": layer, "scaling": scaling}

@@ -48,11 +48,14 @@ DOSES = np.array([10.0, 100.0, 1000.0, 10_000.0])  # nM
 # either replicate:
 DOSE_PLATES = np.array([[1, 1, 0, 0], [1, 0, 0, 1]])
 # Mechanism -> the lines that respond, what full effect does to each program (+ raises, - silences), and the EC50s.
-MECHANISMS = {}
-for mechanism in pd.read_csv(HERE / "sciplex3_mechanisms.csv").itertuples():
-    changes = {name: float(change) for name, change in (each.split(":") for each in mechanism.changes.split())}
-    potencies = COMPOUNDS.loc[COMPOUNDS["mechanism"] == mechanism.name, "ec50"].to_dict()
-    MECHANISMS[mechanism.name] = mechanism.lines, changes, potencies
+MECHANISMS = {
+    name: (
+        lines,
+        {program: float(change) for program, change in (one.split(":") for one in changes.split())},
+        COMPOUNDS.loc[COMPOUNDS["mechanism"] == name, "ec50"].to_dict(),
+    )
+    for name, lines, changes in pd.read_csv(HERE / "sciplex3_mechanisms.csv", index_col="name").itertuples()
+}
 
 
 def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnData:

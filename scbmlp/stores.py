@@ -125,13 +125,10 @@ class StoredMatrix:
         other.__dict__.update(changes, _opened=self._opened, _moments=None)
         return other
 
-    def scaled(self, normalize_total: bool | float, log1p: bool) -> StoredMatrix:
-        """Return the same cells, scaled as they are read; True for the median total is that of these cells."""
-        target = float(normalize_total) or None
-        if normalize_total is True:
-            target = median_total(self.totals()[0], self.where)
-        asked = target or log1p
-        return self._like(scaling=Scaling(target, bool(log1p), self._in_file[1]) if asked else None)
+    def scaled(self, normalize_total: float | None, log1p: bool) -> StoredMatrix:
+        """Return the same cells, scaled as they are read."""
+        asked = normalize_total or log1p
+        return self._like(scaling=Scaling(normalize_total, bool(log1p), self._in_file[1]) if asked else None)
 
     def take(self, rows: Any) -> StoredMatrix:
         """Return some of the cells by positions, a slice or a mask (cell); they stay on disk."""
@@ -157,17 +154,16 @@ class StoredMatrix:
             raise OSError(f"{self.path} has changed since it was opened; leave it alone, and cut the data sets anew.")
         # What is read at once, wanted or not, is no more than a block.
         apart = (np.diff(rows) > GAP) | (np.diff(rows // max(self.holds(BLOCK_BYTES), 1)) > 0)
-        parts = []
+        parts, where = [], f"a block of {self.where}"
         with reading(self.path, WHOLE):
             for run in np.split(rows, np.flatnonzero(apart) + 1):
                 first, last = (run[0], run[-1] + 1) if len(run) else (0, 0)
                 part = self._matrix()[first:last]
                 parts.append(part if len(run) == last - first else part[run - first])
-        block = parts[0]
-        if len(parts) > 1:
-            block = sparse.vstack(parts, format="csr") if self._sparse else np.concatenate(parts)
-        where = f"a block of {self.where}"
-        block = numeric_matrix(block, where, np.float32)
+            block = parts[0]
+            if len(parts) > 1:
+                block = sparse.vstack(parts, format="csr") if self._sparse else np.concatenate(parts)
+            block = numeric_matrix(block, where, np.float32)
         check_finite(block, where)
         check_not_negative(block, where)
         return block
@@ -194,14 +190,13 @@ class StoredMatrix:
         """Return how many cells fit into that many bytes."""
         return int(size // max(self._cell_bytes, 1))
 
-    def totals(self) -> tuple[np.ndarray, float, bool, float]:
-        """Check every cell, and return the file's totals (cell), largest value, and its scale as scale_of has it."""
-        found, scales = [np.empty(0)], [(0.0, True, 0.0)]
+    def scale(self) -> tuple[float, bool, float]:
+        """Check every cell, and return the file's largest value and its scale, as scale_of has them."""
+        found = [(0.0, True, 0.0)]
         for _, block in self._like(scaling=None, _columns=np.arange(self._in_file[1])).blocks(BLOCK_CELLS):
-            found.append(row_totals(block))
-            scales.append(scale_of(block))
-        most, whole, share = zip(*scales, strict=True)
-        return np.concatenate(found), max(most), all(whole), max(share)
+            found.append(scale_of(block))
+        most, whole, share = zip(*found, strict=True)
+        return max(most), all(whole), max(share)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of every gene (gene), from one walk over the cells, and keep them."""
@@ -215,24 +210,11 @@ class StoredMatrix:
 
 def check_normalisation(normalize_total: Any, log1p: Any) -> None:
     """Raise an error for options of normalisation that are none."""
-    number = isinstance(normalize_total, Real) and np.isfinite(normalize_total) and normalize_total > 0
-    if not (number or isinstance(normalize_total, bool)):
-        allowed = "False, True for the median total, or a positive total"
-        raise ValueError(f"normalize_total={normalize_total!r}: {allowed} is needed.")
+    number = isinstance(normalize_total, Real) and not isinstance(normalize_total, bool)
+    if normalize_total is not None and not (number and 0 < normalize_total < np.inf):
+        raise ValueError(f"normalize_total={normalize_total!r}: a positive total, such as 1e4, or None is needed.")
     if not isinstance(log1p, bool | np.bool_):
         raise ValueError(f"log1p={log1p!r}: True or False is needed; the logarithm is the natural one.")
-
-
-def row_totals(x: Block) -> np.ndarray:
-    """Return the total of every cell (cell) of a matrix in memory."""
-    return np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def median_total(totals: np.ndarray, where: str) -> float:
-    """Return the median of the cells' totals, those of empty cells left out."""
-    if not (totals > 0).any():
-        raise ValueError(f"{where} has no counts in any of {len(totals)} cells; read a layer that has some.")
-    return float(np.median(totals[totals > 0]))
 
 
 def scaled_alike(x: Block | StoredMatrix, scaling: Scaling | None, where: str) -> Block | StoredMatrix:
@@ -258,7 +240,7 @@ def normalised(x: Block, target_sum: float | None, log1p: bool) -> Block:
         return x
     values = entries(x)
     if target_sum is not None:
-        totals = row_totals(x)
+        totals = np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
         scale = np.divide(target_sum, totals, out=np.ones_like(totals), where=totals > 0)
         scale = np.repeat(scale, np.diff(x.indptr)) if sparse.issparse(x) else scale[:, None]
         values = (values * scale).astype(np.float32)

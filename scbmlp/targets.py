@@ -28,9 +28,7 @@ def laplacian_frequencies(
     layer: str | None = None,
     neighbors_key: str | None = None,
     n_neighbors: int = 15,
-    n_pcs: int = 30,
     normalized: bool = False,
-    random_state: int = 0,
 ) -> None:
     """Add the smoothest functions over the cells: eigenvectors of the Laplacian of their neighbour graph.
 
@@ -49,8 +47,8 @@ def laplacian_frequencies(
         Positions or mask of the cells that make the graph; others are placed afterwards :cite:p:`bengio2004`.
     neighbors_key
         Key of ``uns`` of a graph from ``scanpy.pp.neighbors``; none is made then.
-    n_neighbors, n_pcs, random_state
-        Neighbours of a cell, itself included, principal components, at most what the data have, and seed of both.
+    n_neighbors
+        Neighbours of a cell, itself included, found in 30 principal components, or as many as the data have.
     normalized
         Whether a cell counts by its degree, as in diffusion maps; else frequencies have mean 0.
 
@@ -68,9 +66,14 @@ def laplacian_frequencies(
     if neighbors_key is None:
         x, where = expression(adata, layer)
         checks.check_log_normalised(x, where, adata)
-        graph = _with_neighbors(x[chosen], _highly_variable(adata.var), n_neighbors, n_pcs, random_state)
+        used = _highly_variable(adata.var)
+        graph = AnnData(x[chosen], var=pd.DataFrame({"used": used}, pd.RangeIndex(len(used)).astype(str)))
+        n_pcs = min(30, len(chosen) - 1, int(used.sum()) - 1)
+        sc.pp.pca(graph, n_comps=n_pcs, mask_var="used", random_state=0)
+        n_neighbors = min(n_neighbors, len(chosen))
+        sc.pp.neighbors(graph, n_neighbors=n_neighbors, random_state=0)
         weights = graph.obsp["connectivities"]
-        made_with = {"n_neighbors": min(n_neighbors, len(chosen)), "n_pcs": graph.varm["PCs"].shape[1]}
+        made_with = {"n_neighbors": n_neighbors, "n_pcs": n_pcs}
     else:
         known = adata.uns.get(neighbors_key, {})
         key = known.get("connectivities_key", "connectivities")
@@ -96,7 +99,7 @@ def laplacian_frequencies(
         degree = 1.0 if normalized else weights.sum() / len(chosen)
         loadings = graph.varm["PCs"]
         new = x[others] @ loadings - np.asarray(graph.X.mean(axis=0)).ravel() @ loadings
-        nearest = KNeighborsRegressor(min(n_neighbors, len(chosen))).fit(graph.obsm["X_pca"], frequencies)
+        nearest = KNeighborsRegressor(n_neighbors).fit(graph.obsm["X_pca"], frequencies)
         result[others] = nearest.predict(new) * degree / (degree - values)
     adata.obsm[key_added] = result
     adata.uns[key_added] = {"eigenvalues": values, "normalized": normalized, "n_cells": len(chosen)} | made_with
@@ -110,15 +113,6 @@ def _highly_variable(var: pd.DataFrame) -> np.ndarray:
     if not used.any():
         raise ValueError("adata.var['highly_variable'] marks no gene; mark some, or delete the column to use all.")
     return used
-
-
-def _with_neighbors(x: Any, used: np.ndarray, n_neighbors: int, n_pcs: int, random_state: int) -> AnnData:
-    """Return cells with principal components and a neighbour graph, so that the caller's keep their own."""
-    result = AnnData(x.copy(), var=pd.DataFrame({"highly_variable": used}, pd.RangeIndex(len(used)).astype(str)))
-    most = min(*x.shape, int(used.sum())) - 1
-    sc.pp.pca(result, n_comps=min(n_pcs, most), mask_var="highly_variable", random_state=random_state)
-    sc.pp.neighbors(result, n_neighbors=min(n_neighbors, x.shape[0]), random_state=random_state)
-    return result
 
 
 def _check_connected(weights: sparse.csr_matrix, names: pd.Index) -> None:
@@ -276,7 +270,7 @@ def dose_coordinates(
 
 
 def noise_ceiling(
-    adata: AnnData, compute: Callable[[AnnData], np.ndarray], *, layer: str | None = None, random_state: int = 0
+    adata: AnnData, compute: Callable[[AnnData], np.ndarray], *, layer: str | None = None
 ) -> pd.DataFrame:
     """Say how much of a target is there in the molecules, and not a matter of which of them were caught.
 
@@ -289,8 +283,6 @@ def noise_ceiling(
         Cells with counts in ``X``, or in a layer; it is not changed.
     compute
         Returns the target (cell x out) of an AnnData whose ``X`` has the counts of one half.
-    random_state
-        Seed of the split.
 
     Returns
     -------
@@ -309,7 +301,7 @@ def noise_ceiling(
     x = sparse.csr_matrix(x)
     if len(some := x.data[(x.data < 0) | (x.data != np.round(x.data))][:1]):
         raise ValueError(f"{where} has values that are no counts, such as {some}: pass layer= with the counts.")
-    rng = np.random.default_rng(random_state)
+    rng = np.random.default_rng(0)
     taken = rng.binomial(x.data.astype(np.int64), 0.5)
     targets = []
     for data in (x.data, taken, x.data - taken):

@@ -106,13 +106,13 @@ def test_rows_are_those_of_the_matrix_in_the_order_asked_for(tmp_path, form, mon
 
 @pytest.mark.parametrize(
     ("form", "total"),
-    [("h5ad dense", True), ("zarr csr", True), ("layer", True), ("zarr dense", 1e4), ("layer", False)],
+    [("h5ad dense", 1e4), ("zarr csr", 500), ("layer", 1e4), ("zarr dense", 1e4), ("layer", None)],
 )
 def test_normalisation_is_that_of_scanpy(counts, tmp_path, form, total):
     path, layer = write(counts, tmp_path, form)
     expected = counts.copy()
     if total:
-        sc.pp.normalize_total(expected, target_sum=None if total is True else total)
+        sc.pp.normalize_total(expected, target_sum=total)
     sc.pp.log1p(expected)
     expected = expected.X.toarray()
     stored = StoredMatrix(path, layer).scaled(total, log1p=True)
@@ -326,7 +326,7 @@ def test_no_more_cells_are_in_memory_than_a_few_blocks(tmp_path, monkeypatch):
     model.fit(*get_classification_datasets(AnnData(x[:200], obs=obs[:200]), "label")[:2], baseline=False, **QUIET)
     del x  # and what a first fit imports is not counted
     tracemalloc.start()
-    train, val, _ = get_classification_datasets(tmp_path / "cells.h5ad", "label", normalize_total=True, log1p=True)
+    train, val, _ = get_classification_datasets(tmp_path / "cells.h5ad", "label", normalize_total=1e4, log1p=True)
     model.fit(train, val, baseline=False, **QUIET)
     model.score(train), audit(model, train), gene_modules(model, "high", 2, dataset=train).scores(train)
     _, peak = tracemalloc.get_traced_memory()
@@ -405,8 +405,8 @@ def test_counts_of_a_file_are_warned_of(counts, tmp_path):
     with pytest.warns(UserWarning, match="holds only whole numbers"):
         match_genes(path, train.gene_names)
     with warnings.catch_warnings(action="error"):
-        get_classification_datasets(path, "type", normalize_total=True, log1p=True)
-        get_classification_datasets(counts, "type", normalize_total=True, log1p=True)
+        get_classification_datasets(path, "type", normalize_total=1e4, log1p=True)
+        get_classification_datasets(counts, "type", normalize_total=1e4, log1p=True)
         match_genes(StoredMatrix(path).scaled(1e4, log1p=True), train.gene_names)
 
 
@@ -432,7 +432,7 @@ def test_more_processes_than_blocks_are_refused(log_file, monkeypatch):
     np.testing.assert_array_equal(np.sort(np.concatenate(shares)), np.arange(len(train)))
 
 
-@pytest.mark.parametrize(("form", "total"), [("h5ad csr", True), ("zarr dense", False), ("memory", 1e4)])
+@pytest.mark.parametrize(("form", "total"), [("h5ad csr", 1e4), ("zarr dense", None), ("memory", 1e4)])
 def test_a_model_scales_counts_as_those_of_training(counts, tmp_path, form, total):
     path, _ = (None, None) if form == "memory" else write(counts, tmp_path, form)
     how = {"normalize_total": total, "log1p": True}
