@@ -87,7 +87,8 @@ class StoredMatrix:
                 there = ", ".join(file.get("layers", ())) or "none"
                 raise KeyError(f"{what} {self.path}; its layers are: {there}. Name one of them.")
             with reading(self.path, WHOLE):
-                matrix = _lazy(file[self._key])
+                matrix = file[self._key]
+                matrix = sparse_dataset(matrix) if isinstance(matrix, h5py.Group | zarr.Group) else matrix
             if isinstance(matrix, CSCDataset):
                 remedy = "adata.X = adata.X.tocsr(), then adata.write_h5ad(...)"
                 raise ValueError(f"{self.where} is sparse by genes (CSC), and cells are read: write it anew, {remedy}.")
@@ -158,7 +159,7 @@ class StoredMatrix:
         with reading(self.path, WHOLE):
             for run in np.split(rows, np.flatnonzero(apart) + 1):
                 first, last = (run[0], run[-1] + 1) if len(run) else (0, 0)
-                part = self._matrix()[first:last]
+                part = self._span(first, last)
                 parts.append(part if len(run) == last - first else part[run - first])
             block = parts[0]
             if len(parts) > 1:
@@ -168,12 +169,18 @@ class StoredMatrix:
         check_not_negative(block, where)
         return block
 
-    def _matrix(self) -> Any:
-        """Return the matrix in the file, opened by this process: a handle of another must not be read from."""
-        if self._opened.get("process") != os.getpid():
-            file = open_store(self.path).__enter__()  # it stays open
-            self._opened.update(process=os.getpid(), file=file, matrix=_lazy(file[self._key]))
-        return self._opened["matrix"]
+    def _span(self, first: int, last: int) -> Block:
+        """Return the rows of the file between two; anndata's reader of a sparse one takes milliseconds for each."""
+        if self._opened.get("process") != os.getpid():  # a handle of another process must not be read from
+            element = open_store(self.path).__enter__()[self._key]  # it stays open
+            arrays = [element["data"], element["indices"], element["indptr"][:]] if self._sparse else [element]
+            self._opened.update(process=os.getpid(), arrays=arrays)
+        if not self._sparse:
+            return self._opened["arrays"][0][first:last]
+        data, indices, indptr = self._opened["arrays"]
+        at = slice(indptr[first], indptr[last])
+        within = indptr[first : last + 1] - indptr[first]
+        return sparse.csr_matrix((data[at], indices[at], within), shape=(last - first, self._in_file[1]))
 
     def blocks(self, size: int = 1024) -> Iterator[tuple[slice, Block]]:
         """Yield the place of a block of `size` cells at most, and the block itself, in memory."""
@@ -280,11 +287,6 @@ def open_store(path: Path) -> AbstractContextManager[Any]:
         raise FileNotFoundError(f"{path} does not exist; pass the path of an .h5ad file or of a zarr store.")
     with reading(path, WHOLE):
         return nullcontext(zarr.open_group(str(path), mode="r")) if path.is_dir() else h5py.File(path, "r")
-
-
-def _lazy(element: Any) -> Any:
-    """Return what reads rows of a matrix in a file."""
-    return sparse_dataset(element) if isinstance(element, h5py.Group | zarr.Group) else element
 
 
 def _state(place: Path) -> tuple[int, int] | None:
