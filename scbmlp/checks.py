@@ -147,7 +147,7 @@ def check_cells(cells: Any) -> None:
     if isinstance(cells, str | Path) or (isinstance(cells, AnnData) and isinstance(cells.obs, pd.DataFrame)):
         return
     needed = "AnnData in memory or backed, or the path of an .h5ad file or zarr store, is needed"
-    hint = "anndata.concat joins several, mdata['rna'] is one of MuData, .to_memory() reads what is lazy"
+    hint = "AnnData(x, obs) makes one, anndata.concat joins several, mdata['rna'] is one, .to_memory() reads a lazy one"
     raise ValueError(f"adata is of type {type(cells).__name__}; {needed}: {hint}.")
 
 

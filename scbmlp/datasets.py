@@ -328,8 +328,8 @@ def get_classification_datasets(
         raise ValueError(f"class_key={class_key!r} has the {only} alone, and nothing to tell it from; add others.")
     for name in (name for name in classes if str(name).strip().lower() in checks.MISSING):
         n_such = f"{(labels == name).sum()} cells of the label {str(name)!r}"
-        remedy = f"adata[adata.obs[{class_key!r}] != {name!r}]"
-        warn(f"class_key={class_key!r} has {n_such}. It looks like a missing label, and is a class now; or {remedy}.")
+        remedy = f"leave them out: adata[adata.obs[{class_key!r}] != {name!r}]"
+        warn(f"class_key={class_key!r} has {n_such}, a class that looks like a missing label; {remedy}.")
     rows = _rows(adata, labels, train_split, val_split, random_state, split_key)
     x, how = _checked(adata, stored, layer, normalize_total, log1p)
     sets = tuple(ExpressionDataset(take(x, i), codes[i], adata.var_names, classes, i, **how) for i in rows)
