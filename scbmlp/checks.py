@@ -34,9 +34,7 @@ def numeric_matrix(x: Any, where: str, dtype: Any = None) -> Matrix:
     if isinstance(x, pd.DataFrame):
         mixed = [str(name) for name, kind in x.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
         if mixed:
-            raise ValueError(
-                f"{where} has columns that are no numbers, such as {', '.join(mixed[:5])}; leave them out."
-            )
+            raise ValueError(f"{where} has columns that are no numbers: {', '.join(mixed[:5])}; leave them out.")
         x = x.to_numpy(np.float64, na_value=np.nan)
     if isinstance(x, np.ma.MaskedArray):
         x = x.astype(np.float64).filled(np.nan)
@@ -85,9 +83,7 @@ def expression(adata: AnnData, layer: str | None, dtype: Any = None) -> tuple[Ma
         return numeric_matrix(adata.X, "adata.X", dtype), "adata.X"
     if layer not in adata.layers:
         there = ", ".join(adata.layers) or "none"
-        raise KeyError(
-            f"layer={layer!r} is not in adata.layers; there are: {there}. Put the model's kind of values there."
-        )
+        raise KeyError(f"layer={layer!r} is not in adata.layers; there are: {there}. Put the model's values there.")
     where = f"adata.layers[{layer!r}]"
     return numeric_matrix(adata.layers[layer], where, dtype), where
 
@@ -135,9 +131,7 @@ def check_scale(most: float, whole: bool, share: float, where: str) -> None:
     if whole and most > 1:
         warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
     elif most > LARGEST:
-        warn(
-            f"{where} holds values up to {most:,.0f}, too large for logarithms, like counts that were scaled; {REMEDY}."
-        )
+        warn(f"{where} holds values up to {most:,.0f}, too large for logarithms, like scaled counts; {REMEDY}.")
     elif share > MANY and not whole:
         warn(f"{where} holds multiples of one number, as counts without logarithm, in {share:.0%} of cells; {REMEDY}.")
 

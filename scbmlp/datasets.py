@@ -375,9 +375,8 @@ def get_regression_datasets(
         hint = "."
         if isinstance(target_key, str) and target_key in adata.obs:
             hint = f". It is a column of obs: adata.obsm[{target_key!r}] = adata.obs[[{target_key!r}]]."
-        raise KeyError(
-            f"target_key={target_key!r} is not in adata.obsm; there are: {', '.join(adata.obsm) or 'none'}{hint}"
-        )
+        there = ", ".join(adata.obsm) or "none"
+        raise KeyError(f"target_key={target_key!r} is not in adata.obsm; there are: {there}{hint}")
     target, where = adata.obsm[target_key], f"adata.obsm[{target_key!r}]"
     if isinstance(target, pd.DataFrame):
         names = plain_names(target.columns, where)
@@ -419,9 +418,7 @@ def _rows(
     if sizes.min() < needed or n_train + n_val >= adata.n_obs:
         whose = "adata" if labels is None else f"class_key={labels.name!r}: class {sizes.idxmin()!r}"
         remedy = "merge the class with another, drop it, or make the smallest set larger"
-        raise ValueError(
-            f"{whose} has {sizes.min()} cells, but {needed} are needed for three sets ({split}); {remedy}."
-        )
+        raise ValueError(f"{whose} has {sizes.min()} cells, but {needed} are needed for sets of {split}; {remedy}.")
     seed = checks.whole_number(random_state, "random_state", 0, 2**32 - 1)
     parts, rest = [], np.arange(adata.n_obs)
     for size in (n_train, n_val):

@@ -78,10 +78,8 @@ def laplacian_frequencies(
         known = adata.uns.get(neighbors_key, {})
         key = known.get("connectivities_key", "connectivities")
         if neighbors_key not in adata.uns or key not in adata.obsp:
-            made = "scanpy.pp.neighbors(adata) makes one"
-            raise KeyError(
-                f"neighbors_key={neighbors_key!r} has no graph in adata.uns and adata.obsp[{key!r}]; {made}."
-            )
+            where = f"adata.uns and adata.obsp[{key!r}]; scanpy.pp.neighbors(adata) makes one"
+            raise KeyError(f"neighbors_key={neighbors_key!r} has no graph in {where}.")
         if cells is not None:
             raise ValueError(f"cells cannot be given with neighbors_key={neighbors_key!r}, whose graph has all cells.")
         weights = adata.obsp[key]
