@@ -25,7 +25,13 @@ extras = [name for name in ("jupyter_book", "nbconvert", "pertpy", "pytest", "sc
 assert not extras, f"the environment is not empty: {extras}"
 
 templates = ("page.html.j2", "your_cells.ipynb", "explorer.html.j2", "explorer.css", "explorer.js")
-for name in ("py.typed", "sciplex3_design.csv", "simulated_programs.csv", *(f"templates/{name}" for name in templates)):
+for name in (
+    "py.typed",
+    "sciplex3_design.csv",
+    "sciplex3_mechanisms.csv",
+    "simulated_programs.csv",
+    *(f"templates/{name}" for name in templates),
+):
     assert resources.files("scbmlp").joinpath(name).is_file(), f"{name} is missing"
 for module in pkgutil.iter_modules(scbmlp.__path__):
     if module.name != "__main__":

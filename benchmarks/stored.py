@@ -72,7 +72,8 @@ def train(path, workers):
             source = AnnData(sparse_dataset(file["X"])[: known.n_obs], obs=known.obs, var=known.var)
     start, (times, callback) = time.perf_counter(), clock()
     options = {"normalize_total": 1e4, "log1p": True, "split_key": "part"}
-    train, val, _ = get_classification_datasets(source, "class", num_workers=workers or 0, **options)
+    train, val, _ = get_classification_datasets(source, "class", **options)
+    train.num_workers = workers or 0
     model = ScBMLPClassifier(Config(GENES, HID, CLASSES, n_epochs=2, batch_size=BATCH, lr=1e-3, device="cpu"))
     model.fit(train, val, baseline=False, enable_progress_bar=False, callbacks=[callback])
     score, seconds = model.score(val), time.perf_counter() - start

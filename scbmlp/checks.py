@@ -6,11 +6,12 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -20,21 +21,20 @@ from scipy import sparse
 REMEDY = "pass log-normalised values, scanpy.pp.normalize_total then scanpy.pp.log1p"
 LARGEST = 20  # a natural logarithm of more counts than a cell has
 MANY = 0.1  # a share of cells with multiples of one number, as counts are, that is no chance
+Matrix: TypeAlias = sparse.csr_matrix | np.ndarray
 MISSING = {"", "na", "n/a", "nan", "none", "null", "<na>"}  # words for a missing label, in any case
 
 
-def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix | np.ndarray:
+def numeric_matrix(x: Any, where: str, dtype: Any = None) -> Matrix:
     """Return a matrix of numbers, rows first: sparse ones as CSR with every entry once, lazy ones computed."""
     if x is None:
         raise ValueError(f"{where} is None; put log-normalised expression there, or name a layer that has it.")
-    x = x.compute() if hasattr(x, "compute") else x  # dask
-    x = x.detach().cpu().numpy() if hasattr(x, "detach") else x  # torch
+    for step in ("compute", "to_memory", "detach", "cpu"):  # of dask, of anndata's matrices on disk, and two of torch
+        x = getattr(x, step)() if hasattr(x, step) else x
     if isinstance(x, pd.DataFrame):
         mixed = [str(name) for name, kind in x.dtypes.items() if getattr(kind, "kind", "O") not in "biuf"]
         if mixed:
-            raise ValueError(
-                f"{where} has columns that are no numbers, such as {', '.join(mixed[:5])}; leave them out."
-            )
+            raise ValueError(f"{where} has columns that are no numbers: {', '.join(mixed[:5])}; leave them out.")
         x = x.to_numpy(np.float64, na_value=np.nan)
     if isinstance(x, np.ma.MaskedArray):
         x = x.astype(np.float64).filled(np.nan)
@@ -61,37 +61,31 @@ def numeric_matrix(x: Any, where: str, dtype: Any = None) -> sparse.csr_matrix |
     return x
 
 
-def entries(x: sparse.csr_matrix | np.ndarray) -> np.ndarray:
+def entries(x: Matrix) -> np.ndarray:
     """Return the values that a matrix holds, those of a sparse one without its zeros."""
     return x.data if sparse.issparse(x) else x
 
 
-def check_finite(
-    x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = "drop those cells or genes, or set them to 0"
-) -> None:
+def check_finite(x: Matrix, where: str, remedy: str = "drop those cells or genes, or set them to 0") -> None:
     """Raise an error if a matrix (cell x gene) has values that are NaN or infinite."""
     bad = ~np.isfinite(entries(x))
     if bad.any():
         rows = np.searchsorted(x.indptr, np.flatnonzero(bad), "right") if sparse.issparse(x) else bad.nonzero()[0]
-        raise ValueError(
-            f"{where} holds NaN or infinite values in {len(np.unique(rows))} of {x.shape[0]} cells; {remedy}."
-        )
+        n_bad = len(np.unique(rows))
+        raise ValueError(f"{where} holds NaN or infinite values in {n_bad} of {x.shape[0]} cells; {remedy}.")
 
 
-def expression(adata: AnnData, layer: str | None, dtype: Any = None) -> tuple[sparse.csr_matrix | np.ndarray, str]:
+def expression(adata: AnnData, layer: str | None, dtype: Any = None) -> tuple[Matrix, str]:
     """Return ``adata.X`` or a layer (cell x gene), and its name for messages."""
     if adata.isbacked:
-        raise ValueError(
-            "adata is backed by a file, and all of its cells are needed at once here; take those to work on into "
-            "memory: adata.to_memory()."
-        )
-    if layer is not None and layer not in adata.layers:
-        raise KeyError(
-            f"layer={layer!r} is not in adata.layers; there are: {', '.join(adata.layers) or 'none'}. Values of that "
-            f"kind are needed, those that a model was trained on: put them there, or pass them as a matrix."
-        )
-    where = "adata.X" if layer is None else f"adata.layers[{layer!r}]"
-    return numeric_matrix(adata.X if layer is None else adata.layers[layer], where, dtype), where
+        raise ValueError("adata is backed by a file, and all cells are needed at once here: adata.to_memory().")
+    if layer is None:
+        return numeric_matrix(adata.X, "adata.X", dtype), "adata.X"
+    if layer not in adata.layers:
+        there = ", ".join(adata.layers) or "none"
+        raise KeyError(f"layer={layer!r} is not in adata.layers; there are: {there}. Put the model's values there.")
+    where = f"adata.layers[{layer!r}]"
+    return numeric_matrix(adata.layers[layer], where, dtype), where
 
 
 def warn(message: str) -> None:
@@ -102,9 +96,7 @@ def warn(message: str) -> None:
     warnings.warn(message, UserWarning, stacklevel=level)
 
 
-def check_log_normalised(
-    x: sparse.csr_matrix | np.ndarray, where: str, adata: AnnData, *, counts: bool = False
-) -> None:
+def check_log_normalised(x: Matrix, where: str, adata: AnnData, *, counts: bool = False) -> None:
     """Raise an error for negative, NaN or infinite values; warn if no logarithm was taken, unless counts are meant."""
     check_finite(x, where)
     check_not_negative(x, where, REMEDY if adata.raw is None else "adata.raw may have them: adata.raw.to_adata()")
@@ -112,17 +104,15 @@ def check_log_normalised(
         check_scale(*scale_of(x), where)
 
 
-def check_not_negative(x: sparse.csr_matrix | np.ndarray, where: str, remedy: str = REMEDY) -> None:
+def check_not_negative(x: Matrix, where: str, remedy: str = REMEDY) -> None:
     """Raise an error if expression is negative."""
     least = entries(x).min(initial=0)
     if least < 0:
-        raise ValueError(
-            f"{where} holds negative values (minimum {least:.3g}), as scaled expression does; log-normalised "
-            f"expression must not be scaled or centred: {remedy}."
-        )
+        scaled = f"negative values (minimum {least:.3g}), as scaled expression does"
+        raise ValueError(f"{where} holds {scaled}; take it before it is scaled or centred: {remedy}.")
 
 
-def scale_of(x: sparse.csr_matrix | np.ndarray) -> tuple[float, bool, float]:
+def scale_of(x: Matrix) -> tuple[float, bool, float]:
     """Return the largest value (cell x gene), whether all are whole, and the share of 100 cells of scaled counts."""
     values = entries(x)
     seen = []
@@ -141,10 +131,7 @@ def check_scale(most: float, whole: bool, share: float, where: str) -> None:
     if whole and most > 1:
         warn(f"{where} holds only whole numbers, like raw counts; {REMEDY}.")
     elif most > LARGEST:
-        warn(
-            f"{where} holds values up to {most:,.0f}, too large for logarithms: counts that are fractional, or "
-            f"normalised and not logged; {REMEDY}."
-        )
+        warn(f"{where} holds values up to {most:,.0f}, too large for logarithms, like scaled counts; {REMEDY}.")
     elif share > MANY and not whole:
         warn(f"{where} holds multiples of one number, as counts without logarithm, in {share:.0%} of cells; {REMEDY}.")
 
@@ -153,17 +140,9 @@ def check_cells(cells: Any) -> None:
     """Raise an error for what is neither AnnData in memory or backed, nor a path."""
     if isinstance(cells, str | Path) or (isinstance(cells, AnnData) and isinstance(cells.obs, pd.DataFrame)):
         return
-    kind = type(cells).__name__
-    hint = {
-        "MuData": "pass one modality, such as mdata['rna']",
-        "AnnCollection": "take its cells into memory: collection[:].to_adata()",
-        "AnnData": "it was read lazily: take it into memory, adata.to_memory()",
-        "list": "join its parts: anndata.concat",
-        "tuple": "join its parts: anndata.concat",
-    }.get(kind, "make one: anndata.AnnData(X, obs=labels)")
-    raise ValueError(
-        f"adata is of type {kind}; AnnData, or the path of an .h5ad file or zarr store, is needed: {hint}."
-    )
+    needed = "AnnData in memory or backed, or the path of an .h5ad file or zarr store, is needed"
+    hint = "AnnData(x, obs) makes one, anndata.concat joins several, mdata['rna'] is one, .to_memory() reads a lazy one"
+    raise ValueError(f"adata is of type {type(cells).__name__}; {needed}: {hint}.")
 
 
 def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.Index:
@@ -178,10 +157,8 @@ def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.I
     plain = str if plain is int and any(abs(name) >= 2**63 for name in found) else plain
     index = pd.Index([plain(name) for name in found], dtype=object if plain is str else plain)
     if unique and not index.is_unique:
-        twice = index[index.duplicated()].unique()[:5]
-        raise ValueError(
-            f"{what} have names that come twice: {', '.join(map(str, twice))}; give each a name of its own."
-        )
+        twice = ", ".join(map(str, index[index.duplicated()].unique()[:5]))
+        raise ValueError(f"{what} have names that come twice: {twice}; give each a name of its own.")
     return index
 
 
@@ -256,9 +233,8 @@ def obs_column(adata: AnnData, key: str, argument: str) -> pd.Series:
         raise KeyError(f"{argument}={key!r} is not a column of adata.obs; there are: {there}.")
     column = adata.obs[key]
     if column.ndim == 2:
-        raise ValueError(
-            f"{argument}={key!r}: adata.obs has {column.shape[1]} columns of that name; rename all but one."
-        )
+        n_same = column.shape[1]
+        raise ValueError(f"{argument}={key!r}: adata.obs has {n_same} columns of that name; rename all but one.")
     return column.reset_index(drop=True)
 
 
@@ -266,10 +242,8 @@ def obs_labels(adata: AnnData, key: str, argument: str) -> pd.Series:
     """Return a column of ``adata.obs`` with a label for every cell, by position."""
     labels = obs_column(adata, key, argument)
     if labels.isna().any():
-        raise ValueError(
-            f"{argument}={key!r} has no label for {labels.isna().sum()} of {len(labels)} cells; "
-            f"keep the labelled ones: adata = adata[adata.obs[{key!r}].notna()].copy()"
-        )
+        lacking = f"{argument}={key!r} has no label for {labels.isna().sum()} of {len(labels)} cells"
+        raise ValueError(f"{lacking}; keep the labelled ones: adata = adata[adata.obs[{key!r}].notna()].copy()")
     return labels
 
 
@@ -306,9 +280,8 @@ def as_mask(values: Any, what: str) -> np.ndarray:
     known = {True: True, False: False, "True": True, "False": False, "true": True, "false": False}
     values = pd.Series(np.asarray(values, dtype=object)).map(known)
     if values.isna().any():
-        raise ValueError(
-            f"{what} is neither true nor false in {values.isna().sum()} of {len(values)}; make it boolean."
-        )
+        n_other = values.isna().sum()
+        raise ValueError(f"{what} is neither true nor false in {n_other} of {len(values)}; make it boolean.")
     return values.to_numpy(bool)
 
 
@@ -320,10 +293,8 @@ def positions(cells: Any, adata: AnnData) -> np.ndarray:
     values = np.asarray(cells)
     kind = pd.api.types.infer_dtype(values.ravel(), skipna=False) if values.size else "integer"
     if values.ndim != 1 or kind not in ("boolean", "integer"):
-        raise ValueError(
-            f"cells has values of type {kind} and shape {values.shape}; pass a boolean mask over the {n} cells, or "
-            f"their positions."
-        )
+        given = f"cells has values of type {kind} and shape {values.shape}"
+        raise ValueError(f"{given}; pass a boolean mask over the {n} cells, or their positions.")
     if kind == "boolean":
         if len(values) != n:
             raise ValueError(f"cells is a mask of {len(values)} values for {n} cells; pass one for each.")
@@ -354,3 +325,12 @@ def data_file(*parts: str) -> Path | None:
     """Return a path in the folder that ``SCBMLP_DATA_DIR`` names, or None if it is not set."""
     folder = os.environ.get("SCBMLP_DATA_DIR")
     return Path(folder).expanduser().joinpath(*parts) if folder else None
+
+
+@contextmanager
+def reading(path: Any, remedy: str) -> Iterator[None]:
+    """Name the file in what goes wrong: h5py, zarr and anndata raise many kinds of errors for a damaged one."""
+    try:
+        yield
+    except Exception as error:
+        raise OSError(f"{path} cannot be read ({error}); {remedy}.") from error

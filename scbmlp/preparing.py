@@ -473,7 +473,7 @@ def _responses(seen: AnnData, key: str, control: Any, layer: str | None, seed: i
     seen.obs["part"] = part
     n = min(5, labels.nunique() - 1)
     try:
-        perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer, random_state=seed)
+        perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer)
     except ModuleNotFoundError as error:
         raise not_installed(f"perturbation_key={key!r}", error.name, "book") from error
     return get_regression_datasets(seen, "response", layer=layer, split_key="part")

@@ -49,20 +49,13 @@ DOSES = np.array([10.0, 100.0, 1000.0, 10_000.0])  # nM
 DOSE_PLATES = np.array([[1, 1, 0, 0], [1, 0, 0, 1]])
 # Mechanism -> the lines that respond, what full effect does to each program (+ raises, - silences), and the EC50s.
 MECHANISMS = {
-    name: (lines, changes, COMPOUNDS.loc[COMPOUNDS["mechanism"] == name, "ec50"].to_dict())
-    for name, lines, changes in (
-        ("HDAC", "A549 K562 MCF7", {"hdac_response": 1, "acetyl_coa": 0.7, "sterol_synthesis": 0.8,
-                                    "growth_arrest": 0.8, "cell_cycle": -0.9}),
-        ("Aurora Kinase", "A549 K562 MCF7", {"growth_arrest": 1, "p53_response": 0.7, "cell_cycle": -0.7}),
-        ("PLK", "A549 K562 MCF7", {"growth_arrest": 0.5, "cell_cycle": 0.8}),  # cells pile up in mitosis
-        ("CDK", "A549 K562 MCF7", {"growth_arrest": 0.7, "cell_cycle": -1}),
-        ("MDM2", "A549 MCF7", {"p53_response": 1, "growth_arrest": 0.9, "cell_cycle": -0.6}),
-        ("mTOR", "A549 K562 MCF7", {"mtor_output": -0.9, "sterol_synthesis": -0.8, "cell_cycle": -0.6}),
-        ("HSP90", "A549 K562 MCF7", {"heat_shock": 1, "mapk_output": -0.5}),
-        ("MEK", "A549 K562", {"mapk_output": -1, "cell_cycle": -0.4}),
-        ("Glucocorticoid Receptor", "A549", {"glucocorticoid": 1, "growth_arrest": 0.7}),
+    name: (
+        lines,
+        {program: float(change) for program, change in (one.split(":") for one in changes.split())},
+        COMPOUNDS.loc[COMPOUNDS["mechanism"] == name, "ec50"].to_dict(),
     )
-}  # fmt: skip
+    for name, lines, changes in pd.read_csv(HERE / "sciplex3_mechanisms.csv", index_col="name").itertuples()
+}
 
 
 def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnData:
@@ -78,9 +71,9 @@ def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnDa
 
     Returns
     -------
-    Negative-binomial counts (cell x gene, sparse) with ``clusters`` and ``clusters_coarse`` in ``obs``.
-    ``uns["truth"]`` has ``programs`` (name: genes), ``interactions`` (name: ``programs`` pair and target ``genes``),
-    ``activities`` (cell x program, columns in ``program_names``), ``pseudotime`` and ``branch`` (cell), ``cells``.
+    Negative-binomial counts (cell x gene, sparse) with ``clusters`` in ``obs``. ``uns["truth"]`` has ``programs``
+    (name: genes), ``interactions`` (name: ``programs`` pair and target ``genes``), ``activities`` (cell x program,
+    columns in ``program_names``), ``pseudotime`` and ``branch`` (cell), ``cells``.
 
     Examples
     --------
@@ -88,7 +81,7 @@ def pancreas(seed: int = 0, n_cells: int = 3696, n_genes: int = 10_000) -> AnnDa
     >>> list(cells.uns["truth"]["interactions"])
     ['background_1 x background_2', 'endocrine x background_3']
     """
-    _check_at_least("n_cells", n_cells, 80, "are needed for a handful of cells in every cluster")
+    _check_at_least(80, n_cells=n_cells)
     rng = np.random.default_rng(seed)
     names, share = np.array([*CLUSTER_SIZES]), np.array([*CLUSTER_SIZES.values()]) / sum(CLUSTER_SIZES.values())
     rare = n_cells * share < 8  # a handful each; the others share what is left
@@ -153,14 +146,10 @@ def planted_interactions(
     n_programs, genes_per_program
         Number of programs, of which two or four, drawn at random, make the label; number of genes that each raises.
     rule
-        What makes the label.
-
-        - ``"exclusive-or"``: one program of a pair is on, and not the other;
-        - ``"conjunction"``: both are on;
-        - ``"readout"``: the same, and one gene that is in no program is switched on by it;
-        - ``"additive"``: the log odds rise by 2 with each of four programs;
-        - ``"link"``: the chance doubles with each of four programs, a curve of their number and no interaction;
-        - ``"mixed"``: the log odds rise by 4 where the exclusive-or of a pair holds, and by 2 with each of two others.
+        ``"exclusive-or"``: one program of a pair is on, and not the other; ``"conjunction"``: both are; ``"readout"``:
+        the same, and one gene that is in no program is switched on by it; ``"additive"``: the log odds rise by 2 with
+        each of four programs; ``"link"``: the chance doubles with each of four; ``"mixed"``: the log odds rise by 4
+        where the exclusive-or of a pair holds, and by 2 with each of two others.
     noise
         Standard deviation of a gene's noise, where 1 is what a program adds to it.
     depth
@@ -170,8 +159,8 @@ def planted_interactions(
     -------
     Non-negative expression (cell x gene, float32, like log-normalised counts) with ``off`` or ``on`` in
     ``obs["label"]``. ``uns["truth"]`` has ``programs`` (name: genes), ``causes`` (programs that make the label),
-    their ``genes``, ``pair`` (the two programs that interact, none for ``additive`` and ``link``), ``state`` (cell x
-    program, 0 or 1, columns in ``program_names``), ``cells`` and ``readout`` (that gene, or none).
+    their ``genes``, ``pair`` (the two that interact, if any), ``readout`` (that gene, or none), ``state`` (cell x
+    program, 0 or 1, columns in ``program_names``) and ``cells``.
 
     Examples
     --------
@@ -183,13 +172,11 @@ def planted_interactions(
         raise ValueError(f"rule={rule!r} is unknown; choose one of {', '.join(map(repr, RULES))}.")
     n_causes, n_interacting, chance = RULES[rule]
     in_programs = n_programs * genes_per_program
-    _check_at_least("n_cells", n_cells, 8, "are needed to fill the four states of the pair")
-    _check_at_least("n_programs", n_programs, n_causes, f"are needed for rule={rule!r}")
-    _check_at_least("genes_per_program", genes_per_program, 1, "is needed")
-    why = "are needed by n_programs x genes_per_program and a readout"
-    _check_at_least("n_genes", n_genes, in_programs + (rule == "readout"), why)
-    _check_at_least("noise", noise, 0, "is a standard deviation")
-    _check_at_least("depth", 1 if depth is None else depth, 1, "count a cell is needed")
+    _check_at_least(8, n_cells=n_cells)
+    _check_at_least(n_causes, n_programs=n_programs)
+    _check_at_least(1, genes_per_program=genes_per_program, depth=1 if depth is None else depth)
+    _check_at_least(in_programs + (rule == "readout"), n_genes=n_genes)
+    _check_at_least(0, noise=noise)
     rng = np.random.default_rng(seed)
     names, genes = _numbered("program_", n_programs, width=2), _numbered("Sim", n_genes)
     members = np.sort(rng.permutation(n_genes)[:in_programs].reshape(n_programs, genes_per_program))
@@ -235,8 +222,8 @@ def sciplex3(
     has a compound at a dose. All else is invented. A few compounds change the programs of their mechanism along a
     Hill curve of the dose, in the lines that respond; all others do nothing. One set of target genes rises only where
     the response to HDAC inhibitors meets a background program, another only where it meets K562's own. As in the real
-    file, vehicle's dose is 0 or missing, 4% of the cells have few counts, and ``perturbation`` has categories without a
-    cell. Unlike in it, conditions are about equally large, half of the cells are MCF7, and 8% are vehicle.
+    file, vehicle's dose is 0 or missing, and 4% of the cells have few counts. Unlike in it, conditions are about
+    equally large, half of the cells are MCF7, and 8% are vehicle.
 
     Parameters
     ----------
@@ -247,8 +234,7 @@ def sciplex3(
 
     Returns
     -------
-    Negative-binomial counts (cell x gene, sparse) with ``perturbation`` (vehicle is ``control``), ``dose_value``,
-    ``dose_unit``, ``cell_line``, ``pathway``, ``target``, ``replicate``, ``plate`` and ``ncounts`` in ``obs``.
+    Negative-binomial counts (cell x gene, sparse) with the columns of the real file in ``obs``; vehicle is ``control``.
     ``uns["truth"]`` has what that of :func:`pancreas` has of programs, ``compounds`` (arrays ``name``, ``plain`` name,
     ``target``, ``pathway``, ``mechanism`` or ``none``, ``active``, ``ec50`` in nM, infinite for an inert one),
     ``responding_lines`` (mechanism: lines), ``plate_depth`` (of the plates in ``plates``) and ``low_count`` (cell).
@@ -257,13 +243,10 @@ def sciplex3(
     --------
     >>> cells = simulate.sciplex3(n_cells=1000, n_genes=200)
     >>> known = pd.DataFrame(cells.uns["truth"]["compounds"])
-    >>> known.loc[known["mechanism"] == "HSP90", ["plain", "ec50"]]
-               plain   ec50
-    26    Luminespib   30.0
-    27  Alvespimycin  200.0
-    28  Tanespimycin  400.0
+    >>> known.loc[known["mechanism"] == "HSP90", "plain"].tolist()
+    ['Luminespib', 'Alvespimycin', 'Tanespimycin']
     """
-    _check_at_least("n_cells", n_cells, 600, "are needed for vehicle cells on every plate")
+    _check_at_least(600, n_cells=n_cells)
     rng = np.random.default_rng(seed)
     plain = COMPOUNDS.index.str.split(" (", regex=False).str[0]
     names = dict(zip(plain, COMPOUNDS.index, strict=True))
@@ -343,10 +326,11 @@ def _screen_activities(
     return activities | {f"background_{i}": rng.beta(0.5, 0.5, n_cells) for i in range(1, 3)}
 
 
-def _check_at_least(name: str, value: float, minimum: float, why: str) -> None:
-    """Raise an error for a number that is too small."""
-    if value < minimum:
-        raise ValueError(f"{name}={value} is too small: at least {minimum} {why}; pass {name}={minimum} or more.")
+def _check_at_least(minimum: float, **given: float) -> None:
+    """Raise an error for a number that is too small for what is simulated."""
+    for name, value in given.items():
+        if value < minimum:
+            raise ValueError(f"{name}={value} is too small for what is simulated; pass {minimum} or more.")
 
 
 def _numbered(prefix: str, n: int, width: int = 4) -> np.ndarray:
@@ -374,8 +358,7 @@ def _counts_of_programs(
     terms = activities | products
     markers = [named.get(name, "").split() for name in terms]
     n_named = sum(map(len, markers))
-    why = f"are needed for the {n_named} named marker genes and 3 simulated genes in each of {len(terms)} sets"
-    _check_at_least("n_genes", n_genes, n_named + 3 * len(terms), why)
+    _check_at_least(n_named + 3 * len(terms), n_genes=n_genes)
 
     # Each set also takes simulated genes, 1% of them. Columns are in random order, so that position tells nothing.
     n_each = max(3, (n_genes - n_named) // 100)

@@ -14,12 +14,12 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import anndata
 import h5py
@@ -27,12 +27,13 @@ import numpy as np
 import pandas as pd
 import platformdirs
 from anndata import AnnData
-from anndata.io import read_elem, sparse_dataset
+from anndata.io import read_elem
 from scipy import sparse
 
 from scbmlp import simulate
-from scbmlp.checks import as_numbers, data_file, entries, numeric_matrix, warn
+from scbmlp.checks import as_numbers, data_file, entries, numeric_matrix, reading, warn, whole_number
 from scbmlp.display import as_html
+from scbmlp.stores import StoredMatrix, normalised
 
 KINDS = ("local", "download", "simulated")
 # What scvelo.datasets and pertpy.data download, without their second copy of each file.
@@ -44,9 +45,14 @@ ZHAO_URL = f"{PERTPY}/zhaoSims2021.h5ad"
 CONDITION = ["cell_line", "perturbation", "dose_value"]
 PACKAGES = ("scbmlp", "torch", "lightning", "anndata", "scanpy", "gseapy", "scikit-learn", "scipy", "numpy", "pandas")
 BEGAN = time.perf_counter()
-BACKED = partial(anndata.read_h5ad, backed="r")
 BLOCK = 4096  # cells of a file that are in memory beside the chosen ones
-WHOLE = "replace it with a whole copy"
+ORIGIN = {"local": "real cells, local file", "download": "real cells, public download", "given": "cells as given,"}
+BANNER = (
+    '<div role="alert" style="border:3px solid #b00020;background:#fdecee;color:#7a0016;padding:.8em 1em;'
+    'margin-bottom:1em;font-size:1.1em"><strong>SIMULATED CELLS.</strong> None of these cells is real: expression, '
+    "labels and gene programs were drawn from a model with a known truth. What the page says of them holds for that "
+    "model alone.</div>"
+)
 
 
 def pancreas() -> AnnData:
@@ -60,17 +66,13 @@ def pancreas() -> AnnData:
     >>> list(cells.obs["clusters"].cat.categories[:3])
     ['Ductal', 'Ngn3 low EP', 'Ngn3 high EP']
     """
-    return _counts(_first_of("pancreas", _download_pancreas, simulate.pancreas))
+    adata = _first_of("pancreas", _download_pancreas, simulate.pancreas)
+    adata.X = adata.layers.get("counts", adata.X).copy()
+    return _checked_counts(adata)
 
 
 def sciplex3(
-    *,
-    cell_lines: str | Sequence[str] | None = None,
-    compounds: str | Sequence[str] | None = None,
-    doses: float | Sequence[float] | None = None,
-    min_counts: int = 0,
-    max_cells: int | None = None,
-    random_state: int = 0,
+    *, compounds: str | Sequence[str] | None = None, min_counts: int = 0, max_cells: int | None = None
 ) -> AnnData:
     """Return the chemical screen sci-Plex3 :cite:p:`srivatsan2020`, or a part of it, counts in ``X``.
 
@@ -81,44 +83,36 @@ def sciplex3(
 
     Parameters
     ----------
-    cell_lines, compounds, doses
-        What to keep, all by default. Vehicle (``control``, dose 0) of these lines always stays.
+    compounds
+        What to keep, all by default. Vehicle (``control``, dose 0) always stays.
     min_counts
         Fewest counts of a cell.
     max_cells
         Most cells of one line, compound and dose, drawn at random; vehicle stays.
-    random_state
-        Seed of the draw.
 
     Examples
     --------
-    >>> part = sources.sciplex3(cell_lines="K562", compounds="Hesperadin")
+    >>> part = sources.sciplex3(compounds="Hesperadin")
     >>> sorted(part.obs["perturbation"].unique())
     ['Hesperadin', 'control']
     """
-    _check_max_cells(max_cells)
+    max_cells = _most(max_cells)
     # So many cells are simulated that a part of them is worth having.
     simulation = partial(simulate.sciplex3, n_cells=60_000)
-    adata = _first_of("sciplex3", partial(_download, url=SCIPLEX3_URL), simulation, _without_matrices)
+    adata = _first_of("sciplex3", partial(_download, url=SCIPLEX3_URL), simulation, whole=False)
     obs = _clean_labels(adata.obs)
-    vehicle = obs["perturbation"] == "control"
-    keep = obs["ncounts"] >= min_counts
-    wanted = {"cell_lines": cell_lines, "compounds": compounds, "doses": doses}
-    for column, (argument, values) in zip(CONDITION, wanted.items(), strict=True):
-        if values is None:
-            continue
-        values = np.atleast_1d(values)
-        if not len(values):
-            raise ValueError(f"{argument} is empty; name one at least, or pass None for all.")
-        for value in set(values.tolist()).difference(obs[column]):
-            near = difflib.get_close_matches(str(value), obs[column].astype(str).unique(), n=4, cutoff=0)
-            raise ValueError(f"{argument} has {value!r}, the screen does not; nearest to it: {', '.join(near)}.")
-        keep &= obs[column].isin(values) | (vehicle & (column != "cell_line"))
-    if max_cells:
-        keep &= vehicle | _drawn(obs.loc[keep, CONDITION], max_cells, random_state).reindex(obs.index, fill_value=False)
-    if not keep.any():
-        raise ValueError(f"no cell is left with cell_lines={cell_lines}, min_counts={min_counts}; ask for more.")
-    return _rows(adata, obs[keep])
+    given = obs["perturbation"]
+    wanted = given.unique().tolist() if compounds is None else np.atleast_1d(compounds).tolist()
+    for name in set(wanted).difference(given):
+        near = difflib.get_close_matches(str(name), given.unique(), n=4, cutoff=0)
+        raise ValueError(f"compounds has {name!r}, the screen does not; nearest to it: {', '.join(near)}.")
+    vehicle = given == "control"
+    obs = obs[(given.isin(wanted) | vehicle) & (obs["ncounts"] >= min_counts)]
+    obs = obs[vehicle[obs.index] | _drawn(obs[CONDITION], max_cells)]
+    if not wanted or obs.empty:
+        raise ValueError(f"no cell is left with compounds={compounds}, min_counts={min_counts}; ask for more.")
+    ids = adata.var.get("ensembl_id", pd.Series("", adata.var_names))
+    return _checked_counts(_part(adata, obs, "counts", ~ids.astype(str).str.startswith("ENSMUSG").to_numpy()))
 
 
 def dexamethasone() -> AnnData:
@@ -136,7 +130,7 @@ def dexamethasone() -> AnnData:
     return _first_of("a549_dexamethasone")
 
 
-def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
+def norman(*, max_cells: int | None = 100) -> AnnData:
     """Return K562 cells in which CRISPR activates a gene, two genes or none :cite:p:`norman2019`, log-normalised.
 
     ``obs["perturbation"]`` has ``control``, a gene, or two joined by ``+``. The download is pertpy's ``norman_2019``
@@ -146,8 +140,6 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     ----------
     max_cells
         Most cells of one perturbation, control included, drawn at random; None keeps all, which takes several GB.
-    random_state
-        Seed of the draw.
 
     Examples
     --------
@@ -155,17 +147,14 @@ def norman(*, max_cells: int | None = 100, random_state: int = 0) -> AnnData:
     >>> int(cells.obs["perturbation"].value_counts().max())
     20
     """
-    _check_max_cells(max_cells)
-    adata = _first_of("norman", partial(_download, url=NORMAN_URL), read=BACKED)
-    perturbation = _labels(adata, "perturbation", "perturbation_name")
-    keep = perturbation.notna() & _drawn(perturbation.to_frame(), max_cells or np.inf, random_state)
-    part = _part(adata, keep, perturbation=perturbation)
-    part.obs = part.obs.loc[:, ~part.obs.columns.str.startswith("guide_")]
-    if not np.any(entries(part.X) % 1):
-        import scanpy
-
-        scanpy.pp.normalize_total(part, target_sum=1e4)
-        scanpy.pp.log1p(part)
+    max_cells = _most(max_cells)
+    adata = _first_of("norman", partial(_download, url=NORMAN_URL), whole=False)
+    labels = _labels(adata, "perturbation", "perturbation_name")
+    drawn = _drawn(labels.to_frame(), max_cells)
+    obs = adata.obs.loc[:, ~adata.obs.columns.str.startswith("guide_")].reset_index(drop=True)
+    part = _part(adata, obs.assign(perturbation=labels)[labels.notna() & drawn])
+    if not np.any(part.X.data % 1):
+        part.X = normalised(part.X, 1e4, True)
     return part
 
 
@@ -182,34 +171,31 @@ def glioblastoma() -> AnnData:
     >>> list(cells.obs["condition"].cat.categories)
     ['ctrl', 'panobinostat']
     """
-    adata = _first_of("glioblastoma_panobinostat", partial(_download, url=ZHAO_URL), read=BACKED)
+    adata = _first_of("glioblastoma_panobinostat", partial(_download, url=ZHAO_URL), whole=False)
     condition = _labels(adata, "condition", "perturbation").replace("control", "ctrl")
     patient = _labels(adata, "patient_id", "sample").str.split("-").str[0]  # a sample may be named patient-slice
-    keep = condition.isin(["ctrl", "panobinostat"])
-    keep &= condition[keep].groupby(patient).nunique().eq(2).reindex(patient, fill_value=False).to_numpy()
-    return _counts(_part(adata, keep, condition=condition, patient_id=patient))
+    obs = adata.obs.reset_index(drop=True).assign(condition=condition, patient_id=patient)
+    obs = obs[condition.isin(["ctrl", "panobinostat"])]
+    both = obs.groupby("patient_id")["condition"].transform("nunique") == 2
+    return _checked_counts(_part(adata, obs[both], "counts"))
 
 
-def _counts(adata: AnnData) -> AnnData:
-    """Return the cells with counts in ``X``, from the layer of that name if somebody saved them after preprocessing."""
+def _checked_counts(adata: AnnData) -> AnnData:
+    """Return the cells, if they have counts; somebody may have saved them after preprocessing."""
     if np.any(entries(adata.X) % 1):
-        counts, name = adata.layers.get("counts"), adata.uns["scbmlp_source"]["name"]
-        if counts is None or np.any(entries(counts) % 1):
-            why = "X holds fractions or scaled values, and so does layers['counts'], if it is there"
-            raise ValueError(f"{name}.h5ad has no counts: {why}; put raw counts into either.")
-        adata.X = counts.copy()
+        file = f"{adata.uns['scbmlp_source']['name']}.h5ad"
+        raise ValueError(f"{file} has no counts: X or layers['counts'] holds fractions; put raw counts into either.")
     return adata
 
 
-def _check_max_cells(max_cells: int | None) -> None:
-    """Raise an error before anything is downloaded."""
-    if max_cells is not None and max_cells < 1:
-        raise ValueError(f"max_cells={max_cells} is too small; pass 1 or more, or None to keep all cells.")
+def _most(max_cells: int | None) -> float:
+    """Return the most cells of a kind, and raise an error before anything is downloaded."""
+    return np.inf if max_cells is None else whole_number(max_cells, "max_cells")
 
 
-def _drawn(labels: pd.DataFrame, max_cells: float, random_state: int) -> pd.Series:
+def _drawn(labels: pd.DataFrame, max_cells: float) -> pd.Series:
     """Return which cells stay if each combination of labels keeps `max_cells` of its cells, drawn at random."""
-    turn = labels.sample(frac=1, random_state=random_state).groupby([*labels], observed=True).cumcount()
+    turn = labels.sample(frac=1, random_state=0).groupby([*labels], observed=True).cumcount()
     return turn.reindex(labels.index) < max_cells
 
 
@@ -222,87 +208,54 @@ def _labels(adata: AnnData, *columns: str) -> pd.Series:
     raise KeyError(f"{file} has no {' or '.join(columns)} in obs, only {', '.join(adata.obs)}; rename its columns.")
 
 
-def _part(adata: AnnData, keep: pd.Series, **labels: pd.Series) -> AnnData:
-    """Copy the cells to keep into memory, add labels, and let the file go."""
-    with _reading(Path(adata.filename)):
-        part = adata[keep.to_numpy()].to_memory()
-        numeric_matrix(part.X, "X")
-    adata.file.close()
-    for column, values in labels.items():
-        part.obs[column] = pd.Categorical(values[keep])
-    return part
-
-
 def _clean_labels(obs: pd.DataFrame) -> pd.DataFrame:
     """Return the labels of the screen's cells of 24 hours that have them all, by row number, doses as numbers."""
     columns = [*CONDITION, "pathway", "target", "replicate", "plate", "ncounts"]
     if missing := [column for column in columns if column not in {*obs, "pathway", "target", "plate"}]:
         raise KeyError(f"sciplex3.h5ad has no {', '.join(missing)} in obs, only {', '.join(obs)}; rename its columns.")
-    labels = obs[[column for column in columns if column in obs]].reset_index(drop=True)
-    given, control = labels["dose_value"], labels["perturbation"] == "control"
-    dose = as_numbers(given, unit="nM")
-    unread = given[dose.isna() & ~control & ~given.astype(str).isin(["", "nan", "None", "NaN", "<NA>"])]
+    obs = obs.reset_index(drop=True)
+    given = obs["dose_value"]
+    control = obs["perturbation"] == "control"
+    dose = as_numbers(given, unit="nM").mask(control, 0.0)
+    unread = given[dose.isna() & ~given.astype(str).isin(["", "nan", "None", "NaN", "<NA>"])]
     if len(unread):
         some = f"{len(unread)} cells, such as {', '.join(map(repr, unread.unique().tolist()[:5]))}"
         raise ValueError(f"sciplex3.h5ad has doses that are no numbers of nM in {some}; write numbers.")
-    labels["dose_value"] = dose.mask(control, 0.0)
-    known = labels[CONDITION].notna().all(axis=1)
+    obs["dose_value"] = dose
+    known = obs[CONDITION].notna().all(axis=1)
     if "time" in obs:
-        day = as_numbers(obs["time"].reset_index(drop=True), unit="h") == 24
+        day = as_numbers(obs["time"], unit="h") == 24
         if not day.any():
             some = f"obs['time'], which holds {', '.join(map(repr, obs['time'].unique().tolist()[:5]))}"
             raise ValueError(f"sciplex3.h5ad has no cell of 24 hours in {some}; write hours as numbers, or drop it.")
         known &= day
-    return labels[known]
+    return obs.loc[known, [column for column in columns if column in obs]]
 
 
-def _rows(adata: AnnData, obs: pd.DataFrame) -> AnnData:
-    """Copy the cells whose row numbers index `obs` into memory, block by block."""
-    ids = adata.var.get("ensembl_id", pd.Series("", adata.var_names))
-    human = np.flatnonzero(~ids.astype(str).str.startswith("ENSMUSG"))
-    blocks, path = [], adata.uns.pop("path", None)
-    with _reading(path), h5py.File(path) if path else nullcontext({"X": adata.X}) as file:
-        counts = file["layers/counts" if "layers/counts" in file else "X"]
-        counts = sparse_dataset(counts) if isinstance(counts, h5py.Group) else counts
-        for start, rows in obs.groupby(obs.index // BLOCK * BLOCK).indices.items():
-            block = numeric_matrix(counts[start : start + BLOCK], "a block of cells", np.float32)
-            blocks.append(sparse.csr_matrix(block)[obs.index[rows] - start][:, human])
-    if any(np.any(block.data % 1) for block in blocks):
-        raise ValueError("sciplex3.h5ad has fractions in X, and no layer 'counts'; store raw counts in either.")
-    obs = obs.set_index(adata.obs_names[obs.index])
-    for column in obs.columns.drop(["dose_value", "ncounts"]):
+def _part(adata: AnnData, obs: pd.DataFrame, layer: str | None = None, genes: Any = slice(None)) -> AnnData:
+    """Return the cells whose row numbers index `obs`, read block by block from a layer, or from X without it."""
+    x, rows = adata.X, obs.index.to_numpy()
+    if path := adata.uns.pop("path", None):
+        with h5py.File(path) as file:
+            x = StoredMatrix(path, layer if f"layers/{layer}" in file else None)
+    parts = np.split(rows, np.flatnonzero(np.diff(rows // BLOCK)) + 1)
+    blocks = [sparse.csr_matrix(x[part])[:, genes] for part in parts]
+    obs = obs.set_index(adata.obs_names[rows])
+    for column in obs.select_dtypes(["category", "object"]):
         obs[column] = obs[column].astype("category").cat.remove_unused_categories()
-    return AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=adata.var.iloc[human], uns=adata.uns)
+    return AnnData(sparse.vstack(blocks, format="csr"), obs=obs, var=adata.var.loc[genes], uns=adata.uns)
 
 
-@contextmanager
-def _reading(path: Path | str | None, remedy: str = WHOLE) -> Iterator[None]:
-    """Name the file in what goes wrong; h5py and anndata raise many kinds of errors for a damaged one."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(f"{path} cannot be read ({error}); {remedy}.") from error
-
-
-def _in_memory(path: Path) -> AnnData:
-    """Read a file whole, and check its matrix."""
-    adata = anndata.read_h5ad(path)
-    numeric_matrix(adata.X, "X")
-    return adata
-
-
-def _without_matrices(path: Path) -> AnnData:
-    """Read all of a file but its matrices; anndata would read its layers whole. ``uns["path"]`` says where they are."""
-    with h5py.File(path) as file:
-        adata = AnnData(**{part: read_elem(file[part]) for part in ("obs", "var", "uns") if part in file})
-    adata.uns["path"] = str(path)
-    return adata
-
-
-def _read(name: str, kind: str, path: Path, read: Callable[[Path], AnnData]) -> AnnData:
-    """Read a file and note where the cells are from, unless somebody saved simulated cells under this name."""
-    with _reading(path, "delete it and try again" if kind == "download" else WHOLE):
-        adata = read(path)
+def _read(name: str, kind: str, path: Path, whole: bool) -> AnnData:
+    """Read a file, or all of it but its matrices, and note its source, unless its cells were simulated before."""
+    with reading(path, "delete it and try again" if kind == "download" else "replace it with a whole copy"):
+        if whole:
+            adata = anndata.read_h5ad(path)
+            numeric_matrix(adata.X, "X")
+        else:
+            with h5py.File(path) as file:
+                adata = AnnData(**{part: read_elem(file[part]) for part in ("obs", "var", "uns") if part in file})
+            adata.uns["path"] = str(path)
     adata.var_names_make_unique()
     if adata.uns.get("scbmlp_source", {}).get("kind") != "simulated":
         with path.open("rb") as file:
@@ -315,39 +268,37 @@ def _first_of(
     name: str,
     download: Callable[[Path], None] | None = None,
     simulation: Callable[[], AnnData] | None = None,
-    read: Callable[[Path], AnnData] = _in_memory,
+    *,
+    whole: bool = True,
 ) -> AnnData:
     """Return the data set from the first source that has it, or from the one that the environment forces."""
     forced = os.environ.get("SCBMLP_DATA_SOURCE") or None
     if forced not in (None, *KINDS):
         raise ValueError(f"SCBMLP_DATA_SOURCE={forced!r} is unknown; set it to {', '.join(KINDS)}, or unset it.")
-    file = f"{name}.h5ad"
+    file, lacking = f"{name}.h5ad", []
     remedy = f"set SCBMLP_DATA_DIR to the folder that holds {file}"
-    local, reason = data_file(file), "no public download"
-    if forced in (None, "local") and local and local.is_file():
-        return _read(name, "local", local, read)
-    if forced in (None, "download") and download:
-        try:
-            cached = _fetched(file, download)
-        except OSError as error:
-            reason = f"no download ({error})"
-            if forced:
-                failed = f"the download of {name} failed ({error}); try again, or put {file} into a folder"
-                raise OSError(f"{failed}, and {remedy}.") from error
+    for kind in [forced] if forced else KINDS:
+        if kind == "local":
+            path = data_file(file)
+            if path and path.is_file():
+                return _read(name, kind, path, whole)
+            lacking.append(f"{path or f'$SCBMLP_DATA_DIR/{file}'} is not there")
+        elif kind == "download" and download:
+            try:
+                return _read(name, kind, _fetched(file, download), whole)
+            except ConnectionError as error:
+                lacking.append(f"its download failed ({error})")
+                if forced:
+                    raise OSError(f"{name}: {lacking[0]}; try again, or {remedy}.") from error
+        elif kind == "simulated" and simulation:
+            if not forced:
+                warn(f"{', '.join(lacking)}: these are SIMULATED cells.")
+            return simulation()
         else:
-            return _read(name, "download", cached, read)
-    if forced in (None, "simulated") and simulation:
-        if not forced:
-            warn(f"no {file} in $SCBMLP_DATA_DIR and {reason}: these are SIMULATED cells.")
-        return simulation()
-    but, instead = f"SCBMLP_DATA_SOURCE={forced}, but", f"unset SCBMLP_DATA_SOURCE, and {remedy}"
-    lacking = {
-        None: f"there is no {file} in $SCBMLP_DATA_DIR, {reason}, and no simulation stands in for it; {remedy}.",
-        "local": f"{but} {local or f'$SCBMLP_DATA_DIR/{file}'} is not there; {remedy}, or unset SCBMLP_DATA_SOURCE.",
-        "download": f"{but} no public download has {name}; {instead}.",
-        "simulated": f"{but} no simulation stands in for {name}; {instead}.",
-    }
-    raise FileNotFoundError(lacking[forced])
+            lacking.append(f"no {'public download' if kind == 'download' else 'simulation'} has {name}")
+    but = f"SCBMLP_DATA_SOURCE={forced}, but " if forced else ""
+    remedy += ", and unset SCBMLP_DATA_SOURCE" if forced else ""
+    raise FileNotFoundError(f"{but}{', '.join(lacking)}; {remedy}.")
 
 
 def _fetched(file: str, download: Callable[[Path], None]) -> Path:
@@ -355,13 +306,13 @@ def _fetched(file: str, download: Callable[[Path], None]) -> Path:
     cached = Path(platformdirs.user_cache_dir("scbmlp"), file)
     if cached.is_file():
         return cached
-    cached.parent.mkdir(parents=True, exist_ok=True)
     part = cached.with_name(f"{cached.stem}-{os.getpid()}-partial.h5ad")  # one for each process that downloads now
     try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
         download(part)
         return part.replace(cached)
     except Exception as error:  # no network, or a file cut short: each library has its own words
-        raise OSError(str(error)) from error
+        raise ConnectionError(str(error)) from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -390,13 +341,7 @@ class DataCard:
         return "\n".join(["SIMULATED CELLS", *lines] if self.simulated else lines)
 
     def _repr_html_(self) -> str:
-        banner = (
-            '<div role="alert" style="border:3px solid #b00020;background:#fdecee;color:#7a0016;padding:.8em 1em;'
-            'margin-bottom:1em;font-size:1.1em"><strong>SIMULATED CELLS.</strong> None of these cells is real: '
-            "expression, labels and gene programs were drawn from a model with a known truth. What the page says of "
-            "them holds for that model alone.</div>"
-        )
-        return (banner if self.simulated else "") + as_html(self.rows)
+        return (BANNER if self.simulated else "") + as_html(self.rows)
 
 
 def _spread(values: np.ndarray) -> str:
@@ -406,14 +351,14 @@ def _spread(values: np.ndarray) -> str:
 
 
 def data_card(adata: AnnData) -> DataCard:
-    """Describe a data set of this module, of ``simulate`` or of a report: source, checksum, size, sparsity and labels.
+    """Describe a data set: where it is from, checksum, size, sparsity and labels.
 
     Counts are shown by the total of a cell, other expression by the highest value and the genes detected in a cell.
 
     Parameters
     ----------
     adata
-        Cells that say where they are from.
+        Cells of this module, of ``simulate`` or of a report.
 
     Examples
     --------
@@ -428,10 +373,9 @@ def data_card(adata: AnnData) -> DataCard:
         raise KeyError("adata.uns has no 'scbmlp_source'; a data card is for cells from scbmlp.sources or simulate.")
     source, stored = adata.uns["scbmlp_source"], entries(adata.X)
     simulated = source["kind"] == "simulated"
-    origin = {"local": "real cells, local file", "download": "real cells, public download", "given": "cells as given,"}
     rows = {
         "Data set": source["name"],
-        "Source": f"simulation, seed {source['seed']}" if simulated else f"{origin[source['kind']]} {source['file']}",
+        "Source": f"simulation, seed {source['seed']}" if simulated else f"{ORIGIN[source['kind']]} {source['file']}",
         "Cells x genes": f"{adata.n_obs:,} x {adata.n_vars:,}",
         "Zeros": f"{1 - np.count_nonzero(stored) / adata.n_obs / adata.n_vars:.0%} of the entries",
     }

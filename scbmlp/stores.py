@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -18,25 +19,21 @@ from anndata import AnnData
 from anndata.abc import CSCDataset, CSRDataset
 from anndata.io import read_elem, sparse_dataset
 from scipy import sparse
+from sklearn.preprocessing import StandardScaler
 
-from scbmlp.checks import MANY, REMEDY, check_finite, check_not_negative, entries, numeric_matrix, scale_of, warn
+from scbmlp.checks import MANY, check_finite, check_not_negative, entries, numeric_matrix, reading, scale_of, warn
 
 # Up to so many cells between two that are wanted, to read and drop them is up to 50 times quicker than a jump.
 GAP = 32
 BLOCK_BYTES, BLOCK_CELLS = 2**26, 8192  # read at a time where all cells are walked
 FEWER = 0.8  # share of the genes of training, below which totals are others
 HELD_BYTES = 2**28  # of stored cells that a method holds, where it needs them at once
+WHOLE = "pass a whole .h5ad file or zarr store, not zipped, that nobody has open for writing"
 Block: TypeAlias = sparse.csr_matrix | np.ndarray
 
 
 class Scaling(NamedTuple):
-    """What counts went through: each cell scaled to a total of so many genes, if to any, then log1p, if that was asked.
-
-    Examples
-    --------
-    >>> stores.Scaling(1e4, True, n_genes=2000)
-    Scaling(target_sum=10000.0, log1p=True, n_genes=2000)
-    """
+    """What counts went through: each cell scaled to a total of so many genes, if to any, then log1p, if asked for."""
 
     target_sum: float | None
     log1p: bool
@@ -50,7 +47,9 @@ class Scaling(NamedTuple):
 class StoredMatrix:
     """Cells x genes of a file, read when they are asked for, as CSR or dense numpy in float32.
 
-    ``x[rows]`` is in memory, in the order asked for. ``x[:, columns]`` stays on disk. The matrix can be pickled.
+    ``x[rows]`` is in memory, in the order asked for. ``x[rows, columns]`` and ``x.take(rows)`` stay on disk, as does
+    ``x.scaled(1e4, log1p=True)``, whose counts are scaled as they are read, over *all* genes of the file.
+    ``x.blocks()`` walks all cells. The matrix can be pickled.
 
     Parameters
     ----------
@@ -58,10 +57,8 @@ class StoredMatrix:
         An ``.h5ad`` file, or the folder of a zarr store: dense, or sparse by cells (CSR).
     layer
         Layer to read instead of ``X``.
-    normalize_total
-        Total to scale every cell to, over *all* genes of the file; True for the median total.
-    log1p
-        Take log(1 + x) of every value, after scaling.
+    normalize_total, log1p
+        As in :func:`scbmlp.datasets.get_classification_datasets`.
 
     Raises
     ------
@@ -83,48 +80,41 @@ class StoredMatrix:
     def __init__(
         self, path: str | Path, layer: str | None = None, *, normalize_total: bool | float = False, log1p: bool = False
     ) -> None:
-        check_normalisation(normalize_total, log1p)
-        self.path, self.layer = Path(path).absolute(), layer
+        self.path = Path(path).absolute()
         self.where = f"{'X' if layer is None else f'layers[{layer!r}]'} of {self.path}"  # its name in messages
         self._key = "X" if layer is None else f"layers/{layer}"
         with open_store(self.path) as file:
-            layers = list(file["layers"]) if "layers" in file else []
             if "mod" in file and "X" not in file:
-                raise ValueError(
-                    f"{self.path} holds MuData; AnnData is needed: write one modality, mdata['rna'].write_h5ad(...)."
-                )
-            if layer not in layers and (layer is not None or "X" not in file):
+                raise ValueError(f"{self.path} holds MuData; AnnData is needed: mdata['rna'].write_h5ad(...).")
+            if self._key not in file:
                 what = "the file has no X" if layer is None else f"layer={layer!r} is not in the file"
-                raise KeyError(f"{what} {self.path}; its layers are: {', '.join(layers) or 'none'}. Name one of them.")
-            with _reading(self.path):
-                matrix = _lazy(file[self._key])
+                there = ", ".join(file.get("layers", ())) or "none"
+                raise KeyError(f"{what} {self.path}; its layers are: {there}. Name one of them.")
+            with reading(self.path, WHOLE):
+                matrix = file[self._key]
+                matrix = sparse_dataset(matrix) if isinstance(matrix, h5py.Group | zarr.Group) else matrix
             if isinstance(matrix, CSCDataset):
-                raise ValueError(
-                    f"{self.where} is sparse by genes (CSC), and no cell can be read alone; write it by cells: "
-                    f"adata.X = adata.X.tocsr(), then adata.write_h5ad(...)."
-                )
-            if len(matrix.shape) != 2:
-                raise ValueError(f"{self.where} has shape {tuple(matrix.shape)}; two axes are needed, cells in rows.")
+                remedy = "adata.X = adata.X.tocsr(), then adata.write_h5ad(...)"
+                raise ValueError(f"{self.where} is sparse by genes (CSC), and cells are read: write it anew, {remedy}.")
             self._in_file = n_cells, n_genes = tuple(matrix.shape)
             self._sparse = isinstance(matrix, CSRDataset)
-            stored = 8 * matrix.group["data"].shape[0] / max(n_cells, 1) if self._sparse else 4 * n_genes
+            self._cell_bytes = 4 * n_genes  # in memory, as a cell is read
+            if self._sparse:
+                self._cell_bytes = 8 * matrix.group["data"].shape[0] / max(n_cells, 1)
             self.gene_names = read_elem(file["var"]).index if "var" in file else pd.RangeIndex(n_genes)
-        self.cell_bytes = stored  # of a cell in memory, as it is read
-        self._state, self._opened, self._moments = _state(self.path, self._key), {}, None
-        self._rows, self._columns = np.arange(n_cells), None
-        self.target_sum, self.log1p = None, False
-        self.__dict__ = self.scaled(normalize_total, log1p).__dict__
+        self.scaling: Scaling | None = None
+        self._place = self.path / self._key if self.path.is_dir() else self.path
+        self._state = _state(self._place)
+        self._opened: dict[str, Any] = {}
+        self._moments: tuple[np.ndarray, np.ndarray] | None = None
+        self._rows = np.arange(n_cells)
+        self._columns = np.arange(n_genes)
+        self.scaling = self.scaled(normalize_total, log1p).scaling
 
     @property
     def shape(self) -> tuple[int, int]:
         """Number of cells and of genes."""
-        return len(self._rows), len(self.gene_names)
-
-    @property
-    def scaling(self) -> Scaling | None:
-        """What the counts go through as they are read; None for nothing."""
-        asked = self.target_sum or self.log1p
-        return Scaling(self.target_sum, self.log1p, self._in_file[1]) if asked else None
+        return len(self._rows), len(self._columns)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,107 +127,69 @@ class StoredMatrix:
 
     def _like(self, **changes: Any) -> StoredMatrix:
         """Return a matrix of the same file; both read through one handle."""
-        other = object.__new__(type(self))
-        other.__dict__ = self.__dict__ | {"_moments": None} | changes
+        other = copy(self)
+        other.__dict__.update(changes, _opened=self._opened, _moments=None)
         return other
 
     def scaled(self, normalize_total: bool | float, log1p: bool) -> StoredMatrix:
-        """Return the same cells, scaled as they are read.
-
-        Parameters
-        ----------
-        normalize_total, log1p
-            As the class takes them; the median is that of *these* cells.
-
-        Examples
-        --------
-        >>> adata.write_h5ad("cells.h5ad")
-        >>> x = stores.StoredMatrix("cells.h5ad").scaled(1e4, log1p=True)
-        >>> np.expm1(x[:2]).sum(axis=1).round().tolist()
-        [10000.0, 10000.0]
-        """
-        target = float(normalize_total) or None
-        if normalize_total is True:
-            target = median_total(self.totals()[0], self.where)
-        return self._like(target_sum=target, log1p=bool(log1p))
+        """Return the same cells, scaled as they are read."""
+        whole = self._like(scaling=None, _columns=np.arange(self._in_file[1]))
+        totals = (row_totals(block) for _, block in whole.blocks(BLOCK_CELLS))
+        return self._like(scaling=scaling_of(normalize_total, log1p, totals, self._in_file[1], self.where))
 
     def take(self, rows: Any) -> StoredMatrix:
-        """Return some of the cells, which stay on disk.
-
-        Parameters
-        ----------
-        rows
-            Positions, a slice or a mask (cell).
-
-        Examples
-        --------
-        >>> adata.write_h5ad("cells.h5ad")
-        >>> stores.StoredMatrix("cells.h5ad").take(labels == "on").shape
-        (500, 40)
-        """
+        """Return some of the cells by positions, a slice or a mask (cell); they stay on disk."""
         return self._like(_rows=self._rows[rows])
 
     def __getitem__(self, index: Any) -> Block | StoredMatrix:
-        rows, columns = index if isinstance(index, tuple) else (index, slice(None))
-        if not (isinstance(columns, slice) and columns == slice(None)):
-            known = np.arange(self._in_file[1]) if self._columns is None else self._columns
-            part = self._like(_columns=known[columns], gene_names=self.gene_names[columns])
-            return part if isinstance(rows, slice) and rows == slice(None) else part[rows]
-        asked = np.atleast_1d(self._rows[rows])
-        rising = (np.diff(asked) > 0).all()
-        wanted, back = (asked, slice(None)) if rising else np.unique(asked, return_inverse=True)
-        block = normalised(self._read(wanted), self.target_sum, self.log1p)
-        block = block if self._columns is None else block[:, self._columns]
-        return block if rising else block[back]
+        if isinstance(index, tuple):
+            rows, columns = index
+            return self._like(
+                _rows=self._rows[rows], _columns=self._columns[columns], gene_names=self.gene_names[columns]
+            )
+        wanted, back = np.unique(np.atleast_1d(self._rows[index]), return_inverse=True)
+        block = self._read(wanted)
+        if self.scaling:
+            block = normalised(block, *self.scaling[:2])
+        if not np.array_equal(self._columns, np.arange(block.shape[1])):
+            block = block[:, self._columns]
+        return block if np.array_equal(back, np.arange(len(wanted))) else block[back]
 
     def _read(self, rows: np.ndarray) -> Block:
         """Check and return rows of the file, which rise, with all genes and before they are scaled."""
-        runs = [run for run in np.split(rows, np.flatnonzero(np.diff(rows) > GAP) + 1) if len(run)]
-        spans = [slice(run[0], run[-1] + 1) for run in runs] or [slice(0, 0)]
-        read = np.concatenate([np.arange(span.start, span.stop) for span in spans])
-        if len(read) - len(rows) > max(self.holds(BLOCK_BYTES), 1):  # too much to drop at once
-            halves = [self._read(half) for half in np.array_split(rows, 2)]
-            return sparse.vstack(halves, format="csr") if self._sparse else np.concatenate(halves)
-        if _state(self.path, self._key) != self._state:
+        if _state(self._place) != self._state:
             raise OSError(f"{self.path} has changed since it was opened; leave it alone, and cut the data sets anew.")
-        with _reading(self.path):
-            matrix = self._matrix()
-            if len(spans) == 1:
-                block = matrix[spans[0]]
-            elif self._sparse:  # anndata reads a mask run by run, in one call
-                block = matrix[np.bincount(read, minlength=self._in_file[0]).astype(bool)]
-            else:
-                block = np.concatenate([matrix[span] for span in spans])
-        if len(read) > len(rows):
-            block = block[np.searchsorted(read, rows)]
-        where = f"a block of {self.where}"
-        block = numeric_matrix(block, where, np.float32)
+        # What is read at once, wanted or not, is no more than a block.
+        apart = (np.diff(rows) > GAP) | (np.diff(rows // max(self.holds(BLOCK_BYTES), 1)) > 0)
+        parts, where = [], f"a block of {self.where}"
+        with reading(self.path, WHOLE):
+            for run in np.split(rows, np.flatnonzero(apart) + 1):
+                first, last = (run[0], run[-1] + 1) if len(run) else (0, 0)
+                part = self._span(first, last)
+                parts.append(part if len(run) == last - first else part[run - first])
+            block = parts[0]
+            if len(parts) > 1:
+                block = sparse.vstack(parts, format="csr") if self._sparse else np.concatenate(parts)
+            block = numeric_matrix(block, where, np.float32)
         check_finite(block, where)
-        check_not_negative(block, where, REMEDY)
+        check_not_negative(block, where)
         return block
 
-    def _matrix(self) -> Any:
-        """Return the matrix in the file, opened by this process: a handle of another must not be read from."""
-        if self._opened.get("process") != os.getpid():
-            file = open_store(self.path).__enter__()  # it stays open
-            self._opened.update(process=os.getpid(), file=file, matrix=_lazy(file[self._key]))
-        return self._opened["matrix"]
+    def _span(self, first: int, last: int) -> Block:
+        """Return the rows of the file between two; anndata's reader of a sparse one takes milliseconds for each."""
+        if self._opened.get("process") != os.getpid():  # a handle of another process must not be read from
+            element = open_store(self.path).__enter__()[self._key]  # it stays open
+            arrays = [element["data"], element["indices"], element["indptr"][:]] if self._sparse else [element]
+            self._opened.update(process=os.getpid(), arrays=arrays)
+        if not self._sparse:
+            return self._opened["arrays"][0][first:last]
+        data, indices, indptr = self._opened["arrays"]
+        at = slice(indptr[first], indptr[last])
+        within = indptr[first : last + 1] - indptr[first]
+        return sparse.csr_matrix((data[at], indices[at], within), shape=(last - first, self._in_file[1]))
 
     def blocks(self, size: int = 1024) -> Iterator[tuple[slice, Block]]:
-        """Yield the place of a block of cells, and the block itself, in memory.
-
-        Parameters
-        ----------
-        size
-            Cells of a block, at most.
-
-        Examples
-        --------
-        >>> adata.write_h5ad("cells.h5ad")
-        >>> x = stores.StoredMatrix("cells.h5ad")
-        >>> [block.shape for rows, block in x.blocks(size=400)]
-        [(400, 40), (400, 40), (200, 40)]
-        """
+        """Yield the place of a block of `size` cells at most, and the block itself, in memory."""
         most = max(1, min(self.holds(BLOCK_BYTES), BLOCK_CELLS))
         size = min(size, most)
         at_once = most // size * size  # small blocks are cut out of one that is read
@@ -249,52 +201,51 @@ class StoredMatrix:
 
     def holds(self, size: int = HELD_BYTES) -> int:
         """Return how many cells fit into that many bytes."""
-        return int(size // max(self.cell_bytes, 1))
+        return int(size // max(self._cell_bytes, 1))
 
-    def totals(self) -> tuple[np.ndarray, float, bool, float]:
-        """Check every cell, and return the file's totals (cell), largest value, and its scale as scale_of has it."""
-        found, whole, most, share = [np.empty(0)], True, 0.0, 0.0
-        for _, block in self._like(target_sum=None, log1p=False, _columns=None).blocks(BLOCK_CELLS):
-            found.append(row_totals(block))
-            own = scale_of(block)
-            most, whole, share = max(most, own[0]), whole and own[1], max(share, own[2])
-        return np.concatenate(found), most, whole, share
+    def scale(self) -> tuple[float, bool, float]:
+        """Check every cell, and return the file's largest value and its scale, as scale_of has them."""
+        found = [(0.0, True, 0.0)]
+        for _, block in self._like(scaling=None, _columns=np.arange(self._in_file[1])).blocks(BLOCK_CELLS):
+            found.append(scale_of(block))
+        most, whole, share = zip(*found, strict=True)
+        return max(most), all(whole), max(share)
 
     def moments(self) -> tuple[np.ndarray, np.ndarray]:
         """Return mean and variance of every gene (gene), from one walk over the cells, and keep them."""
         if self._moments is None:
-            first, second = np.zeros((2, self.shape[1]))
+            scaler = StandardScaler(with_mean=False)
             for _, block in self.blocks(BLOCK_CELLS):
-                block = block.astype(np.float64)
-                square = block.multiply(block) if sparse.issparse(block) else block**2
-                first += np.asarray(block.sum(axis=0)).ravel()
-                second += np.asarray(square.sum(axis=0)).ravel()
-            mean, square = first / max(len(self), 1), second / max(len(self), 1)
-            self._moments = mean, np.maximum(square - mean**2, 0)
+                scaler.partial_fit(block.astype(np.float64))
+            self._moments = scaler.mean_, scaler.var_
         return self._moments
 
 
-def check_normalisation(normalize_total: Any, log1p: Any) -> None:
-    """Raise an error for options of normalisation that :class:`StoredMatrix` does not take."""
-    number = isinstance(normalize_total, Real) and np.isfinite(normalize_total) and normalize_total > 0
-    if not (isinstance(normalize_total, bool | np.bool_) or number):
+def row_totals(x: Block) -> np.ndarray:
+    """Return the total of every cell (cell)."""
+    return np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
+
+
+def scaling_of(
+    normalize_total: Any, log1p: Any, totals: Iterable[np.ndarray], n_genes: int, where: str
+) -> Scaling | None:
+    """Return the scaling that is asked for, None for none; the totals of cells are walked for their median alone."""
+    switch = isinstance(normalize_total, bool | np.bool_)
+    if not switch and not (isinstance(normalize_total, Real) and 0 < normalize_total < np.inf):
         raise ValueError(
             f"normalize_total={normalize_total!r}: False, True for the median total, or a positive total is needed."
         )
     if not isinstance(log1p, bool | np.bool_):
         raise ValueError(f"log1p={log1p!r}: True or False is needed; the logarithm is the natural one.")
-
-
-def row_totals(x: Block) -> np.ndarray:
-    """Return the total of every cell (cell) of a matrix in memory."""
-    return np.asarray(x.sum(axis=1, dtype=np.float64)).ravel()
-
-
-def median_total(totals: np.ndarray, where: str) -> float:
-    """Return the median of the cells' totals, those of empty cells left out."""
-    if not (totals > 0).any():
-        raise ValueError(f"{where} has no counts in any of {len(totals)} cells; read a layer that has some.")
-    return float(np.median(totals[totals > 0]))
+    if not (normalize_total or log1p):
+        return None
+    target = float(normalize_total) or None
+    if switch and normalize_total:
+        found = np.concatenate([np.empty(0), *totals])
+        if not found.any():
+            raise ValueError(f"{where} has no counts in any of {len(found)} cells; read a layer that has some.")
+        target = float(np.median(found[found > 0]))
+    return Scaling(target, bool(log1p), n_genes)
 
 
 def scaled_alike(x: Block | StoredMatrix, scaling: Scaling | None, where: str) -> Block | StoredMatrix:
@@ -311,8 +262,7 @@ def scaled_alike(x: Block | StoredMatrix, scaling: Scaling | None, where: str) -
             f"{where} has counts of {n_genes:,} genes, and those of training were scaled to a total of "
             f"{scaling.n_genes:,} genes; pass all genes, or values that are scaled and logged ({scaling})."
         )
-    target, log1p = scaling[:2]
-    return x._like(target_sum=target, log1p=log1p) if stored else normalised(x, target, log1p)
+    return x._like(scaling=scaling) if stored else normalised(x, *scaling[:2])
 
 
 def normalised(x: Block, target_sum: float | None, log1p: bool) -> Block:
@@ -335,40 +285,23 @@ def open_cells(cells: str | Path | AnnData, layer: str | None) -> tuple[AnnData,
     """Return the annotations of cells and genes, and their expression if it is in a file, where it stays."""
     if isinstance(cells, str | Path):
         return annotations(cells), StoredMatrix(cells, layer)
-    if isinstance(cells, AnnData) and cells.isbacked:
-        matrix = StoredMatrix(cells.filename, layer)
-        return cells, _view(matrix, cells) if cells.is_view else matrix
-    matrix = None
-    if isinstance(cells, AnnData):
-        matrix = cells.layers.get(layer) if layer else cells.X
-    if not isinstance(matrix, CSRDataset | CSCDataset):
+    if not cells.isbacked:
         return cells, None
-    group, key = matrix.group, matrix.group.name.strip("/")
-    h5ad = isinstance(group, h5py.Group)
-    path = group.file.filename if h5ad else getattr(group.store, "root", None) or group.store.path
-    if key != "X" and not key.startswith("layers/"):
-        raise ValueError(
-            f"adata reads {key!r} of {path}, which is neither X nor a layer; write it there, or to memory."
-        )
-    return cells, StoredMatrix(path, None if key == "X" else key.removeprefix("layers/"))
-
-
-def _view(matrix: StoredMatrix, view: AnnData) -> StoredMatrix:
-    """Return the cells and genes of a view, found by name."""
+    matrix = StoredMatrix(cells.filename, layer)
+    if not cells.is_view:
+        return cells, matrix
     known = annotations(matrix.path, ["obs", "var"])
-    rows, columns = known.obs_names.get_indexer_for(view.obs_names), known.var_names.get_indexer_for(view.var_names)
-    for what, found, n in (("cells", rows, view.n_obs), ("genes", columns, view.n_vars)):
-        if len(found) != n or (found < 0).any():
-            raise ValueError(
-                f"adata is a view of {matrix.path}, in which names of {what} are lacking or come twice; give each a "
-                f"name of its own in the file, or label the cells to use in a column and pass it as split_key."
-            )
-    return matrix.take(rows)[:, columns]
+    rows = known.obs_names.get_indexer_for(cells.obs_names)
+    columns = known.var_names.get_indexer_for(cells.var_names)
+    if (len(rows), len(columns)) != cells.shape or min(rows.min(), columns.min()) < 0:
+        view = f"adata is a view of {matrix.path}, in which names of cells or genes are lacking or come twice"
+        raise ValueError(f"{view}; give each a name of its own there, or pass the file and label cells for split_key.")
+    return cells, matrix[rows, columns]
 
 
 def annotations(path: str | Path, parts: Sequence[str] = ("obs", "var", "obsm")) -> AnnData:
     """Return ``obs``, ``var`` and ``obsm`` of a file, without its matrices."""
-    with open_store(Path(path)) as file, _reading(path):
+    with open_store(Path(path)) as file, reading(path, WHOLE):
         return AnnData(**{part: read_elem(file[part]) for part in parts if part in file})
 
 
@@ -376,32 +309,13 @@ def open_store(path: Path) -> AbstractContextManager[Any]:
     """Open an ``.h5ad`` file or a zarr store for reading, for as long as a block lasts."""
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; pass the path of an .h5ad file or of a zarr store.")
-    with _reading(path):
+    with reading(path, WHOLE):
         return nullcontext(zarr.open_group(str(path), mode="r")) if path.is_dir() else h5py.File(path, "r")
 
 
-def _lazy(element: Any) -> Any:
-    """Return what reads rows of a matrix in a file."""
-    return sparse_dataset(element) if isinstance(element, h5py.Group | zarr.Group) else element
-
-
-@contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """Name the file in what goes wrong: h5py, zarr and anndata raise many kinds of errors."""
-    try:
-        yield
-    except Exception as error:
-        raise OSError(
-            f"{path} cannot be read ({error}); pass an .h5ad file or a zarr store that is whole, and that nobody has "
-            f"open for writing; unzip a store that is zipped."
-        ) from error
-
-
-def _state(path: Path, key: str) -> tuple[tuple[int, int], ...]:
-    """Return size and time of change of a file, or of the metadata and folders of a matrix in a store."""
-    places = [path]
-    if path.is_dir():
-        parts = [path / key, *(path / key / name for name in ("data", "indices", "indptr"))]
-        places = [part / name for part in parts for name in (".", "c", "zarr.json", ".zarray", ".zattrs", ".zgroup")]
-    found = [place.stat() for place in places if place.exists()]
-    return tuple((about.st_size, about.st_mtime_ns) for about in found)
+def _state(place: Path) -> tuple[int, int] | None:
+    """Return size and time of change of a file or folder, None if it is gone."""
+    if not place.exists():
+        return None
+    about = place.stat()
+    return about.st_size, about.st_mtime_ns

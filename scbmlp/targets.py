@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,18 +15,8 @@ from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import eigsh
 from sklearn.neighbors import KNeighborsRegressor
 
-from scbmlp.checks import (
-    as_mask,
-    as_numbers,
-    check_key,
-    check_log_normalised,
-    control_labels,
-    expression,
-    obs_column,
-    positions,
-    strata_of,
-    whole_number,
-)
+from scbmlp import checks
+from scbmlp.checks import expression, positions, whole_number
 
 
 def laplacian_frequencies(
@@ -40,9 +28,7 @@ def laplacian_frequencies(
     layer: str | None = None,
     neighbors_key: str | None = None,
     n_neighbors: int = 15,
-    n_pcs: int = 30,
     normalized: bool = False,
-    random_state: int = 0,
 ) -> None:
     """Add the smoothest functions over the cells: eigenvectors of the Laplacian of their neighbour graph.
 
@@ -61,8 +47,8 @@ def laplacian_frequencies(
         Positions or mask of the cells that make the graph; others are placed afterwards :cite:p:`bengio2004`.
     neighbors_key
         Key of ``uns`` of a graph from ``scanpy.pp.neighbors``; none is made then.
-    n_neighbors, n_pcs, random_state
-        Neighbours of a cell, itself included, principal components, at most what the data have, and seed of both.
+    n_neighbors
+        Neighbours of a cell, itself included, found in 30 principal components, or as many as the data have.
     normalized
         Whether a cell counts by its degree, as in diffusion maps; else frequencies have mean 0.
 
@@ -74,26 +60,31 @@ def laplacian_frequencies(
     >>> control.obsm["X_freq"].shape
     (960, 2)
     """
-    check_key(key_added)
+    checks.check_key(key_added)
     chosen = positions(cells, adata)
     n_frequencies = whole_number(n_frequencies, "n_frequencies", 1, len(chosen) - 2)
     if neighbors_key is None:
         x, where = expression(adata, layer)
-        check_log_normalised(x, where, adata)
-        graph = _with_neighbors(x[chosen], _highly_variable(adata.var), n_neighbors, n_pcs, random_state)
+        checks.check_log_normalised(x, where, adata)
+        used = _highly_variable(adata.var)
+        graph = AnnData(x[chosen], var=pd.DataFrame({"used": used}, pd.RangeIndex(len(used)).astype(str)))
+        n_pcs = min(30, len(chosen) - 1, int(used.sum()) - 1)
+        sc.pp.pca(graph, n_comps=n_pcs, mask_var="used", random_state=0)
+        n_neighbors = min(n_neighbors, len(chosen))
+        sc.pp.neighbors(graph, n_neighbors=n_neighbors, random_state=0)
         weights = graph.obsp["connectivities"]
-        made_with = {"n_neighbors": min(n_neighbors, len(chosen)), "n_pcs": graph.varm["PCs"].shape[1]}
-    elif neighbors_key not in adata.uns:
-        raise KeyError(f"neighbors_key={neighbors_key!r} is not in adata.uns; call scanpy.pp.neighbors(adata) first.")
-    elif cells is not None:
-        raise ValueError(f"cells cannot be given with neighbors_key={neighbors_key!r}, whose graph has all cells.")
+        made_with = {"n_neighbors": n_neighbors, "n_pcs": n_pcs}
     else:
-        key = adata.uns[neighbors_key].get("connectivities_key", "connectivities")
-        if key not in adata.obsp:
-            raise KeyError(f"neighbors_key={neighbors_key!r} names {key!r}, which is not in adata.obsp; make it anew.")
+        known = adata.uns.get(neighbors_key, {})
+        key = known.get("connectivities_key", "connectivities")
+        if neighbors_key not in adata.uns or key not in adata.obsp:
+            where = f"adata.uns and adata.obsp[{key!r}]; scanpy.pp.neighbors(adata) makes one"
+            raise KeyError(f"neighbors_key={neighbors_key!r} has no graph in {where}.")
+        if cells is not None:
+            raise ValueError(f"cells cannot be given with neighbors_key={neighbors_key!r}, whose graph has all cells.")
         weights = adata.obsp[key]
-        known = adata.uns[neighbors_key].get("params", {})
-        made_with = {name: known.get(name) for name in ("n_neighbors", "n_pcs")}  # None for what is not recorded
+        # None for what is not recorded.
+        made_with = {name: known.get("params", {}).get(name) for name in ("n_neighbors", "n_pcs")}
     weights = sparse.csr_matrix((weights + weights.T) / 2, dtype=np.float64)
     _check_connected(weights, adata.obs_names[chosen])
     values, frequencies = _lowest(weights, n_frequencies, normalized)
@@ -106,7 +97,7 @@ def laplacian_frequencies(
         degree = 1.0 if normalized else weights.sum() / len(chosen)
         loadings = graph.varm["PCs"]
         new = x[others] @ loadings - np.asarray(graph.X.mean(axis=0)).ravel() @ loadings
-        nearest = KNeighborsRegressor(min(n_neighbors, len(chosen))).fit(graph.obsm["X_pca"], frequencies)
+        nearest = KNeighborsRegressor(n_neighbors).fit(graph.obsm["X_pca"], frequencies)
         result[others] = nearest.predict(new) * degree / (degree - values)
     adata.obsm[key_added] = result
     adata.uns[key_added] = {"eigenvalues": values, "normalized": normalized, "n_cells": len(chosen)} | made_with
@@ -116,35 +107,21 @@ def _highly_variable(var: pd.DataFrame) -> np.ndarray:
     """Return which genes count: those marked highly variable, or all where none is marked."""
     if "highly_variable" not in var:
         return np.ones(len(var), bool)
-    used = as_mask(var["highly_variable"], "adata.var['highly_variable']")
+    used = checks.as_mask(var["highly_variable"], "adata.var['highly_variable']")
     if not used.any():
         raise ValueError("adata.var['highly_variable'] marks no gene; mark some, or delete the column to use all.")
     return used
 
 
-def _with_neighbors(x: Any, used: np.ndarray, n_neighbors: int, n_pcs: int, random_state: int) -> AnnData:
-    """Return cells with principal components and a neighbour graph, so that the caller's keep their own."""
-    result = AnnData(x.copy(), var=pd.DataFrame({"highly_variable": used}, pd.RangeIndex(len(used)).astype(str)))
-    most = min(*x.shape, int(used.sum())) - 1
-    sc.pp.pca(result, n_comps=min(n_pcs, most), mask_var="highly_variable", random_state=random_state)
-    sc.pp.neighbors(result, n_neighbors=min(n_neighbors, x.shape[0]), random_state=random_state)
-    return result
-
-
 def _check_connected(weights: sparse.csr_matrix, names: pd.Index) -> None:
-    """Raise an error if cells of a graph are isolated, or if it falls apart."""
-    isolated = np.flatnonzero(np.asarray(weights.sum(axis=1)).ravel() <= 0)
-    if len(isolated):
-        some = f"{len(isolated)} of {len(names)} cells of the graph have no neighbour"
-        raise ValueError(f"{some} ({', '.join(names[isolated[:3]])}); drop them, or raise n_neighbors.")
+    """Raise an error if a graph falls apart, which an isolated cell is enough for."""
     n_parts, part = connected_components(weights, directed=False)
     if n_parts > 1:
         sizes = np.bincount(part)
         small = ", ".join(names[np.flatnonzero(part == sizes.argmin())[:3]])
-        raise ValueError(
-            f"the graph falls into {n_parts} parts of {', '.join(map(str, np.sort(sizes)[::-1]))} cells; raise "
-            f"n_neighbors, or take each part on its own (the smallest has {small})."
-        )
+        parts = f"{n_parts} parts of {', '.join(map(str, np.sort(sizes)[::-1][:9]))} cells"
+        remedy = f"raise n_neighbors, or take each part on its own (the smallest has {small})"
+        raise ValueError(f"the graph falls into {parts}; {remedy}.")
 
 
 def _lowest(weights: sparse.csr_matrix, n: int, normalized: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -172,15 +149,13 @@ def perturbation_response(
     strata: str | Sequence[str] | None = None,
     cells: Any = None,
     layer: str | None = None,
-    reference: Literal["mean", "nearest"] = "mean",
     min_cells: int = 5,
-    random_state: int = 0,
 ) -> None:
     """Add an embedding of what each cell's perturbation did: its difference to vehicle, on components of responses.
 
-    Differences are by pertpy :cite:p:`heumos2024pertpy` (``book`` extra). Components are singular vectors of the mean
-    differences of every perturbation and stratum, weighted by the root of the cells. Vehicle is the origin. Loadings
-    are positive for genes that rise along a component, whose longer tail is positive.
+    Differences are to the mean of vehicle cells, as in pertpy :cite:p:`heumos2024pertpy`. Components are singular
+    vectors of the mean differences of every perturbation and stratum, weighted by the root of the cells. Vehicle is
+    the origin. Loadings are positive for genes that rise along a component, whose longer tail is positive.
 
     Parameters
     ----------
@@ -196,8 +171,6 @@ def perturbation_response(
         Columns of ``obs`` within which cells are compared; fewest cells of a perturbation, and of vehicle in a stratum.
     cells
         Positions or mask of the cells that the components are fitted on; all if None.
-    reference, random_state
-        Mean of the stratum's vehicle cells, or of the 20 nearest, without what varies anyway; seed of their search.
 
     Examples
     --------
@@ -208,80 +181,51 @@ def perturbation_response(
     >>> response.loc["AR-42"].mean().round(1).tolist()
     [4.4, 3.9]
     """
-    check_key(key_added)
-    if reference not in ("mean", "nearest"):
-        raise ValueError(f"reference={reference!r} is unknown; choose 'mean' or 'nearest'.")
-    labels, control = control_labels(adata, perturbation_key, control)
-    stratum, names = strata_of(adata, strata)
-    _check_sizes(labels, control, stratum, names, min_cells)
+    checks.check_key(key_added)
+    labels, control = checks.control_labels(adata, perturbation_key, control)
+    stratum, names = checks.strata_of(adata, strata)
+    vehicle = labels == control
+    few = labels.value_counts()[lambda sizes: sizes < min_cells]
+    if len(few):
+        shown = ", ".join(f"{label} ({size})" for label, size in few.items())
+        raise ValueError(f"fewer than min_cells={min_cells} cells of {shown}; drop these perturbations, or lower it.")
+    few = vehicle.groupby(stratum).sum()[lambda sizes: sizes < min_cells]
+    if len(few):
+        shown = "; ".join(f"{name}: {size}" for name, size in few.items())
+        lacking = f"strata={names} have fewer than min_cells={min_cells} cells of {control!r} to compare with ({shown})"
+        raise ValueError(f"{lacking}; drop the cells of these strata, or name fewer columns.")
     used, fitted = _highly_variable(adata.var), positions(cells, adata)
     most = min((labels + ", " + stratum).iloc[fitted].nunique(), int(used.sum()))  # conditions and genes
     n_components = whole_number(n_components, "n_components", 1, most)
     # Twice over the strata, for means and for projections: the signatures of all cells are never in memory at once.
     x, where = expression(adata, layer)
-    check_log_normalised(x, where, adata)
+    checks.check_log_normalised(x, where, adata)
     x = x[:, used]
-    signatures = partial(_signatures, x, labels, control, stratum, reference, random_state)
     means = []
-    for rows, signature in signatures():
+    for rows, signature in _signatures(x, vehicle.to_numpy(), stratum):
         inside = np.isin(rows, fitted)
         for group in labels.iloc[rows[inside]].groupby(labels).indices.values():
             means.append(signature[inside][group].sum(axis=0) / np.sqrt(len(group)))
     _, strength, components = np.linalg.svd(np.stack(means), full_matrices=False)
     components = components[:n_components].T
     embedding = np.empty((adata.n_obs, n_components))
-    for rows, signature in signatures():
+    for rows, signature in _signatures(x, vehicle.to_numpy(), stratum):
         embedding[rows] = signature @ components
     sign = np.where((embedding[fitted] ** 3).sum(axis=0) < 0, -1, 1)
     adata.obsm[key_added] = embedding * sign
     adata.varm[key_added] = np.zeros((adata.n_vars, n_components))
     adata.varm[key_added][used] = components * sign
-    options = {"perturbation_key": perturbation_key, "control": control, "strata": names, "reference": reference}
     ratio = strength[:n_components] ** 2 / (strength**2).sum()
+    options = {"perturbation_key": perturbation_key, "control": control, "strata": names}
     adata.uns[key_added] = {"variance_ratio": ratio} | options
 
 
-def _check_sizes(labels: pd.Series, control: str, stratum: pd.Series, names: list[str], min_cells: int) -> None:
-    """Raise an error if a perturbation, or the vehicle of a stratum, has few cells."""
-    sizes = labels.value_counts()
-    if sizes.min() < min_cells:
-        few = ", ".join(f"{label} ({size})" for label, size in sizes[sizes < min_cells].items())
-        raise ValueError(f"fewer than min_cells={min_cells} cells of {few}; drop these perturbations, or lower it.")
-    vehicle = (labels == control).groupby(stratum).sum()
-    if vehicle.min() < min_cells:
-        few = "; ".join(f"{name}: {size}" for name, size in vehicle[vehicle < min_cells].items())
-        raise ValueError(
-            f"strata={names} have fewer than min_cells={min_cells} cells of {control!r} to compare with ({few}); drop "
-            f"the cells of these strata, or name fewer columns."
-        )
-
-
-def _signatures(
-    cells: Any, labels: pd.Series, control: str, stratum: pd.Series, reference: str, random_state: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the cells of each stratum, and their expression less that of vehicle cells (cell x gene)."""
-    state = np.random.get_state()
-    with warnings.catch_warnings(action="ignore"):  # a library that pertpy imports warns, another draws a number
-        from pertpy.tools import Mixscape
-    np.random.set_state(state)
-
-    nearest = reference == "nearest"
-    options = {"ref_selection_mode": "split_by", "split_by": "stratum"}
-    if nearest:
-        options = {"ref_selection_mode": "nn", "random_state": random_state}
-        components = sc.pp.pca(cells, n_comps=min(15, *(n - 1 for n in cells.shape)), random_state=random_state)
+def _signatures(x: Any, vehicle: np.ndarray, stratum: pd.Series) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the cells of each stratum, and their expression less the mean of its vehicle cells (cell x gene)."""
     for rows in stratum.groupby(stratum, observed=True).indices.values():
-        x = cells[rows]
-        x = np.asarray(x.toarray() if sparse.issparse(x) else x, dtype=np.float32)  # pertpy fails on sparse strata
-        obs = pd.DataFrame({"perturbation": labels.iloc[rows].to_numpy(), "stratum": "one"}, index=rows.astype(str))
-        block = AnnData(x, obs=obs, obsm={"X_pca": components[rows]} if nearest else {})
-        if nearest:
-            options["n_neighbors"] = min(20, (block.obs["perturbation"] == control).sum())
-        Mixscape().perturbation_signature(block, "perturbation", control, **options)
-        # Vehicle minus cell, so vehicle is this plus the cell, and no expression is negative.
-        if (block.layers["X_pert"] + x).min() < -1e-3:
-            raise RuntimeError("pertpy has changed the sign of its signature; this scbmlp is too old for it.")
-        yield rows, -block.layers["X_pert"]
+        own = x[rows]
+        own = np.asarray(own.toarray() if sparse.issparse(own) else own, dtype=np.float32)
+        yield rows, own - own[vehicle[rows]].mean(axis=0)
 
 
 def dose_coordinates(
@@ -307,16 +251,14 @@ def dose_coordinates(
     >>> dose.groupby(screen.obs["dose_value"]).max().round(2).tolist()
     [0.0, 0.26, 0.5, 0.75, 1.0]
     """
-    check_key(key_added)
-    labels, control = control_labels(adata, perturbation_key, control)
-    doses = obs_column(adata, dose_key, "dose_key")
-    numbers = as_numbers(doses).mask(labels == control, 0.0)
+    checks.check_key(key_added)
+    labels, control = checks.control_labels(adata, perturbation_key, control)
+    doses = checks.obs_column(adata, dose_key, "dose_key")
+    numbers = checks.as_numbers(doses).mask(labels == control, 0.0)
     wrong = ~(numbers >= 0) | np.isinf(numbers)
     if wrong.any():
         some = f"{', '.join(map(repr, doses[wrong].unique().tolist()[:5]))} in {wrong.sum()} treated cells"
-        raise ValueError(
-            f"obs[{dose_key!r}] has {some}; numbers of at least 0 are needed: convert them, or drop those cells."
-        )
+        raise ValueError(f"obs[{dose_key!r}] has {some}; convert them to numbers of at least 0, or drop those cells.")
     if numbers.max() == 0:
         raise ValueError(f"obs[{dose_key!r}] is 0 in every treated cell; name the column that has the doses.")
     compounds = sorted(set(labels) - {control})
@@ -326,7 +268,7 @@ def dose_coordinates(
 
 
 def noise_ceiling(
-    adata: AnnData, compute: Callable[[AnnData], np.ndarray], *, layer: str | None = None, random_state: int = 0
+    adata: AnnData, compute: Callable[[AnnData], np.ndarray], *, layer: str | None = None
 ) -> pd.DataFrame:
     """Say how much of a target is there in the molecules, and not a matter of which of them were caught.
 
@@ -339,8 +281,6 @@ def noise_ceiling(
         Cells with counts in ``X``, or in a layer; it is not changed.
     compute
         Returns the target (cell x out) of an AnnData whose ``X`` has the counts of one half.
-    random_state
-        Seed of the split.
 
     Returns
     -------
@@ -359,7 +299,7 @@ def noise_ceiling(
     x = sparse.csr_matrix(x)
     if len(some := x.data[(x.data < 0) | (x.data != np.round(x.data))][:1]):
         raise ValueError(f"{where} has values that are no counts, such as {some}: pass layer= with the counts.")
-    rng = np.random.default_rng(random_state)
+    rng = np.random.default_rng(0)
     taken = rng.binomial(x.data.astype(np.int64), 0.5)
     targets = []
     for data in (x.data, taken, x.data - taken):

@@ -151,7 +151,7 @@ def config(**fields):
 # What is called with a bad value of an argument, the error, and such values: the message says `argument=value`.
 VALUES = [
     (lambda a, w, **bad: cut(a, **bad), ValueError, {
-        "normalize_total": [0], "num_workers": [0.5], "train_split": ["0.7", 0.9], "val_split": [-0.1],
+        "normalize_total": [0, True], "train_split": ["0.7", 0.9], "val_split": [-0.1],
         "random_state": ["a"],
     }),
     (lambda a, w, **bad: cut(a, **bad), KeyError, {"class_key": [None], "layer": ["counts"]}),
@@ -190,9 +190,7 @@ FIELDS = {
 BAD = {
     # matrices
     "no matrix": (lambda a, w: cut(put(a, "X", None)), ValueError, "adata.X is"),
-    "too large for float32": (lambda a, w: cut(put(a, "X", a.X.toarray().astype(float) * 1e300)), ValueError, "adata.X holds NaN"),
     "scaled, with raw": (lambda a, w: cut(spoiled(put(a, "raw", a), -1)), ValueError, "adata.raw.to_adata()"),
-    "complex": (lambda a, w: w.classifier.predict(a.X.toarray().astype(complex)), ValueError, "x holds values of"),
     "text": (lambda a, w: w.classifier.predict(a.X.toarray().astype(str)), ValueError, "x holds values of"),
     "one cell as a vector": (lambda a, w: w.classifier.predict(np.zeros(G)), ValueError, "x has shape (20,)"),
     "one cell as a Series": (lambda a, w: w.classifier.predict(a.to_df().iloc[0]), ValueError, "x is a Series"),
@@ -204,12 +202,10 @@ BAD = {
     "no file of expression": (lambda a, w: cut(__file__), OSError, "test_checks.py cannot be read"),
     "no X in a file": (lambda a, w: cut(w.disk(AnnData(obs=a.obs, var=a.var, layers=a.layers))), KeyError, "its layers are: log"),
     "by genes in a file": (lambda a, w: cut(w.disk(put(a, "X", a.X.tocsc()))), ValueError, "adata.X.tocsr()"),
-    "scaled in a file to normalise": (lambda a, w: cut(w.disk(spoiled(a, -1)), normalize_total=True), ValueError, "negative values"),
+    "scaled in a file to normalise": (lambda a, w: cut(w.disk(spoiled(a, -1)), normalize_total=1e4), ValueError, "negative values"),
     "scaled to normalise": (lambda a, w: cut(spoiled(a, -1), log1p=True), ValueError, "adata.X holds"),
-    "file of no counts": (lambda a, w: cut(w.disk(put(a, "X", a.X * 0)), normalize_total=True), ValueError, "no counts in any of 120 cells"),
     "backed in frequencies": (lambda a, w: laplacian_frequencies(read_h5ad(w.disk(a), backed="r"), 2), ValueError, "adata.to_memory()"),
     "backed to deal out": (lambda a, w: without_pairs(cut(w.disk(a))[0]), ValueError, "dataset.load("),
-    "backed attributions": (lambda a, w: interactions.attributions(w.classifier, "T0", w.disk(a), np.zeros(G)), ValueError, "dataset.load("),
     "modules into a path": (lambda a, w: w.modules.to_adata(w.disk(a)), ValueError, "adata is"),
     # names
     "genes twice at training": (lambda a, w: cut(twice(a)), ValueError, "adata.var_names are"),
@@ -232,10 +228,8 @@ BAD = {
     "no column": (lambda a, w: cut(a, "typ"), KeyError, "did you mean type"),
     "columns of one name": (lambda a, w: cut(put(a, "obs", pd.concat([a.obs, a.obs[["type"]]], axis=1))), ValueError, "class_key='type': adata.obs has 2 columns"),
     "labels missing": (lambda a, w: cut(a, "holes"), ValueError, "class_key='holes' has no label for 14 of 120 cells"),
-    "nullable labels missing": (lambda a, w: cut(put(a, "obs type", pd.array([True, pd.NA, False] * 40, dtype="boolean"))), ValueError, "class_key='type'"),
-    "MuData": (lambda a, w: cut(SimpleNamespace(obs=a.obs, mod={})), ValueError, "adata is of type SimpleNamespace; AnnData, or the path"),
-    "a list of AnnData": (lambda a, w: cut([a, a]), ValueError, "join its parts: anndata.concat"),
-    "AnnData's cousin at prediction": (lambda a, w: w.classifier.predict(SimpleNamespace(obs=a.obs)), ValueError, "AnnData, or the path"),
+    "MuData": (lambda a, w: cut(SimpleNamespace(obs=a.obs, mod={})), ValueError, "adata is of type SimpleNamespace"),
+    "AnnData's cousin at prediction": (lambda a, w: w.classifier.predict(SimpleNamespace(obs=a.obs)), ValueError, "adata is of type"),
     "a target in obs": (lambda a, w: get_regression_datasets(put(a, "obs time", 1.0), "time"), KeyError, "It is a column of obs"),
     "one class": (lambda a, w: cut(put(a, "obs type", "T0")), ValueError, "class_key='type' has the class 'T0' alone"),
     "a class of one cell": (lambda a, w: cut(put(a, "obs type", ["rare", *["T"] * 119])), ValueError, "class 'rare' has 1 cells, but 7 are needed"),
@@ -245,10 +239,9 @@ BAD = {
     "target constant": (lambda a, w: scored(a, np.ones((N, 1))), ValueError, "adata.obsm['t'] is"),
     "target of three axes": (lambda a, w: scored(a, np.zeros((N, 2, 2))), ValueError, "adata.obsm['t'] has shape (120, 2, 2)"),
     "target without columns": (lambda a, w: scored(a, np.zeros((N, 0))), ValueError, "adata.obsm['t'] is the same"),
-    "target without cells": (lambda a, w: get_regression_datasets(a[:0].copy(), "target"), ValueError, "adata.obsm['target'] is"),
     "control unknown": (lambda a, w: respond(a, control="dmso"), KeyError, "did you mean DMSO"),
     "dose with a unit": (lambda a, w: doses(put(a, "obs dose", ["0", "10 uM", "100", "1000"] * 30)), ValueError, "'10 uM' in 30 treated cells"),
-    "dose negative": (lambda a, w: doses(put(a, "obs dose", [0, -1, 1, 2] * 30)), ValueError, "obs['dose'] has"),
+    "dose negative": (lambda a, w: doses(put(a, "obs dose", [0, -1, np.inf, np.nan] * 30)), ValueError, "-1.0, inf, nan in 90 treated cells"),
     "dose 0": (lambda a, w: doses(put(a, "obs dose", 0)), ValueError, "obs['dose'] is"),
     "mask of 0 and 1": (lambda a, w: respond(a, cells=a.obs["number"] // 3), ValueError, "cells.astype(bool)"),
     "mask too short": (lambda a, w: respond(a, cells=[True, False]), ValueError, "cells is a mask"),
@@ -286,9 +279,7 @@ BAD = {
     "AnnData to fit": (lambda a, w: ScBMLPClassifier(Config(G, 2, 3)).fit(a), ValueError, "dataset is"),
     "codes without a class": (lambda a, w: own(y=[0, 1, 2, 1]), ValueError, "y has class codes"),
     "codes of fractions": (lambda a, w: own(y=[0.0, 1.0, 0.0, 1.0]), ValueError, "y has 1 columns"),
-    "codes of text": (lambda a, w: own(y=["a", "b", "a", "b"]), ValueError, "y holds values of"),
     "targets of few": (lambda a, w: own(y=[0, 1]), ValueError, "x has 4 cells"),
-    "own targets with NaN": (lambda a, w: own(y=np.full((4, 2), np.nan)), ValueError, "y holds NaN or"),
     "own cells with NaN": (lambda a, w: own(x=np.full((4, 3), np.nan)), ValueError, "x holds NaN or"),
     # evidence
     "one replica": (lambda a, w: trust(w.modules, [w.classifier], w.sets[1]), ValueError, "models has"),
@@ -341,7 +332,7 @@ def test_a_bad_field_of_a_configuration_is_named(name, value):
 
 READERS = {
     "classification": lambda a, w: cut(a),
-    "regression": lambda a, w: graded_sets(a, normalize_total=True),
+    "regression": lambda a, w: graded_sets(a, normalize_total=1e4),
     "predict": lambda a, w: w.classifier.predict(a),
     "outputs": lambda a, w: w.regressor.outputs(a)[:],
     "scores": lambda a, w: w.modules.scores(a),
@@ -541,27 +532,36 @@ def test_scaled_counts_are_told_from_their_logarithms(target, layout):
             check_scale(*scale_of(layout(scaled)), "X")
 
 
-@pytest.mark.parametrize("word", ["nan", "", "<NA>"])
-def test_a_class_that_looks_like_a_missing_label_is_warned_of(word):
+def labelled(word):
     adata = small_cells()
-    adata.obs["type"] = adata.obs["type"].astype(str).where(np.arange(adata.n_obs) % 5 > 0, word)
-    with pytest.warns(UserWarning, match=f"class_key='type' has {-(-adata.n_obs // 5)} cells of the label '{word}'"):
-        cut(adata)
+    return put(adata, "obs type", adata.obs["type"].astype(str).where(np.arange(N) % 5 > 0, word))
+
+
+def without_training_cells():
+    adata = small_cells()
+    adata.obs.loc[(adata.obs["type"] == "T2") & (adata.obs["part"] == "train"), "part"] = "val"
+    return adata
+
+
+WARNED = {
+    **{word: (lambda word=word: cut(labelled(word)), f"class_key='type' has 24 cells of the label '{word}'")
+       for word in ("nan", "", "<NA>")},
+    "split": (lambda: cut(without_training_cells(), split_key="part"), "split_key='part' has no train cell of .* T2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "match"), WARNED.values(), ids=WARNED)
+def test_classes_that_are_none_or_cannot_be_learnt_are_warned_of(call, match):
+    with pytest.warns(UserWarning, match=match):
+        call()
 
 
 def test_a_file_of_mudata_is_refused_in_words(tmp_path):
     with h5py.File(tmp_path / "cite.h5mu", "w") as file:
         file.create_group("mod")
         write_elem(file, "obs", small_cells().obs[["type"]])
-    with pytest.raises(ValueError, match="cite.h5mu holds MuData; AnnData is needed: write one modality"):
+    with pytest.raises(ValueError, match="cite.h5mu holds MuData; AnnData is needed"):
         cut(tmp_path / "cite.h5mu")
-
-
-def test_a_class_that_a_set_lacks_is_warned_of():
-    adata = small_cells()
-    adata.obs.loc[(adata.obs["type"] == "T2") & (adata.obs["part"] == "train"), "part"] = "val"
-    with pytest.warns(UserWarning, match="split_key='part' has no train cell of the class T2, which cannot be learnt"):
-        cut(adata, split_key="part")
 
 
 def test_fractions_do_not_count_beside_a_split_and_missing_labels_are_in_no_set():

@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PINS = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M))
 API = (ROOT / "api.md").read_text()
 ORDER = (
-    "checks display simulate sources stores datasets targets effects baselines exact nested moments training storage "
+    "checks display simulate stores sources datasets targets effects baselines exact nested moments training storage "
     "models solving sklearn interactions audit knockoffs modules stability evidence enrichment plotting explorer "
     "preparing report look annotate"
 ).split()

@@ -84,26 +84,18 @@ def test_seed_decides_everything_and_the_truth_survives_a_file(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "message"),
+    ("name", "arguments"),
     [
-        ("pancreas", {"n_cells": 79}, "n_cells=79 is too small: at least 80"),
-        ("pancreas", {"n_genes": 100}, r"n_genes=100 is too small: at least \d+ .* marker genes.*pass n_genes"),
-        ("sciplex3", {"n_cells": 599}, "n_cells=599 is too small: at least 600"),
-        ("sciplex3", {"combinations": [("Trametinib", "Aspirin")]},
-         r"combinations has \['Aspirin'\], which are no .* pass pairs of Quisinostat, CUDC-907, Trichostatin A,"),
-        ("planted_interactions", {"n_cells": 4}, "n_cells=4 is too small"),
-        ("planted_interactions", {"n_programs": 1}, "n_programs=1 is too small"),
-        ("planted_interactions", {"genes_per_program": 0}, "genes_per_program=0 is too small"),
-        ("planted_interactions", {"n_genes": 499}, "n_genes=499 is too small: at least 500"),
-        ("planted_interactions", {"rule": "xor"}, "rule='xor' is unknown; choose one of 'exclusive-or',"),
-        ("planted_interactions", {"rule": "mixed", "n_programs": 3}, "n_programs=3 is too small: at least 4"),
-        ("planted_interactions", {"rule": "readout", "n_genes": 500}, "n_genes=500 is too small: at least 501"),
-        ("planted_interactions", {"noise": -1}, "noise=-1 is too small"),
-        ("planted_interactions", {"depth": 0}, "depth=0 is too small"),
+        ("pancreas", {"n_cells": 79}), ("pancreas", {"n_genes": 100}), ("sciplex3", {"n_cells": 599}),
+        ("sciplex3", {"combinations": [("Trametinib", "Aspirin")]}), ("planted_interactions", {"n_cells": 4}),
+        ("planted_interactions", {"n_programs": 1}), ("planted_interactions", {"n_programs": 3, "rule": "mixed"}),
+        ("planted_interactions", {"genes_per_program": 0}), ("planted_interactions", {"n_genes": 499}),
+        ("planted_interactions", {"n_genes": 500, "rule": "readout"}), ("planted_interactions", {"rule": "xor"}),
+        ("planted_interactions", {"noise": -1}), ("planted_interactions", {"depth": 0}),
     ],
 )  # fmt: skip
-def test_what_cannot_be_simulated_is_an_error_that_says_what_can(name, arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_what_cannot_be_simulated_is_an_error_that_names_the_argument(name, arguments):
+    with pytest.raises(ValueError, match=f"^{next(iter(arguments))}.*pass|choose"):
         SIMULATORS[name](**arguments)
 
 
@@ -139,12 +131,12 @@ def test_pancreas_has_clusters_of_the_real_sizes_along_a_tree(pancreas):
     assert list(clusters.cat.categories) == order
     expected = pd.Series(simulate.CLUSTER_SIZES) * 2000 / 3696
     assert (clusters.value_counts()[expected.index] - expected).abs().max() <= 1
-    assert list(pancreas.obs["clusters_coarse"].cat.categories) == [*order[:4], "Endocrine"]
-    assert set(clusters[pancreas.obs["clusters_coarse"] == "Endocrine"]) == set(order[4:])
+    coarse = pancreas.obs["clusters_coarse"]
+    assert list(coarse.cat.categories) == [*order[:4], "Endocrine"]
+    assert set(clusters[coarse == "Endocrine"]) == set(order[4:])
     assert (clusters.cat.codes.diff() != 0).mean() > 0.5  # shuffled
     smallest = simulate.pancreas(n_cells=80, n_genes=200).obs["clusters"].value_counts()
     assert smallest.sum() == 80 and smallest.min() >= 8
-
     median = pd.Series(truth["pseudotime"]).groupby(clusters.to_numpy(str)).median()
     assert median[order[:4]].is_monotonic_increasing and (median[order[4:]] > median["Pre-endocrine"]).all()
     branches = {name: set(truth["branch"][clusters == name]) for name in order}
@@ -155,7 +147,7 @@ def test_pancreas_has_clusters_of_the_real_sizes_along_a_tree(pancreas):
     assert np.diff(np.sort(truth["pseudotime"][way])).max() < 0.02
 
 
-def test_pancreas_markers_are_highest_in_their_cluster(pancreas):
+def test_pancreas_markers_are_highest_in_their_cluster_and_ductal_cells_cycle(pancreas):
     markers = {
         "Ductal": "Spp1 Sox9 Anxa2", "Ngn3 high EP": "Neurog3 Btbd17 Gadd45a", "Pre-endocrine": "Fev Cck",
         "Beta": "Ins1 Ins2 Pdx1 Nkx6-1 Mafb Nnat Gng12", "Alpha": "Gcg Arx Irx2", "Delta": "Sst Hhex",
@@ -163,9 +155,6 @@ def test_pancreas_markers_are_highest_in_their_cluster(pancreas):
     }  # fmt: skip
     cluster_of = {gene: cluster for cluster, genes in markers.items() for gene in genes.split()}
     assert mean_by(pancreas, "clusters", list(cluster_of)).idxmax().to_dict() == cluster_of
-
-
-def test_pancreas_cell_cycle_runs_in_ductal_cells_and_background_programs_everywhere(pancreas):
     activity = activities(pancreas)
     by_cluster = activity.groupby(pancreas.obs["clusters"], observed=True).mean().drop("Delta")
     assert (by_cluster.filter(like="background") - 0.5).abs().max(axis=None) < 0.15
@@ -194,8 +183,8 @@ def test_interaction_targets_rise_only_where_both_programs_are_active(simulated,
             assert one_alone.mean() - 2 * error < 1.4 * neither
 
 
-def test_planted_programs_are_disjoint_balanced_and_readable(planted):
-    truth = planted.uns["truth"]
+def test_planted_programs_are_readable_and_the_label_needs_the_product_of_two(planted):
+    truth, on = planted.uns["truth"], (planted.obs["label"] == "on").to_numpy()
     assert planted.shape == (3000, 2000) and truth["state"].shape == (3000, 20)
     genes = np.concatenate(list(truth["programs"].values()))
     assert len(genes) == len(set(genes)) == 500
@@ -205,14 +194,8 @@ def test_planted_programs_are_disjoint_balanced_and_readable(planted):
         program = x.mean(axis=1)
         assert ((program > np.median(program)) == state).mean() > 0.98
         assert ((x > np.median(x, axis=0)) == state[:, None]).mean() < 0.75  # a gene alone
-
-
-def test_planted_label_is_the_exclusive_or_of_the_pair_and_needs_their_product(planted):
-    truth, on = planted.uns["truth"], (planted.obs["label"] == "on").to_numpy()
-    assert list(planted.obs["label"].cat.categories) == ["off", "on"] and on.mean() == 0.5
     a, b = states(planted, "pair")
-    np.testing.assert_array_equal(on, a != b)
-    assert on[a == 1].mean() == on[b == 1].mean() == 0.5
+    assert on.mean() == on[a == 1].mean() == on[b == 1].mean() == 0.5
     train, test = slice(0, 2100), slice(2100, None)
     linear = LogisticRegression(C=0.01, max_iter=500).fit(planted.X[train], on[train])
     assert abs(linear.score(planted.X[test], on[test]) - 0.5) < 0.06
@@ -277,8 +260,7 @@ def test_sciplex3_has_the_design_of_the_screen(screen):
     assert {*obs} == {*columns.split()} and len(compounds) == len(set(compounds["plain"])) == 188
     assert set(obs["perturbation"]) == {"control", *compounds.index}
     vehicle = obs["perturbation"] == "control"
-    assert vehicle.mean() == 0.08 and set(obs.loc[vehicle, "target"]) == {"Vehicle"}
-    assert set(obs.loc[~vehicle, "dose_value"]) == {10, 100, 1000, 10000} and set(obs["dose_unit"]) == {"nM"}
+    assert vehicle.mean() == 0.08 and set(obs.loc[~vehicle, "dose_value"]) == {10, 100, 1000, 10000}
     assert obs["cell_line"].value_counts(normalize=True).round(2).to_dict() == {"MCF7": 0.5, "A549": 0.25, "K562": 0.25}
     plates = [f"plate{i}" for i in range(1, 49)]
     assert list(obs["plate"].cat.categories) == plates == list(obs["plate"].unique().sort_values())
@@ -363,17 +345,13 @@ def test_sciplex3_hdac_inhibitors_act_by_dose_and_potency_and_inert_compounds_do
     assert mean["Quisinostat (JNJ-26481585) 2HCl"] > 0.6 and mean["Entinostat (MS-275)"] < 0.3
 
 
-def test_sciplex3_glucocorticoid_answers_in_one_line_only(screen):
-    treated = (screen.obs["perturbation"] == "Triamcinolone Acetonide") & (screen.obs["dose_value"] >= 1000)
-    means = mean_by(screen[treated], "cell_line", ["FKBP5", "TSC22D3", "ANGPTL4", "GDF15"])
-    assert (means.loc["A549"] > [5, 5, 1.5, 1.5] * means.drop("A549").max()).all()
-
-
 @pytest.mark.parametrize(
     ("target", "gene", "fold"),
     [("MDM2", "MDM2", {"A549": 5, "K562": 1, "MCF7": 5}), ("mTOR", "LDHA", {"A549": 0.3, "K562": 0.3, "MCF7": 0.3}),
      ("MEK", "DUSP6", {"A549": 0.3, "K562": 0.3, "MCF7": 1}), ("HSP90", "HSPA1A", {"A549": 5, "K562": 5, "MCF7": 5}),
-     ("Aurora Kinase", "MDM2", {"A549": 3, "K562": 1, "MCF7": 3})],
+     ("Aurora Kinase", "MDM2", {"A549": 3, "K562": 1, "MCF7": 3}),
+     *(("Glucocorticoid Receptor", gene, {"A549": 1.3, "K562": 1, "MCF7": 1}) for gene in ("ANGPTL4", "GDF15")),
+     *(("Glucocorticoid Receptor", gene, {"A549": 4, "K562": 1, "MCF7": 1}) for gene in ("FKBP5", "TSC22D3"))],
 )  # fmt: skip
 def test_sciplex3_mechanisms_move_their_genes_in_their_lines(screen, target, gene, fold):
     vehicle = mean_by(screen[screen.obs["perturbation"] == "control"], "cell_line", [gene])[gene]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tracemalloc
+import warnings
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,7 +15,6 @@ from hypothesis import given, settings
 from scipy import linalg, sparse
 
 from scbmlp.datasets import get_regression_datasets
-from scbmlp.targets import _signatures as signatures
 from scbmlp.targets import dose_coordinates, laplacian_frequencies, noise_ceiling, perturbation_response
 
 
@@ -65,25 +65,19 @@ def test_order_and_storage_of_the_cells_change_nothing(cells):
     np.testing.assert_allclose(three.obsm["X_freq"], one.obsm["X_freq"], atol=1e-3)
 
 
-def test_own_graph_is_scanpys(cells):
+def test_own_graph_is_scanpys_and_what_it_was_made_with_is_recorded(cells):
     own, given_graph = cells.copy(), cells.copy()
-    laplacian_frequencies(own, 4, "X_scales", n_pcs=10, n_neighbors=12)
-    sc.pp.pca(given_graph, n_comps=10, random_state=0)
+    laplacian_frequencies(own, 4, "X_scales", n_neighbors=12)
+    sc.pp.pca(given_graph, n_comps=30, random_state=0)
     sc.pp.neighbors(given_graph, n_neighbors=12, key_added="mine")
     laplacian_frequencies(given_graph, 4, neighbors_key="mine")
     np.testing.assert_allclose(own.obsm["X_scales"], given_graph.obsm["X_freq"], atol=1e-6)
     for key, added in {"obsm": {"X_scales"}, "uns": {"X_scales"}, "obsp": set(), "varm": set()}.items():
         assert set(getattr(own, key)) == set(getattr(cells, key)) | added
-
-
-def test_what_the_graph_was_made_with_is_recorded(cells):
-    adata = cells.copy()
-    sc.pp.pca(adata, n_comps=5)
-    sc.pp.neighbors(adata, n_neighbors=40)
-    laplacian_frequencies(adata, 2, neighbors_key="neighbors")
-    assert adata.uns["X_freq"]["n_neighbors"] == 40 and adata.uns["X_freq"]["n_pcs"] is None
-    laplacian_frequencies(few := adata[:, :12].copy(), 2, n_pcs=30)
-    assert few.uns["X_freq"]["n_pcs"] < 12
+    made = [(known["n_neighbors"], known["n_pcs"]) for known in (own.uns["X_scales"], given_graph.uns["X_freq"])]
+    assert made == [(12, 30), (12, None)]
+    laplacian_frequencies(few := cells[:, :12].copy(), 2)
+    assert few.uns["X_freq"]["n_pcs"] == 11
 
 
 @pytest.mark.parametrize("normalized", [False, True])
@@ -92,9 +86,9 @@ def test_cells_outside_the_graph_get_the_row_of_the_eigenvectors_equation(normal
     adata = AnnData(np.random.default_rng(0).random((80, 6)).astype(np.float32))
     inside, outside = np.arange(60), np.arange(60, 80)
     chosen = np.arange(80) < 60 if normalized else inside
-    laplacian_frequencies(adata, 4, cells=chosen, n_neighbors=9, n_pcs=5, normalized=normalized)
+    laplacian_frequencies(adata, 4, cells=chosen, n_neighbors=9, normalized=normalized)
     alone = adata[inside].copy()
-    laplacian_frequencies(alone, 4, n_neighbors=9, n_pcs=5, normalized=normalized)
+    laplacian_frequencies(alone, 4, n_neighbors=9, normalized=normalized)
     np.testing.assert_allclose(adata.obsm["X_freq"][inside], alone.obsm["X_freq"], atol=1e-6)
     sc.pp.pca(alone, n_comps=5, random_state=0)
     sc.pp.neighbors(alone, n_neighbors=9, random_state=0)
@@ -110,22 +104,20 @@ def test_cells_outside_the_graph_get_the_row_of_the_eigenvectors_equation(normal
 
 
 @pytest.mark.parametrize(
-    ("adata", "arguments", "error", "match"),
+    ("adata", "arguments", "error", "said"),
     [
-        (graph(path(40)), {"n_frequencies": 0}, ValueError, "n_frequencies=0: .* at least 1 and at most 38"),
-        (graph(path(40)), {"n_frequencies": 39}, ValueError, "n_frequencies=39: .* at least 1 and at most 38"),
-        (graph(path(20, (6, 7), (7, 8))), {}, ValueError,
-         r"1 of 20 cells .* no neighbour \(7\); drop them, or raise n_neighbors"),
-        (graph(path(20, (16, 17))), {}, ValueError,
-         r"2 parts of 17, 3 cells.*n_neighbors.*\(the smallest has 17, 18, 19\)"),
+        (graph(path(40)), {"n_frequencies": 0}, ValueError, "n_frequencies=0"),
+        (graph(path(40)), {"n_frequencies": 39}, ValueError, "n_frequencies=39: .* at most 38"),
+        (graph(path(20, (6, 7), (7, 8))), {}, ValueError, r"3 parts of 12, 7, 1 cells.*n_neighbors.*smallest has 7\)"),
+        (graph(path(20, (16, 17))), {}, ValueError, r"2 parts of 17, 3 cells.*\(the smallest has 17, 18, 19\)"),
         (graph(path(20)), {"neighbors_key": "mine"}, KeyError, "neighbors_key='mine' .*scanpy.pp.neighbors"),
         (graph(path(20)), {"cells": np.arange(10)}, ValueError, "cells cannot be given with neighbors_key"),
         (AnnData(np.random.default_rng(0).random((100, 20)) + np.repeat([0, 15], 50)[:, None]),
          {"neighbors_key": None, "n_neighbors": 10}, ValueError, "2 parts of 50, 50 cells"),
     ],
 )  # fmt: skip
-def test_graphs_without_such_frequencies_are_refused(adata, arguments, error, match):
-    with pytest.raises(error, match=match):
+def test_graphs_without_such_frequencies_are_refused(adata, arguments, error, said):
+    with pytest.raises(error, match=said):
         laplacian_frequencies(adata, **{"n_frequencies": 3, "neighbors_key": "neighbors"} | arguments)
     assert "X_freq" not in adata.obsm and "X_freq" not in adata.uns
 
@@ -160,7 +152,6 @@ def test_memory_holds_the_signatures_of_one_stratum():
     obs = pd.DataFrame({"drug": rng.choice(["control", "a", "b"], n), "well": np.arange(n) % 20})
     x = sparse.random(n, genes, 0.02, format="csr", dtype=np.float32, random_state=0)
     adata = AnnData(x, obs=obs.set_index(obs.index.astype(str)))
-    perturbation_response(adata[:200].copy(), "drug", "control", 2)  # imports pertpy
     tracemalloc.start()
     perturbation_response(adata, "drug", "control", 2, strata="well")
     _, peak = tracemalloc.get_traced_memory()
@@ -199,24 +190,6 @@ def test_targets_are_the_same_for_dense_cells_survive_a_file_and_can_be_learnt(t
         assert list(get_regression_datasets(stored, key)[0].output_names) == [f"{key}_0", f"{key}_1"]
 
 
-def test_nearest_vehicle_cells_take_out_what_varies_anyway(treated):
-    adata = treated.copy()
-    state = np.random.default_rng(1).random(adata.n_obs) < 0.5  # a state of the cell, drug or not
-    adata.X = sparse.csr_matrix(adata.X.toarray() + 4 * state[:, None] * (np.arange(12) >= 8), dtype=np.float32)
-    inert = (adata.obs["drug"] == "inert").to_numpy()
-    drug, line = (adata.obs[key].reset_index(drop=True) for key in ("drug", "line"))
-    left = {}
-    for reference in ("mean", "nearest"):
-        perturbation_response(adata, "drug", "control", 2, strata="line", reference=reference)
-        signature = np.empty(adata.shape)
-        for rows, block in signatures(adata.X, drug, "control", line, reference, 0):
-            signature[rows] = block
-        signature = signature[inert]
-        left[reference] = abs(signature[state[inert], 8:].mean() - signature[~state[inert], 8:].mean())
-        assert signature[:, 0].mean() == pytest.approx(0, abs=0.2)
-    assert left["mean"] == pytest.approx(4, abs=0.3) and left["nearest"] < 0.3
-
-
 STATE = """
 import random, warnings
 import matplotlib, numpy, scanpy, torch
@@ -241,38 +214,32 @@ def test_nothing_global_changes():
     assert (result.stdout.strip(), result.returncode) == ("", 0), result.stderr
 
 
-def test_a_pertpy_with_another_sign_is_noticed(treated, monkeypatch):
-    def flipped(self, adata, key, control, **kwargs):
-        mean = adata.X[(adata.obs[key] == control).to_numpy()].mean(axis=0)
-        adata.layers["X_pert"] = adata.X - mean
-
-    monkeypatch.setattr("pertpy.tools.Mixscape.perturbation_signature", flipped)
-    low = treated.copy()
-    x = low.X.toarray()
-    x[::7] = 0  # expression near zero shows the sign
-    low.X = sparse.csr_matrix(x)
-    with pytest.raises(RuntimeError, match="changed the sign"):
-        perturbation_response(low, "drug", "control", 2, strata="line")
+def test_the_difference_is_that_of_pertpy(treated):
+    """Whose sign is the other one."""
+    adata = treated.copy()
+    perturbation_response(adata, "drug", "control", 6, strata="line")
+    other = AnnData(treated.X.toarray(), obs=treated.obs)
+    with warnings.catch_warnings(action="ignore"):
+        from pertpy.tools import Mixscape
+    options = {"ref_selection_mode": "split_by", "split_by": "line"}
+    Mixscape().perturbation_signature(other, "drug", "control", **options)
+    np.testing.assert_array_equal(-other.layers["X_pert"] @ adata.varm["X_pert"], adata.obsm["X_pert"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "match"),
+    ("arguments", "error", "said"),
     [
-        ({"control": "DMSO"}, KeyError, "control='DMSO' is no label .* there are: active, control, inert"),
-        ({"perturbation_key": "compound"}, KeyError, "'compound' is not a column of adata.obs; there are: drug"),
-        ({"strata": "plate"}, KeyError, "'plate' is not a column"),
-        ({"strata": ["line", "dose"]}, ValueError, "strata='dose' has no label for 120 of 360 cells"),
-        ({"strata": ["line", "drug"]}, ValueError, r"fewer than min_cells=5 cells of 'control' .*\(a, active: 0; a, i"),
-        ({"min_cells": 200}, ValueError, r"fewer than min_cells=200 cells of control \(120\)|active \(120\)"),
-        ({"n_components": 0}, ValueError, "n_components=0: .* at least 1 and at most 6"),
-        ({"n_components": 7}, ValueError, "n_components=7: .* at least 1 and at most 6"),
-        ({"reference": "median"}, ValueError, "reference='median' is unknown; choose 'mean' or 'nearest'"),
+        ({"perturbation_key": "compound"}, KeyError, "perturbation_key='compound' .*; there are: drug"),
+        ({"strata": "plate"}, KeyError, "strata='plate'"),
+        ({"strata": ["line", "drug"]}, ValueError, r"strata=.* min_cells=5 cells of 'control' .*\(a, active: 0; a, i"),
+        ({"min_cells": 200}, ValueError, r"min_cells=200 cells of .*active \(120\)"),
+        ({"n_components": 7}, ValueError, "n_components=7: .* at most 6"),
     ],
 )
-def test_unusable_screens_are_refused_with_advice(treated, arguments, error, match):
+def test_unusable_screens_are_refused_with_advice(treated, arguments, error, said):
     adata = treated.copy()
     arguments = {"perturbation_key": "drug", "control": "control", "n_components": 2, "strata": "line"} | arguments
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=said):
         perturbation_response(adata, **arguments)
     assert "X_pert" not in adata.obsm and "X_pert" not in adata.varm
 
@@ -287,23 +254,6 @@ def test_dose_coordinates_are_log_doses_in_the_column_of_the_compound(treated):
     assert (table.loc[drug == "active", "active"] == 1).all() and (table.loc[drug == "active", "inert"] == 0).all()
     np.testing.assert_allclose(table.loc[drug == "inert", "inert"], np.log(11) / np.log(101), rtol=1e-6)
     assert list(get_regression_datasets(adata, "X_dose")[0].output_names) == ["active", "inert"]
-
-
-@pytest.mark.parametrize(("dose", "shown"), [("10 nM", "'10 nM'"), (-1.0, "-1.0"), (np.nan, "nan"), (np.inf, "inf")])
-def test_doses_that_are_no_numbers_are_refused(treated, dose, shown):
-    adata = treated.copy()
-    adata.obs["dose"] = adata.obs["dose"].astype(object).mask(adata.obs["drug"] == "active", dose)
-    with pytest.raises(ValueError, match=f"obs\\['dose'\\] has .*{shown} in 120 treated cells"):
-        dose_coordinates(adata, "drug", "dose", "control")
-    adata.obs["dose"] = 0
-    with pytest.raises(ValueError, match=r"obs\['dose'\] is 0 in every treated cell"):
-        dose_coordinates(adata, "drug", "dose", "control")
-    with pytest.raises(KeyError, match="control='DMSO' is no label"):
-        dose_coordinates(adata, "drug", "dose", "DMSO")
-    adata.obs.loc["cell7", "drug"] = None
-    for make in (perturbation_response, dose_coordinates):
-        with pytest.raises(ValueError, match=r"perturbation_key='drug' has no label for 1 of 360 cells; .*notna\(\)"):
-            make(adata, "drug", control="control", **({"dose_key": "dose"} if make is dose_coordinates else {}))
 
 
 def test_noise_ceiling_is_the_share_of_the_target_that_is_no_noise():
@@ -326,12 +276,8 @@ def test_noise_ceiling_is_the_share_of_the_target_that_is_no_noise():
     assert noise["ceiling"].max() < 0.1
 
 
-def test_noise_ceiling_refuses_what_is_no_count():
+def test_noise_ceiling_refuses_what_is_no_target():
     logged = AnnData(np.log1p(np.arange(12, dtype=np.float32).reshape(4, 3)))
-    with pytest.raises(ValueError, match=r"X has values that are no counts, such as .*: pass layer= with the counts"):
-        noise_ceiling(logged, lambda half: half.X)
     logged.layers["counts"] = np.ones((4, 3), np.float32)
     with pytest.raises(ValueError, match=r"compute returned shape \(4,\) for 4 cells; \(cell x out\) is needed"):
         noise_ceiling(logged, lambda half: half.X.toarray().sum(axis=1), layer="counts")
-    with pytest.raises(KeyError, match="molecules"):
-        noise_ceiling(logged, lambda half: half.X, layer="molecules")
