@@ -121,7 +121,7 @@ def typeset(site, browser):
         style = page.evaluate(STYLE).replace(site.as_uri(), relpath(site, path.parent))
         page.close()
         text = re.sub(MATH, lambda start, each=each: start[1] + next(each), text, flags=re.S)
-        text = text.replace(' display="true"', ' display="true" tabindex="0"')  # a wide one scrolls, by keyboard too
+        text = text.replace('CHTML" display', 'CHTML" tabindex="0" display')  # a wide one scrolls, by keyboard too
         path.write_text(text.replace("</head>", f'<style class="equations">{style}</style>\n</head>', 1))
 
 
