@@ -33,6 +33,7 @@ SCRIPT = r'<script (?=[^>]*\bsrc="(?![^"]*documentation_options))(?![^>]*\b(?:de
 MATHJAX = r"<script[^>]*>window\.MathJax[^<]*</script>|<script[^>]*/mathjax/[^>]*></script>"
 MATH = r'(<(span|div) class="math\b[^>]*>).*?(?=</\2>)'
 STYLE = "[...document.getElementById('MJX-CHTML-styles').sheet.cssRules].map(rule => rule.cssText).join('\\n')"
+IMAGE, POINTS = r'<img\b[^>]*\bsrc="[^"]*\b_images/([^"/]+\.(?:png|svg))"', r'\b(?:width|height)="([\d.]+)pt"'
 DARK = '(matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")'
 # Tables that are wider than the page shrink to its width, and no image is missing.
 FIT = """async () => {
@@ -89,6 +90,8 @@ def mend_site(app, exception):
             sizes[path.name] = image.size
             image.save(path.with_suffix(".webp"), lossless=True, method=3, quality=60)  # a third of the size
         path.unlink()
+    for path in (site / "_images").glob("*.svg"):
+        sizes[path.name] = [round(float(each) * 4 / 3) for each in re.findall(POINTS, path.read_text())]
     for page in site.rglob("*.html"):
         page.write_text(mended(page.read_text(), sizes))
     if CHROMIUM:
@@ -99,8 +102,7 @@ def mend_site(app, exception):
 def mended(text, sizes):
     """Return a page whose figures have their room, and are read when a reader comes near them."""
     size = '{} width="{}" height="{}" loading="lazy"'
-    image = r'<img\b[^>]*\bsrc="[^"]*\b_images/([^"/]+\.png)"'
-    text = re.sub(image, lambda match: size.format(match[0], *sizes[match[1]]), text)
+    text = re.sub(IMAGE, lambda match: size.format(match[0], *sizes[match[1]]), text)
     text = re.sub(r'(\b_images/[^"/]+)\.png"', r'\1.webp"', text)
     text = re.sub(SCRIPT, "<script defer ", re.sub(NEEDLESS, "", text))
     # Else the theme knows only after it has painted whether the reader likes it dark, and all moves.
