@@ -140,9 +140,16 @@ def check_cells(cells: Any) -> None:
     """Raise an error for what is neither AnnData in memory or backed, nor a path."""
     if isinstance(cells, str | Path) or (isinstance(cells, AnnData) and isinstance(cells.obs, pd.DataFrame)):
         return
-    needed = "AnnData in memory or backed, or the path of an .h5ad file or zarr store, is needed"
-    hint = "AnnData(x, obs) makes one, anndata.concat joins several, mdata['rna'] is one, .to_memory() reads a lazy one"
-    raise ValueError(f"adata is of type {type(cells).__name__}; {needed}: {hint}.")
+    kind = type(cells).__name__
+    hint = {
+        "MuData": "pass one modality, such as mdata['rna']",
+        "AnnCollection": "take its cells into memory: collection[:].to_adata()",
+        "AnnData": "it was read lazily: take it into memory, adata.to_memory()",
+        "list": "join its parts: anndata.concat",
+        "tuple": "join its parts: anndata.concat",
+    }.get(kind, "make one: anndata.AnnData(X, obs=labels)")
+    needed = "AnnData, or the path of an .h5ad file or zarr store, is needed"
+    raise ValueError(f"adata is of type {kind}; {needed}: {hint}.")
 
 
 def plain_names(names: Iterable[Any], what: str, *, unique: bool = True) -> pd.Index:
