@@ -472,14 +472,5 @@ def _responses(seen: AnnData, key: str, control: Any, layer: str | None, seed: i
         part[one.indices] = name
     seen.obs["part"] = part
     n = min(5, labels.nunique() - 1)
-    try:
-        perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer)
-    except ModuleNotFoundError as error:
-        raise not_installed(f"perturbation_key={key!r}", error.name, "book") from error
+    perturbation_response(seen, key, control, n, "response", cells=part == "train", layer=layer)
     return get_regression_datasets(seen, "response", layer=layer, split_key="part")
-
-
-def not_installed(what: str, name: str | None, extra: str) -> ModuleNotFoundError:
-    """Return the error of a package that is missing, which says how to install it."""
-    words = f"{what} takes {name}, which is not installed: pip install 'scbmlp[{extra}]'."
-    return ModuleNotFoundError(words, name=name)

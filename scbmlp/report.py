@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from scbmlp.plotting import category_colors, plain, score_histogram
-from scbmlp.preparing import MOST_GENES, N_GENES, SAID, Cells, not_installed, paths_of, prepare
+from scbmlp.preparing import MOST_GENES, N_GENES, SAID, Cells, paths_of, prepare
 from scbmlp.storage import writable
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -85,7 +85,8 @@ def report(
     try:
         import nbconvert  # noqa: F401
     except ModuleNotFoundError as error:
-        raise not_installed("a report", error.name, "report") from error
+        words = f"a report takes {error.name}, which is not installed: pip install 'scbmlp[report]'."
+        raise ModuleNotFoundError(words, name=error.name) from error
     options = {
         "class_key": class_key,
         "target_key": target_key,
