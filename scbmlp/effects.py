@@ -212,8 +212,8 @@ def between_donors(scores: pd.DataFrame, donors: Any, condition: Any) -> pd.Data
     >>> table = effects.between_donors(
     ...     scores, list("aabbccdd"), ["ill"] * 4 + ["well"] * 4
     ... )
-    >>> table.loc["module_1", ["ill", "well", "difference"]].tolist()
-    [1.0, 5.0, 4.0]
+    >>> table[["ill", "well", "difference", "n_donors"]].to_dict("records")
+    [{'ill': 1.0, 'well': 5.0, 'difference': 4.0, 'n_donors': '2, 2'}]
     """
     known = pd.DataFrame({"donor": np.asarray(donors, str), "condition": np.asarray(condition, str)}, scores.index)
     of_donor = known.drop_duplicates().set_index("donor")["condition"]

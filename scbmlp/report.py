@@ -244,7 +244,7 @@ def _run(folder: Path, parameters: dict[str, Any], title: str, progress: bool) -
                 raise
             raise KeyboardInterrupt from None
     # The answer is known at the end, and read first.
-    notebook.cells[1:] = sorted(notebook.cells[1:], key=lambda cell: "answer" not in cell.metadata.get("tags", []))
+    notebook.cells[1:] = sorted(notebook.cells[1:], key=lambda cell: "first" not in cell.metadata.get("scbmlp", {}))
     _whole(folder / "report.ipynb", nbformat.writes(notebook))
     # A figure that fails while it is drawn is no error of its cell.
     for output in (output for cell in notebook.cells for output in cell.get("outputs", [])):

@@ -230,6 +230,7 @@ def scaling_of(
     normalize_total: Any, log1p: Any, totals: Iterable[np.ndarray], n_genes: int, where: str
 ) -> Scaling | None:
     """Return the scaling that is asked for, None for none; the totals of cells are walked for their median alone."""
+    normalize_total = False if normalize_total is None else normalize_total
     switch = isinstance(normalize_total, bool | np.bool_)
     if not switch and not (isinstance(normalize_total, Real) and 0 < normalize_total < np.inf):
         raise ValueError(

@@ -151,7 +151,7 @@ def config(**fields):
 # What is called with a bad value of an argument, the error, and such values: the message says `argument=value`.
 VALUES = [
     (lambda a, w, **bad: cut(a, **bad), ValueError, {
-        "normalize_total": [0, True], "train_split": ["0.7", 0.9], "val_split": [-0.1],
+        "normalize_total": [0], "train_split": ["0.7", 0.9], "val_split": [-0.1],
         "random_state": ["a"],
     }),
     (lambda a, w, **bad: cut(a, **bad), KeyError, {"class_key": [None], "layer": ["counts"]}),
