@@ -196,24 +196,35 @@ def prepare(
     if group_key is not None:
         seen.obs[PART] = part
         how = {"split_key": PART, "layer": layer}
-    if class_key is not None:
-        try:
-            split = get_classification_datasets(seen, class_key, **how)
-        except ValueError as error:
-            raise ValueError(f"{error} Small classes are left out by min_cells (--min-cells).") from None
-        target = f"the {len(split[0].output_names)} classes of `{class_key}`"
-    elif target_key is not None:
-        split = get_regression_datasets(seen, target_key, **how)
-        target = f"the {len(split[0].output_names)} targets of `{target_key}`"
-    else:
-        split = _responses(seen, perturbation_key, control, layer, seed)
-        target = f"{len(split[0].output_names)} components of the response to `{perturbation_key}`"
+    split, target = _split(seen, class_key, target_key, perturbation_key, control, how)
     for part in split:
         part.scaling = scaling
     labels = class_key or perturbation_key
     shown = AnnData(x[:, kept], obs=adata.obs[[labels]].astype("category") if labels else None, uns=source)
     strata = groups if group_key else _strata(adata.obs, split, class_key, perturbation_key, notes)
     return Cells(adata, *split, target, labels, notes, data_card(shown), sets, strata, group_key is not None)
+
+
+def _split(
+    seen: AnnData,
+    class_key: str | None,
+    target_key: str | None,
+    perturbation_key: str | None,
+    control: Any,
+    how: dict[str, Any],
+) -> tuple[tuple[ExpressionDataset, ...], str]:
+    """Return training, validation and test cells, and in words what the model learns."""
+    if class_key is not None:
+        try:
+            split = get_classification_datasets(seen, class_key, **how)
+        except ValueError as error:
+            raise ValueError(f"{error} Small classes are left out by min_cells (--min-cells).") from None
+        return split, f"the {len(split[0].output_names)} classes of `{class_key}`"
+    if target_key is not None:
+        split = get_regression_datasets(seen, target_key, **how)
+        return split, f"the {len(split[0].output_names)} targets of `{target_key}`"
+    split = _responses(seen, perturbation_key, control, how["layer"], how["random_state"])
+    return split, f"{len(split[0].output_names)} components of the response to `{perturbation_key}`"
 
 
 def _by_group(

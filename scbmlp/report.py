@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +34,10 @@ def report(
     cells: AnnData | str | Path,
     out: str | Path = "report",
     *,
-    class_key: str | None = None,
-    target_key: str | None = None,
-    perturbation_key: str | None = None,
-    control: Any = None,
-    gene_sets: str | Path | Sequence[str | Path] | None = None,
-    layer: str | None = None,
-    n_genes: int | None = None,
-    min_cells: int | None = None,
-    no_normalize: bool = False,
-    group_key: str | None = None,
-    condition_key: str | None = None,
     quick: bool = False,
-    seed: int = 0,
     force: bool = False,
     progress: bool = True,
+    **options: Any,
 ) -> Path:
     """Make the book's chapter on your own cells of cells of yours, checked before, and return the path of its page.
 
@@ -57,17 +47,12 @@ def report(
         Path of an h5ad file, or AnnData, which is not changed.
     out
         Folder to write the page to, its notebook, the model, and ``cells.h5ad``, the cells with their modules.
-    class_key, target_key, perturbation_key, control, gene_sets, layer, n_genes, min_cells, no_normalize, group_key,
-    condition_key
-        As in :func:`prepare`; one of the three keys is needed.
-    quick
-        Two replicas and 99 permutations, for a first look, in place of 8 and 999.
-    seed
-        Seed of the split and of all fits.
-    force
-        Whether a report that is in the folder may be replaced.
+    quick, force
+        Two replicas and 99 permutations, for a first look, in place of 8 and 999; replace a report that is there.
     progress
         Show the step and the time left, in a terminal.
+    options
+        As :func:`prepare` takes them: one of ``class_key``, ``target_key`` and ``perturbation_key`` is needed.
 
     Raises
     ------
@@ -87,20 +72,11 @@ def report(
     except ModuleNotFoundError as error:
         words = f"a report takes {error.name}, which is not installed: pip install 'scbmlp[report]'."
         raise ModuleNotFoundError(words, name=error.name) from error
-    options = {
-        "class_key": class_key,
-        "target_key": target_key,
-        "perturbation_key": perturbation_key,
-        "control": control if control is None else str(control),
-        "gene_sets": [str(path.expanduser().resolve()) for path in paths_of(gene_sets)] or None,
-        "layer": layer,
-        "n_genes": n_genes,
-        "min_cells": min_cells,
-        "no_normalize": no_normalize or None,
-        "group_key": group_key,
-        "condition_key": condition_key,
-        "seed": seed,
-    }
+    known = signature(prepare).parameters
+    options = {name: known[name].default for name in known if name != "cells"} | options
+    options["control"] = None if options["control"] is None else str(options["control"])
+    options["gene_sets"] = [str(path.expanduser().resolve()) for path in paths_of(options["gene_sets"])] or None
+    options["no_normalize"] = options["no_normalize"] or None
     found = prepare(cells, **options)
     in_memory = isinstance(cells, AnnData)
     name = "AnnData in memory" if in_memory else Path(cells).name
@@ -119,7 +95,8 @@ def report(
         del found  # the notebook reads the cells again
         parameters = {"path": str(path), **options, "folder": str(folder), "command": _command(name, options)}
         try:
-            _run(folder, parameters, f"{name}: {class_key or target_key or perturbation_key}", progress)
+            target = options["class_key"] or options["target_key"] or options["perturbation_key"]
+            _run(folder, parameters, f"{name}: {target}", progress)
         except (RuntimeError, OSError) as error:
             kept = _keep(folder, out / "stopped" if there else out)
             raise RuntimeError(f"{error}{kept and '; '}{kept}") from None
