@@ -33,7 +33,13 @@ Block: TypeAlias = sparse.csr_matrix | np.ndarray
 
 
 class Scaling(NamedTuple):
-    """What counts went through: each cell scaled to a total of so many genes, if to any, then log1p, if asked for."""
+    """What counts went through: each cell scaled to a total of so many genes, if to any, then log1p, if asked for.
+
+    Examples
+    --------
+    >>> stores.Scaling(1e4, True, n_genes=2000)
+    Scaling(target_sum=10000.0, log1p=True, n_genes=2000)
+    """
 
     target_sum: float | None
     log1p: bool
