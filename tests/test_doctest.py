@@ -40,7 +40,8 @@ def listed():
             module, name = path.rsplit(".", 1)
             yield path, (shown := getattr(import_module(module), name))
             if "members" in options:
-                yield from ((f"{path}.{method}", each) for method, each in members(shown, options["members"]))
+                named = members(shown, options["members"], options.get("exclude-members", ()))
+                yield from ((f"{path}.{method}", each) for method, each in named)
 
 
 SHOWN = dict(listed())
