@@ -244,7 +244,6 @@ class _BilinearMLP(nn.Module):
         """Take over the names of the training cells, and how often their classes count."""
         self.gene_names, self.output_names, self.layer = train.gene_names, train.output_names, train.layer
         self.scaling = train.scaling
-        self.calibration = None  # that of earlier weights
         if self.class_weight is not None:
             counts = class_counts(self.cfg.class_weight, train.y.numpy(), self.cfg.d_output)
             self.class_weight.copy_(torch.as_tensor(counts))

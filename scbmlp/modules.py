@@ -218,7 +218,7 @@ class GeneModules:
                 layer=known["layer"],
                 trust=None if trust is None else pd.DataFrame(trust, names),
                 metric=known["metric"],
-                scaling=known.get("scaling") and Scaling(*known["scaling"]),
+                scaling=known["scaling"] and Scaling(*known["scaling"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             name = Path(path).name

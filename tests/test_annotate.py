@@ -55,7 +55,8 @@ def test_a_model_keeps_its_calibration_and_a_new_fit_has_none(solved, tmp_path):
     model.save(tmp_path / "model.safetensors")
     again = ScBMLPClassifier.load(tmp_path / "model.safetensors")
     assert again.calibration == model.calibration
-    again._adopt(train)
+    again.cfg.n_epochs = 1
+    again.fit(train, baseline=False, enable_progress_bar=False)
     assert again.calibration is None
 
 
