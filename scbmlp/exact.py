@@ -246,7 +246,7 @@ def ridge(products: Tensor, y: Tensor, ratio: float, counts: Tensor) -> Fit:
     """Solve ridge regression on products of the training cells; the penalty is `ratio` times the sum of `counts`."""
     counts = counts.to(y)
     root, mean = counts.sqrt()[:, None], counts @ y / counts.sum()
-    system = products * root * root.T
+    system = products.clone() if (counts == 1).all() else products * root * root.T
     system.diagonal().add_(ratio * counts.sum())
     factor = torch.linalg.cholesky(system)
     return Fit(torch.cholesky_solve((y - mean) * root, factor) * root, mean)

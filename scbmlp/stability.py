@@ -282,28 +282,37 @@ def _read(
     """Return eigenvalues for the first order of the cells (comp), and correlations for each (order x comp)."""
     if not systems:  # products do not pay
         return np.zeros(0), np.zeros((len(orders), 0))
+    each = [(torch.cholesky_solve(torch.as_tensor(y[orders].T), factor).T.contiguous(), w) for factor, y, w in systems]
     eigenvalues, found = [], []
-    each = [
-        (torch.cholesky_solve(torch.as_tensor(y[orders].T), factor).numpy().T, w.numpy()) for factor, y, w in systems
-    ]
-    for k in tqdm(range(len(orders)), "permutations", delay=2, disable=not (progress and watched())):
-        values, vectors = _leading([(a[k], w) for a, w in each], min(n, seen.shape[1]))
-        r = _correlated((seen @ vectors) ** 2, target[orders_val[k], None])[:, 0]
-        eigenvalues.append(values)
-        found.append(np.sign(values) * r)
-    return eigenvalues[0], np.stack(found)
+    with tqdm(total=len(orders), desc="permutations", delay=2, disable=not (progress and watched())) as bar:
+        for first in range(0, len(orders), 50):  # some at once: quicker, and little memory
+            some = slice(first, first + 50)
+            values, vectors = _leading([(a[some], w) for a, w in each], min(n, seen.shape[1]))
+            kept = zip((seen @ vectors) ** 2, target[orders_val[some]], strict=True)
+            r = np.stack([_correlated(squares, own[:, None])[:, 0] for squares, own in kept])
+            eigenvalues.append(values)
+            found.append(np.sign(values) * r)
+            bar.update(len(r))
+    return eigenvalues[0][0], np.concatenate(found)
 
 
-def _leading(each: list[tuple[np.ndarray, np.ndarray]], n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the `n` leading eigenvalues and vectors of the sum of W' diag(a) W over pairs of a and W."""
+def _leading(each: list[tuple[torch.Tensor, torch.Tensor]], n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the `n` leading eigenvalues (order x comp), and vectors, of sums of W' diag(a) W, for each row of `a`."""
     size = each[0][1].shape[1]
     if size <= DENSE:
-        values, vectors = np.linalg.eigh(sum(w.T @ (a[:, None] * w) for a, w in each))
+        rows = [sum((a * w[:, i]) @ w for a, w in each) for i in range(size)]
+        values, vectors = np.linalg.eigh(torch.stack(rows, dim=1).numpy())
     else:
-        times = LinearOperator((size, size), lambda v: sum(w.T @ (a * (w @ v.ravel())) for a, w in each), dtype=float)
-        values, vectors = eigsh(times, n, v0=np.random.default_rng(0).standard_normal(size), tol=1e-5)
-    rank = np.argsort(-np.abs(values), kind="stable")[:n]
-    return values[rank], vectors[:, rank]
+        found = [_lanczos([(a[k].numpy(), w.numpy()) for a, w in each], size, n) for k in range(len(each[0][0]))]
+        values, vectors = map(np.stack, zip(*found, strict=True))
+    rank = np.argsort(-np.abs(values), axis=1, kind="stable")[:, :n]
+    return np.take_along_axis(values, rank, 1), np.take_along_axis(vectors, rank[:, None], 2)
+
+
+def _lanczos(each: list[tuple[np.ndarray, np.ndarray]], size: int, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the same of one order, where a matrix would be large."""
+    times = LinearOperator((size, size), lambda v: sum(w.T @ (a * (w @ v.ravel())) for a, w in each), dtype=float)
+    return eigsh(times, n, v0=np.random.default_rng(0).standard_normal(size), tol=1e-5)
 
 
 def _orders(dataset: ExpressionDataset, name: str, strata: Any, n: int, rng: np.random.Generator) -> np.ndarray:
