@@ -25,6 +25,14 @@ def listed(names: Iterable[Any], n: int = 5) -> str:
     return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
 
 
+def glue(**values: Any) -> None:
+    """Keep values and figures by the names by which the text of a page shows them."""
+    from myst_nb import glue as keep
+
+    for name, value in values.items():
+        keep(name, value, display=False)
+
+
 def as_html(rows: Mapping[str, Any], title: str = "", table: pd.DataFrame | None = None) -> str:
     """Return an object as HTML: a heading, values by name, and a table below; every text is escaped."""
     heading = f"<strong>{html.escape(title)}</strong>" if title else ""

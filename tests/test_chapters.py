@@ -1,5 +1,6 @@
 """What nbval cannot see: that there is something to compare, and that comparing it has teeth."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -73,9 +74,18 @@ def test_no_number_in_prose_is_typed(name):
     assert [line for line in lines if typed.search(line)] == []
 
 
+def glued_in(code):
+    """Return the names that code glues as keywords, and those in the strings of the older way."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "glue"]
+    names = [keyword.arg for call in calls for keyword in call.keywords if keyword.arg]
+    named = [call.args[0].value for call in calls if call.args and isinstance(call.args[0], ast.Constant)]
+    return {*names, *" ".join(named).split()}
+
+
 def test_glued_names_in_prose_are_glued_by_the_code(name):
     code, prose = ("\n".join(cell.source for cell in cells(name, kind)) for kind in ("code", "markdown"))
-    glued = set(" ".join(re.findall(r'glue\(\s*"([\w ]+)"', code)).split())
+    glued = glued_in(code)
     used = set(re.findall(r"\{glue:text\}`(\w+)`", prose))
     used |= set(re.findall(rf"chapters/{name}\.ipynb::(\w+)", PAGES))
     used |= set(re.findall(rf"\{{glue\}} (\w+)\n:doc: chapters/{name}\.ipynb\n", PAGES))
