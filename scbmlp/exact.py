@@ -261,12 +261,16 @@ def softmax(
     features: Tensor | None = None,
     gram: Tensor | None = None,
     start: Fit | None = None,
+    few: tuple[Tensor, Tensor, Tensor] | None = None,
     tol: float = 1e-10,
 ) -> Fit:
     """Solve multinomial logistic regression by L-BFGS and a bound of the curvature :cite:p:`bohning1992`.
 
     The fit has weights of the training cells by `products`, or of `features`. A step gains `tol` nats a cell at least.
+    Features, classes and counts of a `few` cells, which are fitted first, say where to start and what the curvature is.
     """
+    if few is not None:
+        start = softmax(None, few[1], ratio, few[2], features=few[0], tol=tol)
     dual, weight = features is None, counts.to(y)[:, None]
     n, penalty = float(counts.sum()), ratio * float(counts.sum())
     if gram is None:
@@ -276,7 +280,9 @@ def softmax(
     raised = penalty + torch.finfo(bound.dtype).eps * float(bound.diagonal().sum())  # above what rounding leaves
     bound.diagonal().add_(raised)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(bound)).to(y)
-    size = len(bound)
+    size, newton = len(bound), None
+    if few is not None:
+        newton = _newton(few[0], few[2].to(y) * (n / float(few[2].sum())), start, penalty, inverse)
     if start is None:
         start = Fit(y.new_zeros(size, y.shape[1]), torch.log((weight * y).sum(dim=0).clamp_min(1e-3) / n))
     # A point is weights, constant and outputs. Of cells, a slope is products @ slope: outputs take its inner products.
@@ -294,6 +300,9 @@ def softmax(
         return torch.cat([of_constant, of_at] if dual else [of_at, of_constant])
 
     def bounded(turn: Tensor) -> Tensor:
+        if newton:
+            step = newton(turn)
+            return torch.cat([step, features @ step[:-1]])
         of_at, of_constant = (turn[1:], turn[:1]) if dual else (turn[:-1], turn[-1:])
         step = inverse @ of_at
         out = (of_at - raised * step) / CURVATURE if dual else features @ step  # products @ step, without a product
@@ -301,6 +310,36 @@ def softmax(
 
     point = _minimum(point, value, slope, bounded, slice(size, None) if dual else slice(size + 1), tol * n)
     return Fit(point[:size], point[size])
+
+
+def _newton(features: Tensor, counts: Tensor, fit: Fit, penalty: float, inverse: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what takes a slope to a step, by conjugate gradients and the curvature of some cells at a fit."""
+    share, counts = torch.softmax(fit.outputs(features), dim=1), counts[:, None]
+
+    def curved(step: Tensor) -> Tensor:
+        out = features @ step[:-1] + step[-1:]
+        left = counts * share * (out - (share * out).sum(dim=1, keepdim=True))
+        return torch.cat([features.T @ left + penalty * step[:-1], left.sum(dim=0, keepdim=True)])
+
+    def near(turn: Tensor) -> Tensor:
+        return torch.cat([inverse @ turn[:-1], turn[-1:] / (counts.sum() * CURVATURE)])
+
+    def newton(turn: Tensor) -> Tensor:
+        step, left = torch.zeros_like(turn), turn
+        way = close = near(left)
+        norm = first = float((left * close).sum())
+        for _ in range(200):
+            bend = curved(way)
+            length = norm / float((way * bend).sum())
+            step, left = step + length * way, left - length * bend
+            close = near(left)
+            before, norm = norm, float((left * close).sum())
+            if norm < 1e-4 * first:
+                break
+            way = close + norm / before * way
+        return step
+
+    return newton
 
 
 def _minimum(

@@ -143,11 +143,10 @@ class Moments:
             features = self.features(mixture, self.scores(train.x, self.held))
             y, counts = targets_of(train, len(self.target)).to(features.scores), torch.as_tensor(self.counts)
             how = {"tol": TOLERANCE[self.to["dtype"]]}
-            if len(y) > CHOOSING[1]:  # a part of the cells says where to start
+            if len(y) > CHOOSING[1]:  # a part of the cells says where to start, and how to step
                 rows = some(len(y), CHOOSING[1])
                 few = _Features(features.scores[rows], features.scale, features.expected)
-                few = torch.cat([block for _, block in few.blocks()])
-                how["start"] = softmax(None, y[rows], ratio, counts[rows], features=few, **how)
+                how["few"] = torch.cat([block for _, block in few.blocks()]), y[rows], counts[rows]
             fit = softmax(None, y, ratio, counts, features=features, gram=self.gram(features), **how)
             linear, products = (fit.cells.double() * features.scale[:, None]).tensor_split([self.held])
             constant = fit.constant.double()
@@ -233,6 +232,9 @@ class _Features:
             yield slice(start, start + len(own)), torch.cat([own, products], dim=1) * scale
 
     def __matmul__(self, other: Tensor) -> Tensor:
+        if not len(self.expected):  # no copies
+            scale = self.scale.to(self.scores)[:, None]
+            return scale * (self.scores.T @ other) if self.turned else self.scores @ (scale * other)
         if self.turned:
             return sum(features.T @ other[rows] for rows, features in self.blocks())
         return torch.cat([features @ other for _, features in self.blocks()])

@@ -93,7 +93,7 @@ def test_ridge_is_that_of_scikit_learn():
 
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_softmax_is_the_logistic_regression_of_scikit_learn(n_classes):
-    """By products of cells, by features, and from another start."""
+    """By products of cells, by features, from another start, and from a fit of a third of the cells."""
     data, other = cells(n_outputs=n_classes, classes=True), cells(20, seed=1)
     counts = np.random.default_rng(2).integers(1, 4, len(data)).astype(float)
     kernels, ratio = Kernels(data.x, other.x, counts=counts), 0.01
@@ -103,10 +103,12 @@ def test_softmax_is_the_logistic_regression_of_scikit_learn(n_classes):
     penalty = ratio * counts.sum() / (2 if n_classes == 2 else 1)
     line = LogisticRegression(C=1 / penalty, tol=1e-10, max_iter=10_000).fit(x, data.y, counts)
     start = softmax(products, y, 0.1, kernels.counts)
+    few = x[::3], y[::3], kernels.counts[::3]
     for fit, cells_ in (
         (softmax(products, y, ratio, kernels.counts, tol=1e-14), seen),
         (softmax(products, y, ratio, kernels.counts, tol=1e-14, start=start), seen),
         (softmax(None, y, ratio, kernels.counts, features=x, tol=1e-14), x_other),
+        (softmax(None, y, ratio, kernels.counts, features=x, few=few, tol=1e-14), x_other),
     ):
         np.testing.assert_allclose(fit.outputs(cells_).softmax(dim=1), line.predict_proba(x_other), atol=1e-5)
 
