@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from scbmlp.datasets import ExpressionDataset, Matrix, dense_tensor, match_genes
 from scbmlp.display import watched
-from scbmlp.exact import Fit, Kernels, Mixture, alike, counts_of, ridge, softmax, targets_of
+from scbmlp.exact import FEATURES, Fit, Kernels, Mixture, alike, counts_of, ridge, softmax, targets_of
 
 TIE = 1e-5  # a share of the loss that is no difference
 FLAT, WORTH = 1e-3, 5e-3  # shares that end a walk to penalties below the first, and a climb, where less is won
@@ -99,10 +99,13 @@ class Search:
         if not self.classes:
             products, seen = known.mixed(mixture)
             return ridge(products, y.to(products), ratio, known.counts).outputs(seen)
-        features, seen = known.leading_features(mixture)
+        few = isinstance(known, Kernels) and len(known) <= 2 * FEATURES  # of few cells, products are less than features
+        products, seen = known.mixed(mixture) if few else (None, None)
+        features, seen = (None, seen) if few else known.leading_features(mixture)
         start = self._last[i]
-        start = start if start is not None and len(start.cells) == features.shape[1] else None
-        fit = softmax(None, y.to(features), ratio, known.counts, features=features, start=start, tol=2e-5)
+        if not few and start is not None and len(start.cells) != features.shape[1]:
+            start = None
+        fit = softmax(products, y.to(seen), ratio, known.counts, features=features, start=start, tol=2e-5)
         self._last[i] = fit
         return fit.outputs(seen)
 

@@ -14,18 +14,18 @@ FOLDER = Path(__file__).parent.parent / "integrations" / "openproblems" / "scbml
 
 def test_labels_are_projected_in_the_schema_of_the_task(tmp_path):
     config = yaml.safe_load((FOLDER / "config.vsh.yaml").read_text())
-    adata = simulate.pancreas(n_cells=600)
+    adata = simulate.pancreas(n_cells=400)
     adata.layers["counts"] = adata.X.copy()
     sc.pp.normalize_total(adata, target_sum=1e4)
     sc.pp.log1p(adata)
-    sc.pp.highly_variable_genes(adata, n_top_genes=300)
+    sc.pp.highly_variable_genes(adata, n_top_genes=150)
     adata.layers["normalized"] = adata.X
     adata.obs["label"], adata.obs["batch"] = adata.obs["clusters"].astype(str), "one"
     adata.obs.iloc[:2, adata.obs.columns.get_loc("label")] = "of two cells alone"
     adata.var["hvg"], adata.var["feature_name"] = adata.var["highly_variable"], adata.var_names
     adata.uns = {"dataset_id": "made", "normalization_id": "log_cp10k"}
     del adata.X
-    train, test = adata[:450].copy(), adata[450:].copy()
+    train, test = adata[:300].copy(), adata[300:].copy()
     truth = test.obs.pop("label")
     names = ("input_train", "input_test", "output")
     par = {name: str(tmp_path / f"{name}.h5ad") for name in names}
