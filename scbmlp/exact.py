@@ -308,7 +308,8 @@ def softmax(
         out = (of_at - raised * step) / CURVATURE if dual else features @ step  # products @ step, without a product
         return torch.cat([step, of_constant / (n * CURVATURE), out])
 
-    point = _minimum(point, value, slope, bounded, slice(size, None) if dual else slice(size + 1), tol * n)
+    own, kept = slice(size, None) if dual else slice(size + 1), 1 if newton else 5
+    point = _minimum(point, value, slope, bounded, own, tol * n, kept)
     return Fit(point[:size], point[size])
 
 
@@ -349,6 +350,7 @@ def _minimum(
     bounded: Callable[[Tensor], Tensor],
     own: slice,
     least: float,
+    kept: int,
 ) -> Tensor:
     """Walk by L-BFGS until a step gains too little: `bounded` is its first guess, slopes are multiplied with `own`."""
     here, turn = value(point), slope(point)
@@ -371,7 +373,7 @@ def _minimum(
         change, bend = new - point, (after := slope(new)) - turn
         curvature = float((change[own] * bend).sum())
         if curvature > 0:
-            known = [*known[-5:], (change, bend, 1 / curvature)]
+            known = [*known[-kept:], (change, bend, 1 / curvature)]
         point, turn, here = new, after, there
     return point
 
