@@ -153,6 +153,25 @@ def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDatase
     return _correlated(modules.contributions(dataset), target[:, None])[:, 0]
 
 
+def follows_in_groups(
+    modules: GeneModules, model: Model, datasets: Sequence[ExpressionDataset], groups: Any
+) -> pd.DataFrame:
+    """Return the same in each group of the cells (comp x group), by the label of every cell of the whole AnnData.
+
+    NaN stands where all cells of a group have one target.
+    """
+    found = {}
+    for dataset in datasets:
+        own = np.asarray(groups)[dataset.indices]
+        for group in dict.fromkeys(own):
+            part = dataset.load(own == group)
+            try:
+                found[group] = follows_target(modules, model, part)
+            except ValueError:
+                found[group] = np.nan
+    return pd.DataFrame(found, modules.eigenvalues.index)
+
+
 def _correlated(a: Any, b: Any) -> np.ndarray:
     """Return the correlations of the columns of two tables, 0 where one of the two is the same in all cells."""
     a, b = (part - part.mean(axis=0) for part in (np.asarray(one, dtype=np.float64) for one in (a, b)))

@@ -20,7 +20,7 @@ from scbmlp.interactions import attributions, audit, decompose, group_means, int
 from scbmlp.models import Config, ScBMLPClassifier, ScBMLPRegressor
 from scbmlp.modules import consensus, gene_modules, permutation_null, stability
 from scbmlp.solving import _solved, solve, solve_replicas
-from scbmlp.stability import follows_target
+from scbmlp.stability import follows_in_groups, follows_target
 from tests.test_interactions import random_model
 
 
@@ -172,6 +172,19 @@ def test_classes_are_judged_by_squared_errors():
     known = gene_modules(model, {"b": 0.5, "a": -0.5}, 5, "covariance")
     np.testing.assert_allclose(table["eigenvalue"], known.eigenvalues, rtol=1e-4)
     np.testing.assert_allclose(table["r"], follows_target(known, model, both[1]), atol=1e-4)
+
+
+def test_a_module_follows_the_target_in_each_group_by_itself():
+    train, val = noise(5, kind=ScBMLPRegressor)
+    val.indices = np.arange(len(val)) + len(train)
+    model = solved_with(RECIPE, train)
+    known = gene_modules(model, "a", 3, "covariance")
+    groups = np.repeat(["one", "two", "three", "four"], [60, 40, 59, 1])
+    found = follows_in_groups(known, model, [train, val], pd.Series(groups))
+    assert list(found) == ["one", "two", "three", "four"] and found["four"].isna().all()
+    for name, part, rows in (("two", train, slice(60, 100)), ("three", val, slice(0, 59))):
+        alone = np.corrcoef(known.contributions(part).iloc[rows, 1], part.y[rows, 0])[0, 1]
+        np.testing.assert_allclose(found[name].iloc[1], alone, atol=1e-5)
 
 
 def test_p_values_are_small_where_something_is():
