@@ -99,12 +99,15 @@ class Search:
         if not self.classes:
             products, seen = known.mixed(mixture)
             return ridge(products, y.to(products), ratio, known.counts).outputs(seen)
-        few = isinstance(known, Kernels) and len(known) <= 2 * FEATURES  # of few cells, products are less than features
-        products, seen = known.mixed(mixture) if few else (None, None)
-        features, seen = (None, seen) if few else known.leading_features(mixture)
+        products = features = None
+        if isinstance(known, Kernels) and len(known) <= 2 * FEATURES:  # of few cells, products are less than features
+            products, seen = known.mixed(mixture)
+            size = len(products)
+        else:
+            features, seen = known.leading_features(mixture)
+            size = features.shape[1]
         start = self._last[i]
-        if not few and start is not None and len(start.cells) != features.shape[1]:
-            start = None
+        start = start if start is not None and len(start.cells) == size else None
         fit = softmax(products, y.to(seen), ratio, known.counts, features=features, start=start, tol=2e-5)
         self._last[i] = fit
         return fit.outputs(seen)

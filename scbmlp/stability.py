@@ -146,11 +146,16 @@ def _mean_modules(models: Sequence[Model], found: list[GeneModules], output: Out
 
 def follows_target(modules: GeneModules, model: Model, dataset: ExpressionDataset) -> np.ndarray:
     """Return how well what each module adds to its output follows the target over cells, by correlation (comp)."""
-    target = dataset.y.numpy()
-    target = (np.eye(model.cfg.d_output)[target] if target.ndim == 1 else target) @ direction(model, modules.output)
+    target = _target(modules, model, dataset)
     if np.ptp(target) == 0:
         raise ValueError(f"dataset has the same target of {modules.output!r} in every cell; take more cells.")
     return _correlated(modules.contributions(dataset), target[:, None])[:, 0]
+
+
+def _target(modules: GeneModules, model: Model, dataset: ExpressionDataset) -> np.ndarray:
+    """Return the target of an output, or of a mix of outputs (cell)."""
+    target = dataset.y.numpy()
+    return (np.eye(model.cfg.d_output)[target] if target.ndim == 1 else target) @ direction(model, modules.output)
 
 
 def follows_in_groups(
@@ -165,10 +170,8 @@ def follows_in_groups(
         own = np.asarray(groups)[dataset.indices]
         for group in dict.fromkeys(own):
             part = dataset.load(own == group)
-            try:
-                found[group] = follows_target(modules, model, part)
-            except ValueError:
-                found[group] = np.nan
+            varies = np.ptp(_target(modules, model, part)) > 0
+            found[group] = follows_target(modules, model, part) if varies else np.nan
     return pd.DataFrame(found, modules.eigenvalues.index)
 
 
